@@ -1,0 +1,29 @@
+"""warp_phys: a differentiable physics engine on NVIDIA Warp whose backward pass stays usable over long horizons."""
+
+from warp_phys.adjoint import gate
+from warp_phys.errors import Diverged
+from warp_phys.flow import COMBINED, CONTROLLER, MODIFIED, REGULAR, STOPPED, Combined, Flow, agree
+from warp_phys.layers import Dense
+from warp_phys.rollout import Rollout
+from warp_phys.systems import SYSTEMS, CartPole, Simulator, System
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "COMBINED",
+    "CONTROLLER",
+    "MODIFIED",
+    "REGULAR",
+    "STOPPED",
+    "SYSTEMS",
+    "CartPole",
+    "Combined",
+    "Dense",
+    "Diverged",
+    "Flow",
+    "Rollout",
+    "Simulator",
+    "System",
+    "agree",
+    "gate",
+]

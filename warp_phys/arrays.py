@@ -1,0 +1,110 @@
+"""Arrays at the boundary: what comes in is checked here, once, before any kernel runs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import warp as wp
+
+from warp_phys.rows import REAL_TYPES
+
+_NUMPY_TYPES: dict[type, type] = {real: dtype for dtype, real in REAL_TYPES.items()}
+
+
+def real_type(dtype: Any) -> type:
+    """Return wp.float32 or wp.float64 for a numpy dtype, a numpy or Warp type, or a name.
+
+    Raises:
+        TypeError: It is neither of the two precisions.
+
+    >>> real_type("float64") is wp.float64
+    True
+    """
+    if dtype in _NUMPY_TYPES:
+        return dtype
+    try:
+        return REAL_TYPES[np.dtype(dtype).type]
+    except (KeyError, TypeError):
+        raise TypeError(f"dtype must be float32 or float64, got {dtype!r}") from None
+
+
+def numpy_type(real: type) -> type:
+    """Return the numpy type of a Warp precision."""
+    return _NUMPY_TYPES[real]
+
+
+def check_array(name: str, value: Any, shape: Sequence[int], like: wp.array | None = None, columns: str = "") -> wp.array:
+    """Return `value` if it is a Warp array of this shape, and of the precision and device of `like`.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+        shape: Expected shape; −1 admits any length.
+        like: Array whose dtype and device are expected; None admits either precision.
+        columns: What the columns mean, for the message.
+
+    Raises:
+        TypeError: Not a Warp array, or of another precision.
+        ValueError: Another shape or another device.
+    """
+    if not isinstance(value, wp.array):
+        raise TypeError(
+            f"{name} must be a warp array, got {type(value).__name__}; "
+            "wrap it without a copy: wp.from_torch, wp.from_jax, wp.from_dlpack or wp.array(..., copy=False)"
+        )
+    if len(value.shape) != len(shape) or any(n not in (-1, m) for n, m in zip(shape, value.shape, strict=True)):
+        raise ValueError(shape_message(name, shape, value.shape, columns))
+    if like is None:
+        if value.dtype not in _NUMPY_TYPES:
+            raise TypeError(f"{name} must hold float32 or float64, got {value.dtype.__name__}")
+    elif value.dtype is not like.dtype:
+        raise TypeError(f"{name} must hold {like.dtype.__name__} as the other arrays do, got {value.dtype.__name__}")
+    elif value.device != like.device:
+        raise ValueError(f"{name} must be on device {like.device}, got {value.device}")
+    return value
+
+
+def shape_message(name: str, expected: Sequence[int], got: Sequence[int], columns: str = "") -> str:
+    """Return the text of a shape error; a −1 among the expected lengths reads as batch."""
+    wanted = ", ".join("batch" if n == -1 else str(n) for n in expected)
+    wanted += "," if len(expected) == 1 else ""
+    return f"{name} must have shape ({wanted}), got {tuple(got)}" + (f"; its columns are {columns}" if columns else "")
+
+
+def parameter_rows(names: Sequence[str], defaults: Sequence[float], values: Mapping[str, Any]) -> np.ndarray:
+    """Return physical parameters as rows, shape (1 or batch, len(names)), float64.
+
+    Args:
+        names: Names of the parameters.
+        defaults: Their values where `values` says nothing.
+        values: A number, or one number per sample, for some of the names.
+
+    Raises:
+        ValueError: An unknown name, lengths that differ, or a number that is not finite.
+    """
+    check_parameter_names(names, values)
+    columns = [np.atleast_1d(np.asarray(values.get(n, d), dtype=np.float64)) for n, d in zip(names, defaults, strict=True)]
+    rows = max((len(column) for column in columns), default=1)
+    for name, column in zip(names, columns, strict=True):
+        if column.ndim != 1 or len(column) not in (1, rows):
+            raise ValueError(f"parameter {name} must be a number or {rows} numbers, got shape {column.shape}")
+        if not np.isfinite(column).all():
+            raise ValueError(f"parameter {name} must be finite, got {column}")
+    return np.stack([np.broadcast_to(column, rows) for column in columns], axis=1)
+
+
+def check_parameter_names(names: Sequence[str], values: Mapping[str, Any]) -> None:
+    """Raise a ValueError that lists what there is if `values` names a parameter that is not among `names`."""
+    unknown = [name for name in values if name not in names]
+    if unknown:
+        raise ValueError(f"parameters {', '.join(unknown)} are unknown; there are {', '.join(names)}")
+
+
+def as_structs(rows: wp.array, struct: Any) -> wp.array:
+    """Return another view of `rows`, shape (…, fields), as an array (…) of structs: same memory, same adjoint memory."""
+    count = rows.shape[:-1]
+    view = wp.array(ptr=rows.ptr, dtype=struct, shape=count, device=rows.device, capacity=rows.capacity)
+    view._rows = rows  # keeps the memory alive
+    if rows.grad is not None:
+        view.grad = as_structs(rows.grad, struct)
+    return view

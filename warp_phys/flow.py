@@ -1,0 +1,230 @@
+"""Gradient flows: through which path, and how strongly, feedback travels back in time.
+
+One backward step of an unrolling x_{n+1} = S(x_n, c_n), c_n = N(x_n; θ) with the adjoints λ_n = dL/dx_n, μ_n = dL/dc_n:
+
+    μ_n = ∂L/∂c_n + (∂S/∂c)ᵀ λ_{n+1}
+    λ_n = ∂L/∂x_n + α (∂S/∂x)ᵀ λ_{n+1} + β (∂N/∂x)ᵀ μ_n
+
+A `Flow` is the pair of gates (α, β). A `Combined` is a pure function of the updates of two flows.
+
+Source: Schnell & Thuerey, "Stabilizing Backpropagation Through Time to Learn Complex Physics", ICLR 2024.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from warp_phys.errors import check_count
+
+Gate = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Feedback through the simulator, weighted by `physics`, and through the controller, weighted by `controller`.
+
+    Both gates are numbers, or one number for every step n = 0 … T−1. A gate below one is a decay; a gate of zero at some
+    steps, or a `window`, truncates.
+
+    >>> Flow(physics=1.0, controller=0.0) == MODIFIED
+    True
+    >>> Flow(0.9, 0.9).name
+    'physics 0.9, controller 0.9'
+    >>> Flow(window=2).gates(4)[:, 0]
+    array([0., 1., 0., 1.])
+    """
+
+    physics: Gate = 1.0
+    """Gate α of the physics path (∂S/∂x)ᵀ, a number or T numbers."""
+    controller: Gate = 1.0
+    """Gate β of the controller path (∂N/∂x)ᵀ, a number or T numbers."""
+    window: int | None = None
+    """Truncation: no feedback crosses the steps 0, window, 2 window, …; None never cuts."""
+
+    def __post_init__(self):
+        for name in ("physics", "controller"):
+            object.__setattr__(self, name, _gate(name, getattr(self, name)))
+        if self.window is not None:
+            object.__setattr__(self, "window", check_count("window", self.window))
+
+    @property
+    def name(self) -> str:
+        """Name in words: that of the table of flows, or the gates."""
+        return _NAMES.get(self, (_describe(self), ""))[0]
+
+    @property
+    def letter(self) -> str:
+        """Letter in the table of flows, or an empty string."""
+        return _NAMES.get(self, ("", ""))[1]
+
+    @property
+    def uses_controller(self) -> bool:
+        """Whether any feedback passes through the controller, so that its input Jacobian is needed."""
+        return np.any(np.asarray(self.controller) != 0.0).item()
+
+    def gates(self, steps: int) -> np.ndarray:
+        """Return α and β for each step, shape (steps, 2).
+
+        Raises:
+            ValueError: A gate is given step by step, for another number of steps.
+        """
+        out = np.empty((steps, 2))
+        for column, name in enumerate(("physics", "controller")):
+            gate = getattr(self, name)
+            if isinstance(gate, tuple) and len(gate) != steps:
+                raise ValueError(f"the flow's {name} gate has {len(gate)} numbers, the rollout has {steps} steps")
+            out[:, column] = gate
+        if self.window is not None:
+            out[:: self.window] = 0.0
+        return out
+
+
+def _gate(name: str, value: object) -> Gate:
+    """Check one gate; a sequence becomes a tuple, so that a flow stays hashable."""
+    try:
+        array = np.asarray(value, dtype=float)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}") from None
+    if array.ndim > 1 or array.size == 0 or not np.isfinite(array).all():
+        raise ValueError(f"{name} must be a finite number, or one finite number per step, got {value!r}")
+    return float(array) if array.ndim == 0 else tuple(array.tolist())
+
+
+def _describe(flow: Flow) -> str:
+    def text(gate: Gate) -> str:
+        return "per step" if isinstance(gate, tuple) else f"{gate:g}"
+
+    window = "" if flow.window is None else f", window {flow.window}"
+    return f"physics {text(flow.physics)}, controller {text(flow.controller)}{window}"
+
+
+REGULAR = Flow(1.0, 1.0)
+"""R, the gradient: backpropagation through time."""
+MODIFIED = Flow(1.0, 0.0)
+"""M, the balanced physics gradient: feedback travels back in time through the simulator only."""
+STOPPED = Flow(0.0, 0.0)
+"""S, no feedback in time."""
+CONTROLLER = Flow(0.0, 1.0)
+"""N, feedback through the controller only."""
+
+_NAMES: dict[Flow, tuple[str, str]] = {
+    REGULAR: ("regular", "R"),
+    MODIFIED: ("modified", "M"),
+    STOPPED: ("stopped", "S"),
+    CONTROLLER: ("controller", "N"),
+}
+
+
+def agree(base: Any, other: Any) -> Any:
+    """Keep `base` where `other` has the same sign, else 0.
+
+    Args:
+        base: Update to follow, any shape; numpy, torch or JAX.
+        other: Update consulted for its sign only, shape of `base`.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Source: Schnell & Thuerey, ICLR 2024, section 3.3.
+
+    >>> agree(np.array([1.0, -2.0, 3.0]), np.array([2.0, 1.0, 5.0]))
+    array([1., 0., 3.])
+    """
+    if base.shape != other.shape:
+        raise ValueError(f"base and other must have one shape, got {tuple(base.shape)} and {tuple(other.shape)}")
+    library = base.__array_namespace__() if hasattr(base, "__array_namespace__") else sys.modules["torch"]
+    return library.where(library.sign(base) == library.sign(other), base, library.zeros_like(base))
+
+
+@dataclass(frozen=True)
+class Combined:
+    """An update made from the updates of two flows, component by component: `rule(base, other)`.
+
+    The rule is not linear, so sums come first: over the batch, over accumulated backward passes and over ranks, for
+    each flow apart; then the rule; then clipping; then the optimiser.
+    """
+
+    base: Flow = MODIFIED
+    """Flow whose update is followed."""
+    other: Flow = REGULAR
+    """Flow whose update is consulted."""
+    rule: Callable[[Any, Any], Any] = agree
+    """Pure function of two arrays of one shape, elementwise."""
+
+    def __post_init__(self):
+        for name in ("base", "other"):
+            if not isinstance(getattr(self, name), Flow):
+                raise TypeError(f"{name} must be a Flow, got {getattr(self, name)!r}")
+        if not callable(self.rule):
+            raise TypeError(f"rule must be a function of two arrays, got {self.rule!r}")
+
+    @property
+    def name(self) -> str:
+        """Name in words."""
+        if self == COMBINED:
+            return "combined"
+        return f"{getattr(self.rule, '__name__', 'rule')}({self.base.name}; {self.other.name})"
+
+    @property
+    def letter(self) -> str:
+        """Letter in the table of flows, or an empty string."""
+        return "C" if self == COMBINED else ""
+
+
+COMBINED = Combined()
+"""C, the published method: M where sign(M) = sign(R), else 0."""
+
+NAMED: dict[str, Flow | Combined] = {
+    "regular": REGULAR,
+    "modified": MODIFIED,
+    "stopped": STOPPED,
+    "controller": CONTROLLER,
+    "combined": COMBINED,
+}
+"""The flows of the publication by name; their letters R, M, S, N and C work as well."""
+
+
+def resolve(flow: "str | Flow | Combined") -> Flow | Combined:
+    """Return the flow that a name, a letter or a flow stands for.
+
+    Raises:
+        ValueError: No flow has this name.
+        TypeError: `flow` is neither text nor a flow.
+
+    >>> resolve("M") is MODIFIED
+    True
+    """
+    if isinstance(flow, (Flow, Combined)):
+        return flow
+    if not isinstance(flow, str):
+        raise TypeError(f"flow must be a name, a letter, a Flow or a Combined, got {flow!r}")
+    for name, known in NAMED.items():
+        if flow == known.letter or flow.lower() == name:
+            return known
+    names = ", ".join(f"{name!r} ({known.letter})" for name, known in NAMED.items())
+    raise ValueError(f"flow {flow!r} is unknown; known are {names}, or give a Flow(physics, controller)")
+
+
+def linear_parts(flow: Flow | Combined) -> tuple[Flow, ...]:
+    """Return the flows that a backward pass must run for `flow`: itself, or the two that it combines."""
+    return (flow.base, flow.other) if isinstance(flow, Combined) else (flow,)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the cosine of the angle between two updates, nan where one of them is zero or not finite."""
+    product = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
+    return float(np.vdot(a, b)) / product if product > 0.0 and math.isfinite(product) else math.nan
+
+
+def agreement(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the share of components, in [0, 1], on which two updates have the same sign."""
+    return float(np.mean(np.sign(a) == np.sign(b)))
+
+
+def distinct(flows: Sequence[Flow]) -> tuple[Flow, ...]:
+    """Return `flows` without repetitions, in their order."""
+    return tuple(dict.fromkeys(flows))

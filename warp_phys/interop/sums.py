@@ -1,0 +1,75 @@
+"""The sums of flows behind the gradients of torch parameters.
+
+A combined update is no linear function of what it combines: M and R must be summed apart, over all backward passes since
+the gradients were cleared, and compared afterwards. So each backward pass hands autograd the change that it makes to the
+combination, C(Σ + new) − C(Σ), and `p.grad` always holds C of the sums, besides whatever else adds to it.
+"""
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from warp_phys.flow import Combined
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class ParameterSums:
+    """Sums of the base and the other flow for one parameter, by combined flow.
+
+    A sum is valid as long as `p.grad` is what the last backward pass left. Clearing the gradient, to None or to zero, or
+    changing it in any other way starts a new sum.
+    """
+
+    def __init__(self, parameter: torch.Tensor):
+        self.grad: torch.Tensor | None = None
+        self.version = -1
+        self.task = -1
+        self.settled: dict[Combined, Pair] = {}
+        self.pending: dict[Combined, Pair] = {}
+        # autograd calls the one before it adds to p.grad, the other after; neither may keep the parameter alive
+        reference = weakref.ref(parameter)
+        parameter.register_hook(lambda _grad: self._forget_if_changed(reference()))
+        parameter.register_post_accumulate_grad_hook(self._settle)
+
+    def add(self, flow: Combined, parameter: torch.Tensor, new: Pair) -> tuple[Pair | None, Pair]:
+        """Add one pass's updates; return the sums before and after it."""
+        self._forget_if_changed(parameter)
+        task = torch._C._current_graph_task_id()
+        if task != self.task:  # what an earlier torch.autograd.grad left has never reached p.grad
+            self.pending.clear()
+            self.task = task
+        before = self.pending.get(flow, self.settled.get(flow))
+        after = new if before is None else (before[0] + new[0], before[1] + new[1])
+        self.pending[flow] = after
+        return before, after
+
+    def _settle(self, parameter: torch.Tensor) -> None:
+        if torch._C._current_graph_task_id() == self.task:
+            self.settled.update(self.pending)
+        self.pending.clear()
+        self.grad = parameter.grad
+        self.version = -1 if self.grad is None else self.grad._version
+
+    def _forget_if_changed(self, parameter: torch.Tensor | None) -> None:
+        grad = None if parameter is None else parameter.grad
+        if grad is None or grad is not self.grad or grad._version != self.version:
+            self.settled.clear()
+            self.grad = None
+
+
+_SUMS = WeakIdKeyDictionary()
+
+
+def combined_changes(flow: Combined, parameters: Sequence[torch.Tensor], news: Sequence[Pair]) -> list[torch.Tensor]:
+    """Return for each parameter the change of its combined update that the updates `news` of one pass make."""
+    changes = []
+    for parameter, new in zip(parameters, news, strict=True):
+        if parameter not in _SUMS:
+            _SUMS[parameter] = ParameterSums(parameter)
+        before, after = _SUMS[parameter].add(flow, parameter, new)
+        change = flow.rule(*after)
+        changes.append(change if before is None else change - flow.rule(*before))
+    return changes

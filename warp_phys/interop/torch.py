@@ -1,0 +1,374 @@
+"""The bridge to torch: rollouts whose backward pass is a flow of one's choice, attached to autograd."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import warp as wp
+
+from warp_phys import kernels
+from warp_phys.arrays import as_structs, check_parameter_names, shape_message
+from warp_phys.errors import Diverged, check_choice, check_count
+from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
+from warp_phys.interop.report import Report
+from warp_phys.interop.sums import combined_changes
+from warp_phys.interop.torch_controller import TorchController, split
+from warp_phys.layers import Workspace
+from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
+from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
+from warp_phys.systems.base import Simulator, System
+
+__all__ = ["Report", "Rollout", "pointwise_cost"]
+
+
+class Rollout:
+    """x_{n+1} = S(x_n, N(x_n)) for n = 0 … steps − 1, differentiable with the flow of one's choice.
+
+    `loss.backward()` leaves the flow's update in the `.grad` of the controller's parameters. Several backward passes
+    before one optimiser step add up as they should, for a combined flow M and R apart.
+
+    Args:
+        system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`).
+        controller: Any module that maps (B, D) to (B, K) row by row, the same way each time.
+        steps: Number of time steps T.
+        flow: A name, a letter, a `Flow` or a `Combined`.
+        device: "cpu", "cuda", "cuda:1", …; that of the controller's parameters if None.
+        backend: "fused" (forward in one kernel: dense layers), "general" (any module) or "auto".
+        on_divergence: "raise" raises `Diverged`; "mask" freezes the samples that diverge in their last finite state,
+            gives them no say in the gradients and names them in `report.diverged`.
+        reduce: Called with the flows' updates, shape (flows, parameters), before they are compared: sums them in place
+            over ranks, for instance `torch.distributed.all_reduce`.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; the message names the argument, what came and what is expected.
+    """
+
+    def __init__(
+        self,
+        system: Simulator,
+        controller: torch.nn.Module,
+        steps: int,
+        flow: str | Flow | Combined = "combined",
+        device: str | torch.device | None = None,
+        backend: str = "auto",
+        on_divergence: str = "raise",
+        reduce: Callable[[torch.Tensor], Any] | None = None,
+    ):
+        if not isinstance(controller, torch.nn.Module):
+            raise TypeError(f"controller must be a torch.nn.Module, got {type(controller).__name__}")
+        self.system, self.controller = system, controller
+        self.steps = check_count("steps", steps)
+        self.flow = flow
+        self.observe: Sequence[str | Flow] = ()
+        """Further flows that ride along in backward passes, for the report only."""
+        self.report = Report()
+        """Numbers of the last backward pass."""
+        self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "mask"))
+        self.reduce = reduce
+        self._adapter = TorchController(controller)
+        check_sizes(system, self._adapter.dense() or controller)
+        self.dtype, self.device = _precision_and_device(controller, device)
+        self._backend = check_choice("backend", backend, BACKENDS)
+        choose_backend(backend, system, self._adapter, self.device.type == "cuda")
+
+    @property
+    def flow(self) -> Flow | Combined:
+        """The flow of the next backward passes; a name or a letter may be assigned."""
+        return self._flow
+
+    @flow.setter
+    def flow(self, flow: str | Flow | Combined) -> None:
+        flow = resolve(flow)
+        flow_gates(linear_parts(flow), self.steps)  # raises if gates are given for another number of steps
+        self._flow = flow
+
+    @property
+    def backend(self) -> str:
+        """How the forward pass runs: "fused" or "general"."""
+        return choose_backend(self._backend, self.system, self._adapter, self.device.type == "cuda")
+
+    def __call__(self, x0: Any, parameters: Mapping[str, Any] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return states (steps + 1, batch, D) and controls (steps, batch, K), attached to autograd.
+
+        Args:
+            x0: Initial states, shape (batch, D): torch, numpy or any DLPack array.
+            parameters: Physical parameters by name, a number or one per sample each; torch tensors may require gradients.
+
+        Raises:
+            TypeError, ValueError: x0 or a parameter does not fit.
+            Diverged: A state is not finite, and `on_divergence` is "raise".
+        """
+        x0 = self._initial_states(x0)
+        rows = self._parameter_rows(parameters or {}, x0)
+        trainable = self._adapter.trainable
+        if torch.is_grad_enabled() and (trainable or x0.requires_grad or (rows is not None and rows.requires_grad)):
+            return _Unroll.apply(self, x0, rows, *trainable)
+        return self._forward(x0, rows)[:2]
+
+    def _initial_states(self, x0: Any) -> torch.Tensor:
+        """Return x0 as a tensor that fits, or raise."""
+        if not isinstance(x0, torch.Tensor):
+            x0 = self._import(x0)
+        columns = ", ".join(getattr(self.system, "states", ()))
+        if x0.ndim != 2 or x0.shape[1] != self.system.state_size or len(x0) == 0:
+            message = shape_message("x0", (-1, self.system.state_size), x0.shape)
+            raise ValueError(f"{message} for {self.system}" + (f"; its columns are {columns}" if columns else ""))
+        if x0.dtype != self.dtype:
+            raise TypeError(f"x0 must hold {self.dtype} as the controller does, got {x0.dtype}")
+        if x0.device != self.device:
+            raise ValueError(f"x0 must be on device {self.device} as the controller is, got {x0.device}")
+        finite = torch.isfinite(x0)
+        if not finite.all():
+            bad = torch.nonzero(~finite.all(dim=1)).flatten().tolist()
+            raise ValueError(f"x0 must be finite, rows {bad[:8]} are not")
+        return x0
+
+    def _import(self, x0: Any) -> torch.Tensor:
+        """Return numpy or DLPack data as a tensor: numpy in the controller's precision and on its device."""
+        if isinstance(x0, (np.ndarray, list, tuple)):
+            array = np.asarray(x0)
+            if array.dtype.kind != "f":
+                raise TypeError(f"x0 must hold floating-point numbers, got {array.dtype}")
+            return torch.as_tensor(array).to(self.device, self.dtype)
+        if hasattr(x0, "__dlpack__"):
+            return torch.from_dlpack(x0)
+        raise TypeError(f"x0 must be a torch, numpy or DLPack array, got {type(x0).__name__}")
+
+    def _parameter_rows(self, values: Mapping[str, Any], x0: torch.Tensor) -> torch.Tensor | None:
+        """Return the physical parameters as rows (1 or batch, number of parameters); None: the system's own."""
+        if not values:
+            return None
+        names = getattr(self.system, "parameter_names", ())
+        check_parameter_names(names, values)
+        columns = []
+        for name in names:
+            value = values.get(name, getattr(self.system, name))
+            column = torch.as_tensor(value, dtype=self.dtype, device=self.device).reshape(-1)
+            if len(column) not in (1, len(x0)):
+                raise ValueError(f"parameter {name} must be a number or {len(x0)} numbers, one per sample, got {len(column)}")
+            if not torch.isfinite(column).all():
+                raise ValueError(f"parameter {name} must be finite, got {value}")
+            columns.append(column)
+        return torch.stack(torch.broadcast_tensors(*columns), dim=1)
+
+    def _structs(self, rows: torch.Tensor | None, like: wp.array) -> wp.array | None:
+        if not isinstance(self.system, System):
+            return None
+        if rows is None:
+            return self.system.check_parameters(None, like, 1)
+        struct = self.system.types(like.dtype).Parameters
+        return as_structs(_array(rows.detach().contiguous()), struct)
+
+    def _forward(self, x0: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return states, controls and the samples that were masked."""
+        make = {"dtype": self.dtype, "device": self.device}
+        states = torch.empty((self.steps + 1, len(x0), self.system.state_size), **make)
+        controls = torch.empty((self.steps, len(x0), self.system.control_size), **make)
+        states[0] = x0.detach()
+        with torch.no_grad(), torch_stream(self.device):
+            arrays = _array(states), _array(controls)
+            forward(self.system, self._adapter, *arrays, self._structs(rows, arrays[0]), self.backend == "fused")
+        return states, controls, self._handle_divergence(states, controls)
+
+    def _handle_divergence(self, states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
+        """Raise, or freeze samples in place; return the indices of frozen samples."""
+        finite = torch.isfinite(states).all(dim=2)
+        none = torch.empty(0, dtype=torch.long, device=states.device)
+        if finite.all():
+            return none
+        samples = torch.nonzero(~finite.all(dim=0)).flatten()
+        first = finite[:, samples].long().argmin(dim=0)
+        if self.on_divergence == "raise" or len(samples) == states.shape[1]:
+            raise Diverged(int(first.min()), samples.tolist())
+        for sample, n in zip(samples.tolist(), first.tolist(), strict=True):
+            states[n:, sample] = states[n - 1, sample]
+            controls[n - 1 :, sample] = 0.0
+        return samples
+
+    def _backward(
+        self,
+        states: torch.Tensor,
+        controls: torch.Tensor,
+        rows: torch.Tensor | None,
+        masked: torch.Tensor,
+        seeds: tuple[torch.Tensor | None, torch.Tensor | None],
+        want_rows: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """Run the flows backward; return the gradients of x0, of the parameter rows and of the trainable parameters."""
+        trainable = self._adapter.trainable
+        parts = linear_parts(self.flow)
+        flows = distinct([*parts, *(part for flow in self.observe for part in linear_parts(resolve(flow)))])
+        gates = flow_gates(flows, self.steps)
+        seeds_ = [_owned(seed, like, masked) for seed, like in zip(seeds, (states, controls), strict=True)]
+        updates = torch.zeros((len(flows), sum(p.numel() for p in trainable)), dtype=self.dtype, device=self.device)
+        with torch_stream(self.device):
+            arrays = [_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
+            gates_array = _array(torch.as_tensor(gates, dtype=self.dtype, device=self.device))
+            trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]))
+            adjoints = backward(
+                self.system, self._adapter, trajectory, Seeds(arrays[2], arrays[3]), gates, gates_array,
+                list(updates), Workspace(), want_rows, check=None if len(masked) else _check_pure,
+            )  # fmt: skip
+            adj_x0 = wp.to_torch(adjoints.x0)
+            adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters)
+        if self.reduce is not None:
+            self.reduce(updates)
+        grads = self._updates(updates, trainable)
+        change = torch.cat([grad.reshape(-1) for grad in grads]) if grads else updates[0]
+        self.report = Report(flows, updates, change.detach(), tuple(masked.tolist()))
+        if adj_rows is not None and rows is not None:
+            adj_rows = self._combine(adj_rows.sum(dim=1, keepdim=True) if len(rows) == 1 else adj_rows)
+        return self._combine(adj_x0), adj_rows, grads
+
+    def _updates(self, updates: torch.Tensor, trainable: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+        """Return what this pass adds to the gradients of the parameters."""
+        if not isinstance(self.flow, Combined):
+            return split(updates[0], trainable)
+        news = list(zip(split(updates[0], trainable), split(updates[1], trainable), strict=True))
+        return combined_changes(self.flow, trainable, news)
+
+    def _combine(self, per_flow: torch.Tensor) -> torch.Tensor:
+        """Return the flow's own adjoint of one pass; per_flow has shape (flows, …)."""
+        return self.flow.rule(per_flow[0], per_flow[1]) if isinstance(self.flow, Combined) else per_flow[0]
+
+
+class _Unroll(torch.autograd.Function):
+    """The unrolling as one node of torch's graph."""
+
+    @staticmethod
+    def forward(ctx, rollout: Rollout, x0, rows, *trainable):
+        ctx.set_materialize_grads(False)
+        states, controls, masked = rollout._forward(x0, rows)
+        ctx.rollout = rollout
+        # the parameters are saved so that torch notices a change between forward and backward
+        ctx.save_for_backward(states, controls, rows, masked, *trainable)
+        return states, controls
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, adj_states, adj_controls):
+        states, controls, rows, masked, *trainable = ctx.saved_tensors
+        if adj_states is None and adj_controls is None:
+            return (None,) * (3 + len(trainable))
+        want_rows = ctx.needs_input_grad[2]
+        seeds = (adj_states, adj_controls)
+        adj_x0, adj_rows, grads = ctx.rollout._backward(states, controls, rows, masked, seeds, want_rows)
+        return None, adj_x0 if ctx.needs_input_grad[1] else None, adj_rows, *grads
+
+
+class _PointwiseCost(torch.autograd.Function):
+    """costs[i, b] = cost(states[times[i], b]); its backward pass writes into buffers of its own."""
+
+    @staticmethod
+    def forward(ctx, states, system, times, rows):
+        x = _array(states.detach())
+        with torch_stream(states.device):
+            chosen = wp.array(times, dtype=int, device=x.device)
+            p = system.check_parameters(None, x, 1)
+            if rows is not None:
+                p = as_structs(_array(rows.detach().contiguous()), system.types(x.dtype).Parameters)
+            costs = states.new_empty((len(times), states.shape[1]))
+            kernel = kernels.cost_kernel(system.structure, x.dtype)
+            inputs, outputs = [x, chosen, p], [_array(costs)]
+            wp.launch(kernel, dim=tuple(costs.shape), inputs=inputs, outputs=outputs, device=x.device, record_tape=False)
+        ctx.system, ctx.chosen, ctx.p = system, chosen, p
+        ctx.save_for_backward(states, rows)
+        return costs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, adj_costs):
+        states, rows = ctx.saved_tensors
+        adj_states = torch.zeros_like(states, memory_format=torch.contiguous_format)
+        structs = ctx.system.types(ctx.p._rows.dtype).Parameters
+        want_rows = rows is not None and ctx.needs_input_grad[3]
+        shape = (*adj_costs.shape, len(ctx.system.parameter_names)) if want_rows else (0, 0, 0)
+        adj_rows = states.new_empty(shape)
+        with torch_stream(states.device):
+            x = _array(states.detach())
+            kernel = kernels.cost_vjp_kernel(ctx.system.structure, x.dtype)
+            inputs = [x, ctx.chosen, ctx.p, _array(adj_costs.contiguous())]
+            outputs = [_array(adj_states), as_structs(_array(adj_rows), structs)]
+            dim = tuple(adj_costs.shape)
+            wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=x.device, record_tape=False)
+        if not want_rows:
+            return adj_states, None, None, None
+        per_sample = adj_rows.sum(dim=0)
+        return adj_states, None, None, per_sample.sum(dim=0, keepdim=True) if len(rows) == 1 else per_sample
+
+
+def pointwise_cost(
+    system: System, states: torch.Tensor, times: Sequence[int], parameters: Mapping[str, Any]
+) -> torch.Tensor:
+    """Return the pointwise cost at chosen times, shape (times, batch), attached to autograd.
+
+    Args:
+        system: The system.
+        states: Shape (steps + 1, batch, D), float32 or float64.
+        times: Distinct steps.
+        parameters: Physical parameters by name; torch tensors may require gradients.
+
+    Raises:
+        TypeError: States of another precision.
+    """
+    if states.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"states must hold torch.float32 or torch.float64, got {states.dtype}")
+    rows = None
+    if parameters:
+        check_parameter_names(system.parameter_names, parameters)
+        make = {"dtype": states.dtype, "device": states.device}
+        columns = [torch.as_tensor(parameters.get(n, getattr(system, n)), **make) for n in system.parameter_names]
+        rows = torch.stack(torch.broadcast_tensors(*(column.reshape(-1) for column in columns)), dim=1)
+    return _PointwiseCost.apply(states, system, times, rows)
+
+
+def torch_stream(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which Warp launches on torch's current stream of a CUDA device; on a CPU it does nothing."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return wp.ScopedStream(wp.stream_from_torch(device), sync_enter=False)
+
+
+def _array(tensor: torch.Tensor) -> wp.array:
+    """Return a tensor as a Warp array: the same memory, no gradient attached."""
+    return wp.from_torch(tensor, requires_grad=False)
+
+
+def _owned(seed: torch.Tensor | None, like: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Return the adjoint of a trajectory as a contiguous tensor, zero for masked samples."""
+    if seed is None:
+        return torch.zeros_like(like, memory_format=torch.contiguous_format)
+    if len(masked):
+        seed = seed.clone()
+        seed[:, masked] = 0.0
+    return seed.contiguous()
+
+
+def _check_pure(linear: Any, stored: wp.array) -> None:
+    """Raise a ValueError if a controller gives other controls for the same states than it gave in the forward pass."""
+    before = wp.to_torch(stored)
+    error = (linear.output.detach() - before).abs().max()
+    if not error <= 1e-3 * (1.0 + before.abs().max()):
+        raise ValueError(
+            f"controller must give the same controls for the same states each time, they differ by {float(error):.3g}; "
+            "dropout, batch normalisation, noise and memory are such cases: use controller.eval(), or put memory into the state"
+        )
+
+
+def _precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[torch.dtype, torch.device]:
+    """Return the one precision and device of a module's parameters, or raise."""
+    parameters = list(controller.parameters())
+    kinds = {(p.dtype, p.device) for p in parameters}
+    if len(kinds) > 1:
+        raise ValueError(f"controller must have its parameters in one precision on one device, got {sorted(map(str, kinds))}")
+    dtype, own = kinds.pop() if kinds else (torch.float32, torch.device(device or "cpu"))
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"controller must have float32 or float64 parameters, got {dtype}")
+    wanted = own if device is None else torch.device(device)
+    if wanted.type == "cuda" and wanted.index is None:
+        wanted = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if wanted != own:
+        raise ValueError(f"device is {wanted}, but the controller's parameters are on {own}: use controller.to('{wanted}')")
+    return dtype, own

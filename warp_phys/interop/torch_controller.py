@@ -1,0 +1,143 @@
+"""Any torch module as the controller of a rollout."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import warp as wp
+
+from warp_phys.layers import Dense, Workspace
+
+_ACTIVATIONS: dict[type, str] = {
+    torch.nn.Tanh: "tanh",
+    torch.nn.ReLU: "relu",
+    torch.nn.ELU: "elu",
+    torch.nn.SiLU: "silu",
+    torch.nn.Sigmoid: "sigmoid",
+}
+
+
+class TorchController:
+    """A `torch.nn.Module` (B, D) → (B, K) behind the `Controller` protocol; arrays are exchanged without copies."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.module = module
+        self._dense: Dense | None = None
+        self._key: tuple | None = None
+
+    @property
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The parameters that require gradients."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Number of parameters: exact for dense layers, a lower bound for convolutions."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    def evaluate(self, x: wp.array, c: wp.array) -> None:
+        """Write c = N(x)."""
+        with torch.no_grad():
+            wp.to_torch(c).copy_(self.module(wp.to_torch(x)))
+
+    def linearise(self, x: wp.array, workspace: Workspace) -> "TorchLinearisation":
+        """Return the module linearised at the rows x (N, D); `workspace` is not needed."""
+        return TorchLinearisation(self, wp.to_torch(x))
+
+    def fits(self, system: Any) -> bool:
+        """Whether the module is dense layers that the fused kernel expresses."""
+        dense = self.dense()
+        return dense is not None and dense.fits(system)
+
+    def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array) -> None:
+        """Write states[1:] and controls from states[0] in one kernel."""
+        dense = self.dense()
+        assert dense is not None  # the caller has asked `fits`
+        dense.unroll(system, states, controls, parameters)
+
+    def dense(self) -> Dense | None:
+        """Return the module as `Dense` layers over the same memory, or None if it is something else."""
+        layers = _dense_layers(self.module)
+        if layers is None:
+            self._key = self._dense = None
+            return None
+        linears, activation = layers
+        tensors = [t for layer in linears for t in (layer.weight, layer.bias)]
+        key = (activation, *((t.data_ptr(), t.shape) for t in tensors))
+        if key != self._key:
+            sizes = (linears[0].in_features, *(layer.out_features for layer in linears))
+            arrays = [wp.from_torch(t.detach(), requires_grad=False) for t in tensors]
+            self._dense, self._key = Dense(sizes, activation, arrays), key
+        return self._dense
+
+
+def _dense_layers(module: torch.nn.Module) -> tuple[list[torch.nn.Linear], str] | None:
+    """Return the linear layers and the activation between them, or None for any other module."""
+    if type(module).forward is not torch.nn.Sequential.forward or _has_hooks(module):
+        return None
+    layers = list(module.children())
+    linears, between = layers[::2], layers[1::2]
+    if not linears or len(linears) != len(between) + 1 or any(_has_hooks(layer) for layer in layers):
+        return None
+    if any(type(layer) is not torch.nn.Linear or layer.bias is None for layer in linears):
+        return None
+    if any(not layer.weight.is_contiguous() or layer.weight.dtype not in _PRECISIONS for layer in linears):
+        return None
+    names = {_ACTIVATIONS.get(type(layer)) for layer in between} or {"identity"}
+    if len(names) != 1 or None in names or any(getattr(layer, "alpha", 1.0) != 1.0 for layer in between):
+        return None
+    return linears, names.pop()
+
+
+_PRECISIONS = (torch.float32, torch.float64)
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class TorchLinearisation:
+    """A module's autograd graph at N rows, used for the input Jacobian and for every flow's contraction."""
+
+    def __init__(self, controller: TorchController, x: torch.Tensor):
+        self.parameters = controller.trainable
+        with torch.enable_grad():
+            self.x = x.detach().requires_grad_()
+            self.output = controller.module(self.x)
+
+    def jacobian(self, out: wp.array) -> None:
+        """Write ∂N/∂x, shape (N, K, D), with one backward pass per control component."""
+        target, seed = wp.to_torch(out), torch.zeros_like(self.output)
+        for k in range(self.output.shape[1]):
+            seed[:, k] = 1.0
+            self._pull(seed, target[:, k])
+            seed[:, k] = 0.0
+
+    def pull(self, mu: wp.array, adj_x: wp.array) -> None:
+        """Write adj_x = (∂N/∂x)ᵀ mu."""
+        self._pull(wp.to_torch(mu), wp.to_torch(adj_x))
+
+    def contract(self, mu: wp.array, gradients: torch.Tensor) -> None:
+        """Add Σ (∂N/∂θ)ᵀ mu to the flat tensor `gradients`."""
+        if not self.parameters or not self.output.requires_grad:
+            return
+        arguments: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+        parts = torch.autograd.grad(self.output, self.parameters, wp.to_torch(mu), **arguments)
+        gradients.add_(flatten(parts, self.parameters))
+
+    def _pull(self, mu: torch.Tensor, out: torch.Tensor) -> None:
+        if not self.output.requires_grad:  # a controller that does not look at its input
+            out.zero_()
+            return
+        (adj,) = torch.autograd.grad(self.output, (self.x,), mu, retain_graph=True, allow_unused=True)
+        out.zero_() if adj is None else out.copy_(adj)
+
+
+def flatten(parts: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return tensors as one flat tensor; None stands for zeros of the shape in `like`."""
+    return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(parts, like, strict=True)])
+
+
+def split(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the parts of a flat tensor in the shapes of `like`; views."""
+    return [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in like]), like, strict=True)]

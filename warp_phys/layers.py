@@ -1,0 +1,222 @@
+"""Controllers as Warp kernels: dense layers, on a tape, linearised by hand, or fused with the physics."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import warp as wp
+
+from warp_phys import dense_kernels as kernels
+from warp_phys.activations import ACTIVATIONS
+from warp_phys.arrays import check_array, numpy_type, real_type
+from warp_phys.errors import check_choice, check_count
+
+FUSED_WIDTH = 256
+"""Widest layer of the fused unrolling; a sample's activations must stay in the first-level cache."""
+
+
+class Workspace:
+    """Arrays that are allocated once and kept: a captured graph goes on using their memory."""
+
+    def __init__(self):
+        self._arrays: dict[tuple, wp.array] = {}
+
+    def array(self, name: str, shape: Sequence[int], dtype: Any, device: Any) -> wp.array:
+        """Return the array of this name, shape and type; its contents are what was written last."""
+        key = (name, tuple(shape), dtype, str(device))
+        if key not in self._arrays:
+            self._arrays[key] = wp.zeros(tuple(shape), dtype=dtype, device=device)
+        return self._arrays[key]
+
+
+class Dense:
+    """Dense layers c = N(x; θ): an activation after every layer but the last.
+
+    Args:
+        sizes: Layer sizes from D to K, for instance (10, 100, 100, 1).
+        activation: One of `warp_phys.activations.ACTIVATIONS`.
+        parameters: Weights (out, in) and biases (out,) in turn, as Warp arrays whose memory is used; None makes
+            Glorot-uniform weights and zero biases.
+        device: Warp device of new parameters.
+        dtype: float32 or float64, precision of new parameters.
+        seed: Seed of new parameters.
+
+    Raises:
+        TypeError, ValueError: Sizes, names or arrays that do not fit.
+
+    >>> Dense((4, 8, 1), device="cpu").control_size
+    1
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: str = "tanh",
+        parameters: Sequence[wp.array] | None = None,
+        device: Any = None,
+        dtype: Any = np.float32,
+        seed: int = 0,
+    ):
+        self.sizes = tuple(check_count("sizes", size) for size in sizes)
+        if len(self.sizes) < 2:
+            raise ValueError(f"sizes must name at least an input and an output, got {self.sizes}")
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        if parameters is None:
+            parameters = _glorot(self.sizes, device, real_type(dtype), seed)
+        self.parameters = self._check(parameters)
+        self.real = self.parameters[0].dtype
+        self.device = self.parameters[0].device
+        self._workspace = Workspace()
+
+    def _check(self, parameters: Sequence[wp.array]) -> tuple[wp.array, ...]:
+        shapes = _shapes(self.sizes)
+        if len(parameters) != len(shapes):
+            raise ValueError(f"sizes {self.sizes} need {len(shapes)} parameters, got {len(parameters)}")
+        first = parameters[0] if isinstance(parameters[0], wp.array) else None
+        for i, (array, shape) in enumerate(zip(parameters, shapes, strict=True)):
+            check_array(f"parameters[{i}]", array, shape, first)
+        return tuple(parameters)
+
+    @property
+    def state_size(self) -> int:
+        """Number D of inputs."""
+        return self.sizes[0]
+
+    @property
+    def control_size(self) -> int:
+        """Number K of outputs."""
+        return self.sizes[-1]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one evaluation of one row."""
+        return sum(n * m for n, m in zip(self.sizes[:-1], self.sizes[1:], strict=True))
+
+    def evaluate(self, x: wp.array, c: wp.array) -> None:
+        """Write c = N(x) for rows x (N, D), c (N, K); an active tape records it."""
+        recording = wp._src.context.runtime.tape is not None
+        for i, (weight, bias) in enumerate(self._layers()):
+            last = i == len(self.sizes) - 2
+            y = c if last else self._hidden(i, len(x), recording)
+            kernel = kernels.dense_kernel("identity" if last else self.activation, self.real)
+            wp.launch(kernel, dim=y.shape, inputs=[x, weight, bias], outputs=[y], device=self.device)
+            x = y
+
+    def linearise(self, x: wp.array, workspace: Workspace) -> "DenseLinearisation":
+        """Return the controller linearised at the rows x (N, D)."""
+        return DenseLinearisation(self, x, workspace)
+
+    def gradients(self, workspace: Workspace, name: str) -> list[wp.array]:
+        """Return zeroed arrays of the shapes of the parameters, for `DenseLinearisation.contract`."""
+        arrays = [workspace.array(f"{name}{i}", p.shape, self.real, self.device) for i, p in enumerate(self.parameters)]
+        for array in arrays:
+            array.zero_()
+        return arrays
+
+    def fits(self, system: Any) -> bool:
+        """Whether the whole unrolling with this system runs as one fused kernel."""
+        return hasattr(system, "functions") and kernels.padded_width(self.sizes) <= FUSED_WIDTH
+
+    def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array) -> None:
+        """Write states[1:] and controls from states[0], controller and physics in one kernel."""
+        packed = self._pack()
+        kernel = kernels.unroll_kernel(system.structure, self.sizes, self.activation, self.real)
+        threads = -(-states.shape[1] // kernels.SAMPLES)
+        inputs = [packed, parameters, states]
+        wp.launch(kernel, dim=threads, inputs=inputs, outputs=[controls], device=self.device, record_tape=False)
+
+    def _layers(self):
+        return zip(self.parameters[::2], self.parameters[1::2], strict=True)
+
+    def _hidden(self, i: int, rows: int, recording: bool) -> wp.array:
+        """Return the output array of hidden layer i: a new one for a tape, which must find it unchanged."""
+        shape = (rows, self.sizes[i + 1])
+        if recording:
+            return wp.empty(shape, dtype=self.real, device=self.device, requires_grad=True)
+        return self._workspace.array(f"hidden{i}", shape, self.real, self.device)
+
+    def _pack(self) -> wp.array:
+        """Return the parameters in the layout of the fused kernel: see `dense_kernels.unroll_kernel`."""
+        width = kernels.padded_width(self.sizes)
+        rows = kernels.layer_rows(self.sizes)
+        Row = wp.types.vector(length=width, dtype=self.real)
+        packed = self._workspace.array("packed", (rows[-1],), Row, self.device)
+        for i, (weight, bias) in enumerate(self._layers()):
+            last = i == len(self.sizes) - 2
+            inputs = [weight, bias, rows[i], int(last)]
+            kernel = kernels.pack_kernel(width, self.real)
+            dim = (self.sizes[i] + 1, self.sizes[i + 1])
+            wp.launch(kernel, dim=dim, inputs=inputs, outputs=[packed], device=self.device, record_tape=False)
+        return packed
+
+
+class DenseLinearisation:
+    """Dense layers at fixed rows: outputs of every layer and slopes of its activation."""
+
+    def __init__(self, dense: Dense, x: wp.array, workspace: Workspace):
+        self.dense, self.workspace = dense, workspace
+        self.inputs, self.slopes = [x], []
+        for i, (weight, bias) in enumerate(dense._layers()):
+            last = i == len(dense.sizes) - 2
+            shape = (len(x), dense.sizes[i + 1])
+            y, slope = self._array(f"y{i}", shape), self._array(f"slope{i}", shape)
+            kernel = kernels.dense_with_slope_kernel("identity" if last else dense.activation, dense.real)
+            self._launch(kernel, shape, [self.inputs[-1], weight, bias], [y, slope])
+            self.inputs.append(y)
+            self.slopes.append(slope)
+
+    def jacobian(self, out: wp.array) -> None:
+        """Write ∂N/∂x, shape (N, K, D)."""
+        rows, size = len(self.inputs[0]), self.dense.control_size
+        seeds = self._array("seeds", (rows * size, size))
+        self._launch(kernels.unit_rows_kernel(self.dense.real), seeds.shape, [size], [seeds])
+        self._pull(seeds, out.reshape((rows * size, self.dense.state_size)), "jacobian", size)
+
+    def pull(self, mu: wp.array, adj_x: wp.array) -> None:
+        """Write adj_x = (∂N/∂x)ᵀ mu for rows mu (N, K)."""
+        self._pull(mu, adj_x, "pull", 1)
+
+    def contract(self, mu: wp.array, gradients: Sequence[wp.array]) -> None:
+        """Add Σ (∂N/∂θ)ᵀ mu over the rows mu (N, K) to `gradients`, one array per parameter."""
+        for i, delta in self._deltas(mu, "contract", 1):
+            kernel = kernels.contract_kernel(self.dense.real)
+            weight, bias = gradients[2 * i], gradients[2 * i + 1]
+            self._launch(kernel, weight.shape, [delta, self.inputs[i]], [weight, bias])
+
+    def _pull(self, adj: wp.array, out: wp.array, name: str, repeat: int) -> None:
+        for i, delta in self._deltas(adj, name, repeat):
+            if i == 0:
+                weight = self.dense.parameters[0]
+                self._launch(kernels.transposed_kernel(self.dense.real), out.shape, [delta, weight], [out])
+
+    def _deltas(self, adj: wp.array, name: str, repeat: int):
+        """Yield (layer, adjoint before its activation) from the last layer to the first."""
+        for i in reversed(range(len(self.slopes))):
+            delta = self._array(f"{name} delta{i}", (len(adj), self.dense.sizes[i + 1]))
+            self._launch(kernels.slope_kernel(self.dense.real), delta.shape, [adj, self.slopes[i], repeat], [delta])
+            yield i, delta
+            if i > 0:
+                adj = self._array(f"{name} adj{i}", (len(delta), self.dense.sizes[i]))
+                weight = self.dense.parameters[2 * i]
+                self._launch(kernels.transposed_kernel(self.dense.real), adj.shape, [delta, weight], [adj])
+
+    def _array(self, name: str, shape: Sequence[int]) -> wp.array:
+        return self.workspace.array(name, shape, self.dense.real, self.dense.device)
+
+    def _launch(self, kernel, dim, inputs, outputs) -> None:
+        wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=self.dense.device, record_tape=False)
+
+
+def _shapes(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the shapes of weights and biases in turn."""
+    return [shape for n, m in zip(sizes[:-1], sizes[1:], strict=True) for shape in ((m, n), (m,))]
+
+
+def _glorot(sizes, device, real, seed) -> list[wp.array]:
+    generator, dtype = np.random.default_rng(seed), numpy_type(real)
+    arrays = []
+    for shape in _shapes(sizes):
+        bound = np.sqrt(6.0 / sum(shape)) if len(shape) == 2 else 0.0
+        values = generator.uniform(-bound, bound, shape).astype(dtype)
+        arrays.append(wp.array(values, dtype=real, device=device, requires_grad=True))
+    return arrays

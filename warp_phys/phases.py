@@ -1,0 +1,332 @@
+"""The backward pass of an unrolling in three phases, for any number of flows at once.
+
+1. Linearise: the controller's input Jacobians at all rows of a chunk of the trajectory, one batched pass.
+2. Sweep: the adjoints from the last step to the first, for all flows in one launch.
+3. Contract: Σ_n (∂N/∂θ)ᵀ μ_n, one batched vector-Jacobian product per flow.
+
+The trajectory is stored; everything else is recomputed in chunks, from the last time steps to the first, so that memory
+over the horizon is the trajectory alone. `docs/mathematics.md` derives it.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import warp as wp
+
+from warp_phys import kernels
+from warp_phys.arrays import as_structs
+from warp_phys.flow import Flow
+from warp_phys.layers import Workspace
+from warp_phys.systems.base import Simulator, System
+
+CHUNK_ROWS = 2048
+"""Rows (time steps × samples) that are linearised together: the activations of 100 units take 0.8 MB."""
+
+STEP_COST = 1e7
+"""Multiply-adds that a processor does in the time that one more call of a controller costs; see `parallel_in_time`."""
+
+
+class Linearisation(Protocol):
+    """A controller linearised at N rows of states."""
+
+    def jacobian(self, out: wp.array) -> None:
+        """Write ∂N/∂x, shape (N, K, D)."""
+
+    def pull(self, mu: wp.array, adj_x: wp.array) -> None:
+        """Write adj_x = (∂N/∂x)ᵀ mu, shapes (N, D) and (N, K)."""
+
+    def contract(self, mu: wp.array, gradients: Any) -> None:
+        """Add Σ (∂N/∂θ)ᵀ mu over the rows to `gradients`."""
+
+
+class Controller(Protocol):
+    """What a rollout needs of a controller c = N(x; θ)."""
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one evaluation of one row; decides between ways that give the same numbers."""
+
+    def evaluate(self, x: wp.array, c: wp.array) -> None:
+        """Write c = N(x), shapes (N, D) and (N, K)."""
+
+    def linearise(self, x: wp.array, workspace: Workspace) -> Linearisation:
+        """Return the controller linearised at x (N, D)."""
+
+    def fits(self, system: Any) -> bool:
+        """Whether `unroll` can run the whole forward unrolling with this system as one kernel."""
+
+    def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array) -> None:
+        """Write states[1:] and controls from states[0]."""
+
+
+class Trajectory(NamedTuple):
+    """An unrolling: all that a backward pass needs."""
+
+    states: wp.array
+    """x_0 … x_T, shape (steps + 1, batch, D)."""
+    controls: wp.array
+    """c_0 … c_{T−1}, shape (steps, batch, K)."""
+    parameters: wp.array | None
+    """Physical parameters, a struct array of length 1 or batch; None for a simulator that has none."""
+
+
+class Seeds(NamedTuple):
+    """Where a backward pass starts: the explicit derivatives of the loss."""
+
+    states: wp.array
+    """∂L/∂x_n, shape (steps + 1, batch, D)."""
+    controls: wp.array
+    """∂L/∂c_n, shape (steps, batch, K)."""
+
+
+class Adjoints(NamedTuple):
+    """What a backward pass leaves besides the controller's gradients; one entry per flow."""
+
+    x0: wp.array
+    """λ_0, shape (flows, batch, D)."""
+    parameters: wp.array | None
+    """Adjoints of the physical parameters of each sample, shape (flows, batch, number of parameters), or None."""
+
+
+def forward(
+    system: Simulator, controller: Controller, states: wp.array, controls: wp.array, parameters: wp.array | None, fused: bool
+) -> None:
+    """Unroll: write states[1:] and controls from states[0]; in one kernel if `fused`, else step by step."""
+    if fused:
+        controller.unroll(system, states, controls, parameters)
+        return
+    for n in range(controls.shape[0]):
+        controller.evaluate(states[n], controls[n])
+        system.step(states[n], controls[n], states[n + 1], parameters)
+
+
+def flow_gates(flows: Sequence[Flow], steps: int) -> np.ndarray:
+    """Return α and β of all flows and steps, shape (flows, steps, 2)."""
+    return np.stack([flow.gates(steps) for flow in flows])
+
+
+def parallel_in_time(system: Simulator, controller: Controller, trajectory: Trajectory, flows: int) -> bool:
+    """Whether to form the controller's Jacobians, or to pull adjoints through it step by step.
+
+    The Jacobians cost one backward pass per control component over all rows; pulling costs a forward and a backward pass
+    per step and flow, and the time of that many calls. A simulator that is no `System` has no sweep kernel.
+    """
+    if not isinstance(system, System):
+        return False
+    steps, batch, controls = trajectory.controls.shape
+    evaluation = controller.multiply_adds * batch * steps
+    return controls * evaluation <= 2 * flows * (evaluation + steps * STEP_COST)
+
+
+def backward(
+    system: Simulator,
+    controller: Controller,
+    trajectory: Trajectory,
+    seeds: Seeds,
+    gates: np.ndarray,
+    gates_array: wp.array,
+    gradients: Sequence[Any],
+    workspace: Workspace,
+    want_parameters: bool = False,
+    parallel: bool | None = None,
+    check: Any = None,
+) -> Adjoints:
+    """Run all flows backward; add each flow's update of θ to its entry of `gradients`.
+
+    Args:
+        system: The simulator.
+        controller: The controller.
+        trajectory: What the forward pass left.
+        seeds: ∂L/∂x_n and ∂L/∂c_n.
+        gates: α and β, shape (flows, steps, 2), as numpy: which parts of the work are needed at all.
+        gates_array: The same on the device: the numbers that the sweep uses.
+        gradients: One accumulator per flow, as `Linearisation.contract` takes it.
+        workspace: Keeps the intermediate arrays.
+        want_parameters: Whether to find the adjoints of the physical parameters.
+        parallel: Whether to linearise in parallel; None decides by `parallel_in_time`.
+        check: Called with the linearisation and the stored controls (N, K) of every chunk, if given.
+
+    Returns:
+        The adjoints of x_0 and of the physical parameters.
+    """
+    steps, batch, _ = trajectory.controls.shape
+    flows = len(gates)
+    if parallel is None:
+        parallel = parallel_in_time(system, controller, trajectory, flows)
+    pass_ = _Pass(system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check)
+    real, device = trajectory.states.dtype, trajectory.states.device
+    lam = workspace.array("lambda", (flows, batch, trajectory.states.shape[2]), real, device)
+    for f in range(flows):
+        wp.copy(lam[f], seeds.states[steps])
+    adj_p = pass_.parameter_adjoints(batch, real, device)
+    for low in range(0, batch, CHUNK_ROWS):
+        block = slice(low, min(low + CHUNK_ROWS, batch))
+        length = max(1, CHUNK_ROWS // (block.stop - block.start))
+        for last in range(steps, 0, -length):
+            pass_.chunk(trajectory, seeds, lam, adj_p, block, range(max(0, last - length), last))
+    return Adjoints(lam, adj_p)
+
+
+class _Pass:
+    """One backward pass: what its chunks share."""
+
+    def __init__(
+        self, system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check
+    ):
+        self.system, self.controller, self.gradients, self.workspace = system, controller, gradients, workspace
+        self.gates, self.gates_array = gates, gates_array
+        self.want_parameters, self.parallel, self.check = want_parameters, parallel, check
+
+    def parameter_adjoints(self, batch: int, real: type, device: Any) -> wp.array | None:
+        """Return the zeroed accumulator of the physical parameters' adjoints, if they are wanted."""
+        if not self.want_parameters:
+            return None
+        shape = (len(self.gates), batch, len(self.system.parameter_names))
+        adj_p = self.workspace.array("adj_p", shape, real, device)
+        adj_p.zero_()
+        return adj_p
+
+    def chunk(self, trajectory: Trajectory, seeds: Seeds, lam: wp.array, adj_p, block: slice, steps: range) -> None:
+        """Linearise, sweep and contract the time steps `steps` of the samples `block`; advance lam, (flows, batch, D)."""
+        span = slice(steps.start, steps.stop)
+        # a block that is not the whole batch has one time step a chunk, so its rows are contiguous either way
+        states, controls = trajectory.states[span, block], trajectory.controls[span, block]
+        rows = states.shape[0] * states.shape[1]
+        linear = self.controller.linearise(_flat(states, rows), self.workspace)
+        if self.check is not None:
+            self.check(linear, _flat(controls, rows))
+        mu = self._array("mu", (len(self.gates), *controls.shape), controls)
+        p = trajectory.parameters
+        local = Trajectory(states, controls, p if p is None or len(p) == 1 else p[block])
+        local_seeds = Seeds(seeds.states[span, block], seeds.controls[span, block])
+        own = lam[:, block]
+        if self.parallel:
+            self._sweep(local, local_seeds, linear, own, mu, None if adj_p is None else adj_p[:, block], steps)
+        else:
+            self._walk(local, local_seeds, own, mu, None if adj_p is None else adj_p[:, block], steps)
+        for f, gradient in enumerate(self.gradients):
+            linear.contract(_flat(mu[f], rows), gradient)
+
+    def _sweep(self, local: Trajectory, seeds: Seeds, linear: Linearisation, lam, mu, adj_p, steps: range) -> None:
+        """Phase 2 in one launch for all flows."""
+        count, batch, size = local.controls.shape
+        real, device, states = lam.dtype, lam.device, local.states
+        needed = self.gates[:, steps.start : steps.stop, 1].any()
+        jacobian = self._array("jacobian", (count, batch, size, states.shape[2]) if needed else (0, 0, 0, 0), states)
+        if needed:
+            linear.jacobian(jacobian.reshape((count * batch, size, states.shape[2])))
+        struct = self.system.types(real).Parameters
+        shape = (len(self.gates), count, batch) if adj_p is not None else (0, 0, 0)
+        per_step = self._array("adj_p per step", (*shape, len(self.system.parameter_names)), states)
+        inputs = [states, local.controls, local.parameters, jacobian, seeds.states, seeds.controls, self.gates_array]
+        inputs += [steps.start, count, lam]
+        outputs = [mu, as_structs(per_step, struct)]
+        kernel = kernels.sweep_kernel(self.system.structure, real)
+        dim = (len(self.gates), batch)
+        wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=device, record_tape=False)
+        if adj_p is not None:
+            inputs = [per_step, adj_p]
+            wp.launch(sum_over_time_kernel(real), dim=adj_p.shape, inputs=inputs, device=device, record_tape=False)
+
+    def _walk(self, local: Trajectory, seeds: Seeds, lam, mu, adj_p, steps: range) -> None:
+        """Phase 2 step by step, through the two verbs of a `Simulator` and the controller's own pull."""
+        flows, batch, _ = lam.shape
+        real, device = lam.dtype, lam.device
+        dx, pulled = self._array("dx", lam.shape, lam), self._array("pulled", lam.shape, lam)
+        dc = self._array("dc", (flows, batch, mu.shape[3]), lam)
+        extra = None
+        if adj_p is not None:
+            extra = self._array("adj_p of a step", (batch, adj_p.shape[2]), lam)
+        launch = functools.partial(wp.launch, device=device, record_tape=False)
+        for n in reversed(range(len(steps))):
+            x, c = local.states[n], local.controls[n]
+            linear = None
+            for f in range(flows):
+                adj_structs = None if extra is None else as_structs(extra, self.system.types(real).Parameters)
+                arguments = () if local.parameters is None else (local.parameters, adj_structs)
+                self.system.step_vjp(x, c, lam[f], dx[f], dc[f], *arguments)
+                if extra is not None:
+                    launch(add_rows_kernel(real), dim=extra.shape, inputs=[extra, adj_p[f]])
+                launch(sum_rows_kernel(real), dim=(batch, mu.shape[3]), inputs=[dc[f], seeds.controls[n], mu[f, n]])
+                if self.gates[f, steps.start + n, 1] != 0.0:
+                    linear = linear or self.controller.linearise(x, self.workspace)
+                    linear.pull(mu[f, n], pulled[f])
+            inputs = [dx, pulled, seeds.states[n], self.gates_array, steps.start + n, lam]
+            launch(gate_rows_kernel(real), dim=lam.shape, inputs=inputs)
+
+    def _array(self, name: str, shape: Sequence[int], like: wp.array) -> wp.array:
+        return self.workspace.array(name, shape, like.dtype, like.device)
+
+
+def _flat(array: wp.array, rows: int) -> wp.array:
+    """Return an array (steps, batch, columns) as rows (steps · batch, columns), without a copy."""
+    if array.is_contiguous:
+        return array.reshape((rows, array.shape[-1]))
+    return array[0]  # a single time step of a block of samples
+
+
+@functools.cache
+def sum_over_time_kernel(real: type) -> wp.Kernel:
+    """total[f, b, i] += Σ_n values[f, n, b, i]."""
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def sum_over_time(values: wp.array4d[real], total: wp.array3d[real]):
+        f, b, i = wp.tid()
+        value = real(0.0)
+        for n in range(values.shape[1]):
+            value += values[f, n, b, i]
+        total[f, b, i] = total[f, b, i] + value
+
+    return sum_over_time
+
+
+@functools.cache
+def add_rows_kernel(real: type) -> wp.Kernel:
+    """total += values."""
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def add_rows(values: wp.array2d[real], total: wp.array2d[real]):
+        i, j = wp.tid()
+        total[i, j] = total[i, j] + values[i, j]
+
+    return add_rows
+
+
+@functools.cache
+def sum_rows_kernel(real: type) -> wp.Kernel:
+    """out = a + b."""
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def sum_rows(a: wp.array2d[real], b: wp.array2d[real], out: wp.array2d[real]):
+        i, j = wp.tid()
+        out[i, j] = a[i, j] + b[i, j]
+
+    return sum_rows
+
+
+@functools.cache
+def gate_rows_kernel(real: type) -> wp.Kernel:
+    """λ_n = ∂L/∂x_n + α (∂S/∂x)ᵀ λ_{n+1} + β (∂N/∂x)ᵀ μ_n; a gate of zero is a cut."""
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def gate_rows(
+        # in
+        dx: wp.array3d[real],
+        pulled: wp.array3d[real],
+        loss_states: wp.array2d[real],
+        gates: wp.array3d[real],
+        n: int,
+        # out
+        lam: wp.array3d[real],
+    ):
+        f, b, i = wp.tid()
+        value = loss_states[b, i]
+        if gates[f, n, 0] != real(0.0):
+            value += gates[f, n, 0] * dx[f, b, i]
+        if gates[f, n, 1] != real(0.0):
+            value += gates[f, n, 1] * pulled[f, b, i]
+        lam[f, b, i] = value
+
+    return gate_rows

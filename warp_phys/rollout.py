@@ -1,0 +1,244 @@
+"""Rollouts in pure Warp: a controller and a system unrolled, as one entry of a caller's tape."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import warp as wp
+
+from warp_phys.adjoint import active_tape
+from warp_phys.arrays import check_array, numpy_type, real_type, shape_message
+from warp_phys.errors import Diverged, check_choice, check_count
+from warp_phys.flow import Combined, Flow, agree, linear_parts, resolve
+from warp_phys.layers import Workspace
+from warp_phys.phases import Controller, Seeds, Trajectory, backward, flow_gates, forward
+from warp_phys.systems.base import Simulator, System
+
+BACKENDS = ("auto", "fused", "general")
+
+
+class Rollout:
+    """x_{n+1} = S(x_n, N(x_n)) for n = 0 … steps − 1, with the flow of one's choice as its adjoint.
+
+    Called inside a `wp.Tape`, the three phases of the backward pass become one entry of that tape: `tape.backward` adds
+    the flow's update to the `.grad` of the controller's parameters, and λ_0 to that of x0. Several backward passes add
+    up, for M and R apart where the flow is combined, until `tape.zero()`.
+
+    Args:
+        system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`).
+        controller: A Warp controller, for instance `layers.Dense`.
+        steps: Number of time steps T.
+        flow: A name, a letter, a `Flow` or a `Combined` with the rule `agree`.
+        on_divergence: "raise" checks the trajectory after the forward pass, and waits for the device to do so;
+            "ignore" does not (inside a captured graph it must not).
+        backend: "fused" (one kernel), "general" (step by step) or "auto": fused where it is possible, on a CPU.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; see the message.
+    """
+
+    def __init__(
+        self,
+        system: Simulator,
+        controller: Controller,
+        steps: int,
+        flow: str | Flow | Combined = "combined",
+        on_divergence: str = "raise",
+        backend: str = "auto",
+    ):
+        self.system, self.controller = system, controller
+        self.steps = check_count("steps", steps)
+        check_sizes(system, controller)
+        self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "ignore"))
+        first = controller.parameters[0]
+        self.real, self.device = first.dtype, first.device
+        self.backend = choose_backend(backend, system, controller, self.device.is_cuda)
+        self._workspace, self._gates_array = Workspace(), None
+        self.flow = flow
+
+    @property
+    def flow(self) -> Flow | Combined:
+        """The flow; assign another between backward passes of one recorded tape."""
+        return self._flow
+
+    @flow.setter
+    def flow(self, flow: str | Flow | Combined) -> None:
+        flow = resolve(flow)
+        if isinstance(flow, Combined) and flow.rule is not agree:
+            raise ValueError(f"in pure Warp the rule of a combined flow must be agree, got {flow.rule!r}")
+        self._flow = flow
+        self._gates = flow_gates(linear_parts(flow), self.steps)
+        if self._gates_array is None or self._gates_array.shape != self._gates.shape:
+            self._gates_array = wp.array(self._gates, dtype=self.real, device=self.device)
+        else:  # in place: a captured graph reads the numbers from here
+            self._gates_array.assign(self._gates.astype(numpy_type(self.real)))
+
+    def __call__(self, x0: wp.array, parameters: wp.array | None = None) -> tuple[wp.array, wp.array]:
+        """Return states (steps + 1, batch, D) and controls (steps, batch, K), recorded by an active tape.
+
+        Args:
+            x0: Initial states, shape (batch, D), of the controller's precision and on its device.
+            parameters: From `System.parameter_array`; the system's own if None.
+
+        Raises:
+            TypeError, ValueError: x0 does not fit.
+            Diverged: A state is not finite.
+        """
+        x0 = check_x0(self.system, x0, self.real, self.device)
+        tape = active_tape()
+        make = functools.partial(wp.empty, dtype=self.real, device=self.device, requires_grad=tape is not None)
+        states = make((self.steps + 1, len(x0), self.system.state_size))
+        controls = make((self.steps, len(x0), self.system.control_size))
+        if isinstance(self.system, System):
+            parameters = self.system.check_parameters(parameters, x0, len(x0))
+        with _Paused(tape):
+            wp.copy(states[0], x0)
+            forward(self.system, self.controller, states, controls, parameters, self.backend == "fused")
+        if self.on_divergence == "raise":
+            finite = np.isfinite(states.numpy()).all(axis=2)
+            if not finite.all():
+                raise Diverged(int(np.argmin(finite.all(axis=1))), np.flatnonzero(~finite.all(axis=0)).tolist())
+        if tape is not None:
+            self._record(tape, x0, Trajectory(states, controls, parameters))
+        return states, controls
+
+    def _record(self, tape: wp.Tape, x0: wp.array, trajectory: Trajectory) -> None:
+        """Put the backward pass on the tape as one entry."""
+        trainable = [p for p in self.controller.parameters if p.requires_grad]
+        sums = [self._sum_arrays(p) for p in self.controller.parameters] if isinstance(self.flow, Combined) else []
+        arrays = [trajectory.states, trajectory.controls, *trainable, *(x0,) * bool(x0.requires_grad)]
+        # the sums of M and R hang on the tape as adjoints of carriers, so that tape.zero() zeroes them too
+        carriers = [carrier for pair in sums for carrier in pair]
+
+        def run():
+            self._run_backward(x0, trajectory, sums)
+
+        tape.record_func(run, [*arrays, *carriers])
+
+    def _sum_arrays(self, parameter: wp.array) -> tuple[wp.array, wp.array]:
+        """Return two arrays whose adjoints are the sums of the base and of the other flow so far."""
+        like = functools.partial(wp.zeros, parameter.shape, dtype=self.real, device=self.device, requires_grad=True)
+        return like(), like()
+
+    def _run_backward(self, x0: wp.array, trajectory: Trajectory, sums: list[tuple[wp.array, wp.array]]) -> None:
+        work, flows = self._workspace, len(self._gates)
+        gradients = [self.controller.gradients(work, f"gradient of flow {f}, ") for f in range(flows)]
+        seeds = Seeds(trajectory.states.grad, trajectory.controls.grad)
+        adjoints = backward(
+            self.system, self.controller, trajectory, seeds, self._gates, self._gates_array, gradients, work
+        )
+        for i, parameter in enumerate(self.controller.parameters):
+            if parameter.requires_grad:
+                new = [gradient[i] for gradient in gradients]
+                self._accumulate(new, [s.grad for s in sums[i]] if flows == 2 else [], parameter.grad)
+        if x0.requires_grad:
+            self._accumulate([adjoints.x0[f] for f in range(flows)], [], x0.grad)
+        trajectory.states.grad.zero_()
+        trajectory.controls.grad.zero_()
+
+    def _accumulate(self, new: list[wp.array], sums: list[wp.array], grad: wp.array) -> None:
+        """Add one pass's update to `grad`; for a combined flow the change of the combination of the sums."""
+        count = new[0].size
+        flat = [array.flatten() for array in [*new, *sums, grad]]
+        if len(new) == 1:
+            kernel = _add_kernel(self.real)
+        else:
+            zeros = self._workspace.array("no sums", (count,), self.real, self.device)
+            flat = flat if sums else [*flat[:2], zeros, zeros, flat[-1]]
+            kernel = _combine_kernel(self.real, bool(sums))
+        wp.launch(kernel, dim=count, inputs=flat, device=self.device, record_tape=False)
+
+
+class _Paused:
+    """Keep a tape from recording; Warp has no public switch for it."""
+
+    def __init__(self, tape: wp.Tape | None):
+        self.tape = tape
+
+    def __enter__(self):
+        if self.tape is not None:
+            self.tape.__exit__(None, None, None)
+
+    def __exit__(self, *_error):
+        if self.tape is not None:
+            self.tape.__enter__()
+
+
+def check_sizes(system: Any, controller: Any) -> None:
+    """Raise a ValueError or TypeError if a system and a controller do not fit together."""
+    for verb in ("step", "step_vjp", "state_size", "control_size"):
+        if not hasattr(system, verb):
+            raise TypeError(f"system must have {verb} (see warp_phys.systems.Simulator), {type(system).__name__} has not")
+    for size in ("state_size", "control_size"):
+        if getattr(controller, size, getattr(system, size)) != getattr(system, size):
+            got = getattr(controller, size)
+            raise ValueError(f"controller has {size} {got}, {system} needs {getattr(system, size)}")
+
+
+def choose_backend(backend: str, system: Any, controller: Controller, cuda: bool) -> str:
+    """Return "fused" or "general".
+
+    Raises:
+        ValueError: The name is unknown, or the fused kernel cannot express this controller with this system.
+    """
+    check_choice("backend", backend, BACKENDS)
+    fits = controller.fits(system)
+    if backend == "fused" and not fits:
+        raise ValueError("backend 'fused' needs a System and dense layers of moderate width; use 'general' or 'auto'")
+    if backend == "auto":
+        return "fused" if fits and not cuda else "general"
+    return backend
+
+
+def check_x0(system: Any, x0: Any, real: type, device: Any) -> wp.array:
+    """Return x0 if it is a Warp array of rows that fits, else raise a TypeError or ValueError that says what is wrong."""
+    columns = ", ".join(getattr(system, "states", ()))
+    x0 = check_array("x0", x0, (-1, system.state_size), columns=columns)
+    if len(x0) == 0:
+        raise ValueError(shape_message("x0", (-1, system.state_size), x0.shape, columns))
+    if x0.dtype is not real:
+        raise TypeError(f"x0 must hold {real.__name__} as the controller does, got {x0.dtype.__name__}")
+    if x0.device != device:
+        raise ValueError(f"x0 must be on device {device} as the controller is, got {x0.device}")
+    return x0
+
+
+@functools.cache
+def _add_kernel(real: type) -> wp.Kernel:
+    @wp.kernel(module="unique", enable_backward=False)
+    def add_update(new: wp.array[real], grad: wp.array[real]):
+        i = wp.tid()
+        grad[i] = grad[i] + new[i]
+
+    return add_update
+
+
+@functools.cache
+def _combine_kernel(real: type, summing: bool) -> wp.Kernel:
+    """grad += C(sums + new) − C(sums); sums += new. C keeps the base where the signs agree."""
+
+    @wp.func
+    def keep_agreeing(base: real, other: real):
+        zero = real(0.0)
+        same = (base > zero and other > zero) or (base < zero and other < zero)
+        return wp.where(same, base, zero)
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def combine_update(
+        # in
+        new_base: wp.array[real],
+        new_other: wp.array[real],
+        # in and out
+        sum_base: wp.array[real],
+        sum_other: wp.array[real],
+        grad: wp.array[real],
+    ):
+        i = wp.tid()
+        base = sum_base[i] + new_base[i]
+        other = sum_other[i] + new_other[i]
+        grad[i] = grad[i] + (keep_agreeing(base, other) - keep_agreeing(sum_base[i], sum_other[i]))
+        if wp.static(summing):
+            sum_base[i] = base
+            sum_other[i] = other
+
+    return combine_update

@@ -1,0 +1,314 @@
+"""What a system is: a frozen dataclass of parameters plus Warp functions, and what the engine makes of them."""
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+import warp as wp
+
+from warp_phys import kernels
+from warp_phys.arrays import as_structs, check_array, numpy_type, parameter_rows, real_type
+from warp_phys.rows import row_functions
+from warp_phys.systems import losses
+
+Parameters = Mapping[str, Any]
+
+
+class Simulator(Protocol):
+    """What a rollout needs of a system: sizes, a step and its vector-Jacobian product. Arrays are Warp arrays of rows."""
+
+    @property
+    def state_size(self) -> int:
+        """Number D of state components."""
+
+    @property
+    def control_size(self) -> int:
+        """Number K of control components."""
+
+    def step(self, x: wp.array, c: wp.array, y: wp.array, parameters: wp.array | None = None) -> None:
+        """Write y = S(x, c); x and y (batch, D), c (batch, K)."""
+
+    def step_vjp(
+        self,
+        x: wp.array,
+        c: wp.array,
+        adj_y: wp.array,
+        adj_x: wp.array,
+        adj_c: wp.array,
+        parameters: wp.array | None = None,
+        adj_parameters: wp.array | None = None,
+    ) -> None:
+        """Write adj_x = (∂S/∂x)ᵀ adj_y and adj_c = (∂S/∂c)ᵀ adj_y."""
+
+
+class SystemTypes(NamedTuple):
+    """Types of a system's Warp functions in one precision."""
+
+    real: type
+    """Scalar type, wp.float32 or wp.float64."""
+    State: Any
+    """Vector of the D state components."""
+    Control: Any
+    """Vector of the K control components."""
+    Parameters: Any
+    """Struct of the physical parameters."""
+    state_size: int
+    control_size: int
+
+
+class SystemFunctions(NamedTuple):
+    """A system's Warp functions in one precision."""
+
+    step: Any
+    """`step(x: State, c: Control, p: Parameters) -> State`."""
+    cost: Any
+    """`cost(x: State, p: Parameters) -> real`, the pointwise cost of one sample at one time."""
+
+
+@functools.cache
+def _parameter_struct(name: str, names: tuple[str, ...], real: type) -> Any:
+    return wp.struct(type(f"{name}Parameters", (), {"__annotations__": dict.fromkeys(names, real)}))
+
+
+@functools.cache
+def _defaults(system: "System", real: type, device: str) -> wp.array:
+    """Return the system's own parameters on a device, shape (1,); made once, so that a step allocates nothing."""
+    return system.parameter_array(device=device, dtype=real)
+
+
+@dataclass(frozen=True)
+class System(ABC):
+    """A physical system x_{n+1} = S(x_n, c_n; p), batched over rows, differentiable in x, c and p.
+
+    A subclass is a frozen dataclass. Fields annotated `float` are physical parameters: they may differ from sample to
+    sample and have gradients. All other fields shape the kernels. It names its components in `states` and `controls`,
+    and gives `functions`, `sample` and `sketch`.
+    """
+
+    time_average: ClassVar[bool] = True
+    """Whether the loss averages the pointwise cost over the chosen times (else it sums over them)."""
+
+    @property
+    @abstractmethod
+    def states(self) -> tuple[str, ...]:
+        """Names of the state components with their units."""
+
+    @property
+    @abstractmethod
+    def controls(self) -> tuple[str, ...]:
+        """Names of the control components with their units."""
+
+    @abstractmethod
+    def functions(self, real: type) -> SystemFunctions:
+        """Return the Warp functions in one precision; asked of `structure` only, whose physical parameters are nan."""
+
+    @abstractmethod
+    def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
+        """Return random initial states, shape (batch, D); the same seed gives the same states in either precision."""
+
+    @abstractmethod
+    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
+        """Put the artists of a picture on matplotlib `axes`; return a function (state, control=None) that moves them."""
+
+    @property
+    def state_size(self) -> int:
+        """Number D of state components."""
+        return len(self.states)
+
+    @property
+    def control_size(self) -> int:
+        """Number K of control components."""
+        return len(self.controls)
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the physical parameters, in the order of the parameter struct."""
+        return tuple(field.name for field in fields(self) if field.type in (float, "float"))
+
+    @functools.cached_property
+    def structure(self) -> "System":
+        """This system with its physical parameters blanked (nan): what kernels are made from, and their cache key."""
+        blank = object.__new__(type(self))
+        for field in fields(self):
+            value = math.nan if field.name in self.parameter_names else getattr(self, field.name)
+            object.__setattr__(blank, field.name, value)
+        return blank
+
+    def check_numbers(self) -> None:
+        """Raise a TypeError or ValueError if a physical parameter is not a finite number, or dt not positive."""
+        for name in self.parameter_names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+                raise TypeError(
+                    f"{name} must be a number, got {value!r}; numbers per sample go to parameter_array, or to a rollout"
+                )
+            if not math.isfinite(value) or (name == "dt" and value <= 0.0):
+                raise ValueError(f"{name} must be {'positive' if name == 'dt' else 'finite'}, got {value}")
+            object.__setattr__(self, name, float(value))
+
+    def types(self, real: type) -> SystemTypes:
+        """Return the types of the Warp functions in one precision."""
+        State = row_functions(self.state_size, real).vector
+        Control = row_functions(self.control_size, real).vector
+        struct = _parameter_struct(type(self).__name__, self.parameter_names, real)
+        return SystemTypes(real, State, Control, struct, self.state_size, self.control_size)
+
+    def parameter_array(
+        self, values: Parameters | None = None, device: Any = None, dtype: Any = np.float32, requires_grad: bool = False
+    ) -> wp.array:
+        """Return physical parameters for `step` and its kin: a struct array of length 1 or batch.
+
+        Args:
+            values: A number, or one number per sample, for some of the parameters; the system's own for the others.
+            device: Warp device.
+            dtype: float32 or float64.
+            requires_grad: Whether a tape shall find their adjoints.
+
+        Raises:
+            ValueError: An unknown name, lengths that differ, numbers that are not finite.
+
+        >>> from warp_phys import CartPole
+        >>> CartPole().parameter_array({"pole_mass": [0.1, 0.2]}, device="cpu").shape
+        (2,)
+        """
+        real = real_type(dtype)
+        own = [getattr(self, name) for name in self.parameter_names]
+        rows = parameter_rows(self.parameter_names, own, values or {}).astype(numpy_type(real))
+        return as_structs(
+            wp.array(rows, dtype=real, device=device, requires_grad=requires_grad), self.types(real).Parameters
+        )
+
+    def step(self, x: wp.array, c: wp.array, y: wp.array, parameters: wp.array | None = None) -> None:
+        """Write y = S(x, c), one time step of every row.
+
+        Runs on the arrays' device and current stream, is recorded by an active `wp.Tape`, can be captured in a graph once
+        it has run before, allocates nothing and does not wait.
+
+        Args:
+            x: States, shape (batch, D), float32 or float64, any strides.
+            c: Controls, shape (batch, K).
+            y: Next states, shape (batch, D), written; not the memory of x if a tape records.
+            parameters: From `parameter_array`, length 1 or batch; the system's own if None.
+
+        Raises:
+            TypeError, ValueError: An array of another type, precision, shape or device.
+        """
+        x, c, y, p = self._check_step(x, c, y, "y", parameters)
+        kernel = kernels.step_kernel(self.structure, x.dtype)
+        wp.launch(kernel, dim=len(x), inputs=[x, c, p], outputs=[y], device=x.device)
+
+    def step_vjp(
+        self,
+        x: wp.array,
+        c: wp.array,
+        adj_y: wp.array,
+        adj_x: wp.array,
+        adj_c: wp.array,
+        parameters: wp.array | None = None,
+        adj_parameters: wp.array | None = None,
+    ) -> None:
+        """Write adj_x = (∂S/∂x)ᵀ adj_y and adj_c = (∂S/∂c)ᵀ adj_y, and likewise for the physical parameters if asked.
+
+        Args:
+            x: States at which the step is linearised, shape (batch, D).
+            c: Controls at which the step is linearised, shape (batch, K).
+            adj_y: Adjoint of the next states, shape (batch, D).
+            adj_x: Written, shape (batch, D).
+            adj_c: Written, shape (batch, K).
+            parameters: As in `step`.
+            adj_parameters: Written if given: an array (batch,) of the parameter struct, one adjoint per sample.
+
+        Raises:
+            TypeError, ValueError: An array of another type, precision, shape or device.
+        """
+        x, c, adj_y, p = self._check_step(x, c, adj_y, "adj_y", parameters)
+        check_array("adj_x", adj_x, x.shape, x)
+        check_array("adj_c", adj_c, c.shape, x)
+        adj_p = self._no_structs(x) if adj_parameters is None else adj_parameters
+        if len(adj_p) not in (0, len(x)):
+            raise ValueError(f"adj_parameters must have shape ({len(x)},), got {adj_p.shape}")
+        kernel = kernels.step_vjp_kernel(self.structure, x.dtype)
+        inputs, outputs = [x, c, p, adj_y], [adj_x, adj_c, adj_p]
+        wp.launch(kernel, dim=len(x), inputs=inputs, outputs=outputs, device=x.device, record_tape=False)
+
+    def trajectory(self, states: wp.array, controls: wp.array, parameters: wp.array | None = None) -> None:
+        """Write states[1:] from states[0] and given controls, in one launch.
+
+        Args:
+            states: Shape (steps + 1, batch, D); row 0 is read.
+            controls: Shape (steps, batch, K).
+            parameters: As in `step`.
+        """
+        check_array("states", states, (-1, -1, self.state_size), columns=", ".join(self.states))
+        expected = (states.shape[0] - 1, states.shape[1], self.control_size)
+        check_array("controls", controls, expected, states, ", ".join(self.controls))
+        p = self.check_parameters(parameters, states, states.shape[1])
+        kernel = kernels.trajectory_kernel(self.structure, states.dtype)
+        inputs = [controls, p, states]
+        wp.launch(kernel, dim=states.shape[1], inputs=inputs, device=states.device, record_tape=False)
+
+    def loss(
+        self,
+        states: Any,
+        controls: Any = None,
+        when: str | Sequence[int] = "final",
+        control_cost: float = 0.0,
+        parameters: Parameters | None = None,
+    ) -> Any:
+        """Return the loss of a trajectory: the pointwise cost over samples and the chosen times, plus a control cost.
+
+        Args:
+            states: Shape (steps + 1, batch, D): torch (the result is attached to autograd), Warp (recorded by an active
+                tape), numpy or any DLPack array.
+            controls: Shape (steps, batch, K); needed only with a control cost.
+            when: "final" (the last state), "every" (states 1 … steps), or the chosen steps themselves.
+            control_cost: Factor of the mean squared control.
+            parameters: Physical parameters as for `parameter_array`, where the cost depends on them.
+
+        Returns:
+            A scalar: torch tensor, Warp array of one element, or numpy number.
+
+        Raises:
+            ValueError, TypeError: Wrong shapes, times that are not there, a control cost without controls.
+        """
+        return losses.loss(self, states, controls, when, control_cost, parameters or {})
+
+    def draw(self, axes: Any, state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
+        """Draw one state, shape (D,), on matplotlib `axes`; return the artists."""
+        return self.sketch(axes)(state, control)
+
+    def with_parameters(self, values: Mapping[str, float]) -> "System":
+        """Return this system with other numbers."""
+        return replace(self, **values)
+
+    def check_parameters(self, parameters: wp.array | None, like: wp.array, batch: int) -> wp.array:
+        """Return `parameters`, or the system's own on the device and in the precision of `like`."""
+        if parameters is None:
+            return _defaults(self, like.dtype, str(like.device))
+        struct = self.types(like.dtype).Parameters
+        if not isinstance(parameters, wp.array) or parameters.dtype is not struct:
+            raise TypeError(f"parameters must come from {type(self).__name__}.parameter_array(dtype={like.dtype.__name__})")
+        if len(parameters) not in (1, batch):
+            raise ValueError(f"parameters must have length 1 or {batch} (the batch), got {len(parameters)}")
+        if parameters.device != like.device:
+            raise ValueError(f"parameters must be on device {like.device}, got {parameters.device}")
+        return parameters
+
+    def _check_step(self, x, c, y, y_name, parameters):
+        check_array("x", x, (-1, self.state_size), columns=", ".join(self.states))
+        check_array("c", c, (len(x), self.control_size), x, ", ".join(self.controls))
+        check_array(y_name, y, x.shape, x)
+        return x, c, y, self.check_parameters(parameters, x, len(x))
+
+    def _no_structs(self, like: wp.array) -> wp.array:
+        return _empty_structs(self.types(like.dtype).Parameters, str(like.device))
+
+
+@functools.cache
+def _empty_structs(struct: Any, device: str) -> wp.array:
+    """Return the array of length 0 that tells a kernel not to write parameter adjoints."""
+    return wp.empty(0, dtype=struct, device=device)

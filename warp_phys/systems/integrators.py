@@ -1,0 +1,81 @@
+"""From a rate of change to a step: explicit Euler, semi-implicit Euler, Runge–Kutta of order four.
+
+The step length is the field `dt` of the parameter struct. Components that a step writes are written once: Warp's
+adjoint of a vector component counts only its last assignment.
+"""
+
+from typing import Any
+
+import warp as wp
+
+from warp_phys.errors import check_choice
+
+INTEGRATORS = ("euler", "semi-implicit", "rk4")
+"""The integrators by name."""
+
+
+def integrate(rate: Any, types: Any, integrator: str, block: int = 1) -> Any:
+    """Return the Warp function `step(x, c, p)` of the system x' = rate(x, c, p).
+
+    Args:
+        rate: Warp function (State, Control, Parameters) → State.
+        types: The system's State, Control, Parameters and real type (`SystemTypes`).
+        integrator: One of `INTEGRATORS`; the control is held constant over the step.
+        block: For "semi-implicit", the layout of the state: `block` positions, then their velocities, and so on.
+
+    Raises:
+        ValueError: The integrator is unknown.
+    """
+    check_choice("integrator", integrator, INTEGRATORS)
+    if integrator == "euler":
+        return _euler(rate, types)
+    if integrator == "rk4":
+        return _rk4(rate, types)
+    return _semi_implicit(rate, types, block)
+
+
+def _euler(rate, types):
+    """x_{n+1} = x_n + dt f(x_n, c_n). First order."""
+    State, Control, Parameters = types.State, types.Control, types.Parameters
+
+    @wp.func
+    def euler_step(x: State, c: Control, p: Parameters):
+        return x + p.dt * rate(x, c, p)
+
+    return euler_step
+
+
+def _semi_implicit(rate, types, block):
+    """Velocities first, positions with the new velocities: v' = v + dt a(q, v), q' = q + dt v'. First order, symplectic."""
+    State, Control, Parameters = types.State, types.Control, types.Parameters
+    size = types.state_size
+
+    @wp.func
+    def semi_implicit_step(x: State, c: Control, p: Parameters):
+        r = rate(x, c, p)
+        y = State()
+        for i in range(wp.static(size // 2)):
+            q = 2 * wp.static(block) * (i // wp.static(block)) + i % wp.static(block)
+            v = q + wp.static(block)
+            y[q] = x[q] + p.dt * (x[v] + p.dt * r[v])
+            y[v] = x[v] + p.dt * r[v]
+        return y
+
+    return semi_implicit_step
+
+
+def _rk4(rate, types):
+    """The classical Runge–Kutta method. Fourth order."""
+    State, Control, Parameters, real = types.State, types.Control, types.Parameters, types.real
+
+    @wp.func
+    def rk4_step(x: State, c: Control, p: Parameters):
+        h = p.dt
+        half = h * real(0.5)
+        k1 = rate(x, c, p)
+        k2 = rate(x + half * k1, c, p)
+        k3 = rate(x + half * k2, c, p)
+        k4 = rate(x + h * k3, c, p)
+        return x + (h / real(6.0)) * (k1 + real(2.0) * k2 + real(2.0) * k3 + k4)
+
+    return rk4_step

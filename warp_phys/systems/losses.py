@@ -1,0 +1,97 @@
+"""The loss of a trajectory, from a system's pointwise cost."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import warp as wp
+
+from warp_phys import kernels
+from warp_phys.arrays import real_type, shape_message
+from warp_phys.errors import check_choice
+
+
+def loss(
+    system: Any, states: Any, controls: Any, when: str | Sequence[int], control_cost: float, parameters: Mapping[str, Any]
+) -> Any:
+    """Return the loss; `System.loss` documents it."""
+    check_trajectory(system, states, controls, control_cost)
+    times = chosen_times(when, states.shape[0] - 1)
+    if isinstance(states, wp.array):
+        return _warp_loss(system, states, controls, times, control_cost, parameters)
+    if _is_torch(states):
+        from warp_phys.interop.torch import pointwise_cost  # noqa: PLC0415, the caller has imported torch already
+
+        costs = pointwise_cost(system, states, times, parameters)
+    else:
+        states = np.asarray(states)
+        controls = None if controls is None else np.asarray(controls)
+        costs = _numpy_costs(system, states, times, parameters)
+    value = costs.mean() if system.time_average else costs.mean(1).sum()
+    return value + control_cost * (controls * controls).mean() if control_cost else value
+
+
+def _is_torch(array: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def check_trajectory(system: Any, states: Any, controls: Any, control_cost: float) -> None:
+    """Raise a TypeError or ValueError that names what is wrong with the arrays of a trajectory."""
+    if not hasattr(states, "shape") or not hasattr(states, "dtype"):
+        raise TypeError(f"states must be an array, got {type(states).__name__}")
+    shape = tuple(states.shape)
+    if len(shape) != 3 or shape[2] != system.state_size or shape[0] < 2 or shape[1] < 1:
+        expected = ("steps + 1", "batch", system.state_size)
+        raise ValueError(shape_message("states", expected, shape, ", ".join(system.states)))
+    if control_cost and controls is None:
+        raise ValueError("control_cost needs the controls: pass controls, shape (steps, batch, K)")
+    if controls is not None and tuple(controls.shape) != (shape[0] - 1, shape[1], system.control_size):
+        expected = (shape[0] - 1, shape[1], system.control_size)
+        raise ValueError(shape_message("controls", expected, controls.shape, ", ".join(system.controls)))
+
+
+def chosen_times(when: str | Sequence[int], steps: int) -> tuple[int, ...]:
+    """Return the steps at which the cost counts.
+
+    >>> chosen_times("final", 3), chosen_times("every", 3), chosen_times([1, 3], 3)
+    ((3,), (1, 2, 3), (1, 3))
+    """
+    if isinstance(when, str):
+        check_choice("when", when, ("final", "every"))
+        return (steps,) if when == "final" else tuple(range(1, steps + 1))
+    times = tuple(int(n) for n in when)
+    if not times or len(set(times)) != len(times) or min(times) < 0 or max(times) > steps:
+        raise ValueError(f"when must be 'final', 'every' or distinct steps from 0 to {steps}, got {when!r}")
+    return times
+
+
+def _numpy_costs(system, states, times, parameters) -> np.ndarray:
+    """Return the pointwise costs of numpy states, shape (times, batch)."""
+    real = real_type(states.dtype)
+    x = wp.array(np.ascontiguousarray(states), dtype=real, device="cpu", copy=False)
+    p = system.parameter_array(parameters, device="cpu", dtype=real)
+    costs = wp.empty((len(times), x.shape[1]), dtype=real, device="cpu")
+    chosen = wp.array(times, dtype=int, device="cpu")
+    kernel = kernels.cost_kernel(system.structure, real)
+    wp.launch(kernel, dim=costs.shape, inputs=[x, chosen, p], outputs=[costs], device="cpu", record_tape=False)
+    return costs.numpy()
+
+
+def _warp_loss(system, states, controls, times, control_cost, parameters) -> wp.array:
+    """Return the loss as a Warp array of one element; an active tape records it."""
+    real, device = states.dtype, states.device
+    p = system.parameter_array(parameters, device=device, dtype=real)
+    chosen = wp.array(times, dtype=int, device=device)
+    costs = wp.empty((len(times), states.shape[1]), dtype=real, device=device, requires_grad=True)
+    total = wp.zeros(1, dtype=real, device=device, requires_grad=True)
+    kernel = kernels.cost_kernel(system.structure, real)
+    wp.launch(kernel, dim=costs.shape, inputs=[states, chosen, p], outputs=[costs], device=device)
+    count = costs.size if system.time_average else states.shape[1]
+    wp.launch(kernels.mean_kernel(real), dim=costs.shape, inputs=[costs, 1.0 / count], outputs=[total], device=device)
+    if control_cost:
+        weight = control_cost / controls.size
+        square = kernels.mean_square_kernel(real)
+        wp.launch(square, dim=controls.shape, inputs=[controls, weight], outputs=[total], device=device)
+    return total
