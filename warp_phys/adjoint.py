@@ -48,7 +48,8 @@ def gate(x: wp.array, weight: Any) -> wp.array:
         raise RuntimeError("gate must be called inside a wp.Tape: outside it nothing runs backward")
     real = _check(x)
     weight = _weight_array(weight, x, real)
-    view = _view(x, wp.zeros_like(x, requires_grad=False))
+    # Warp wants an adjoint to have the strides of its array
+    view = _view(x, wp.zeros(x.shape, dtype=x.dtype, device=x.device, strides=x.strides))
     # the kernel works on scalars: a vector or matrix component is one more dimension
     adj_view, adj_x = _scalars(view.grad, real), _scalars(x.grad, real)
     kernel = _gate_kernel(adj_x.ndim, real)

@@ -176,12 +176,13 @@ class DenseLinearisation:
         """Write adj_x = (∂N/∂x)ᵀ mu for rows mu (N, K)."""
         self._pull(mu, adj_x, "pull", 1)
 
-    def contract(self, mu: wp.array, gradients: Sequence[wp.array]) -> None:
-        """Add Σ (∂N/∂θ)ᵀ mu over the rows mu (N, K) to `gradients`, one array per parameter."""
-        for i, delta in self._deltas(mu, "contract", 1):
-            kernel = kernels.contract_kernel(self.dense.real)
-            weight, bias = gradients[2 * i], gradients[2 * i + 1]
-            self._launch(kernel, weight.shape, [delta, self.inputs[i]], [weight, bias])
+    def contract(self, mu: wp.array, gradients: Sequence[Sequence[wp.array]]) -> None:
+        """Add Σ (∂N/∂θ)ᵀ mu[f] over the rows of each flow f to gradients[f], one array per parameter."""
+        kernel = kernels.contract_kernel(self.dense.real)
+        for f, gradient in enumerate(gradients):
+            for i, delta in self._deltas(mu[f], "contract", 1):
+                weight, bias = gradient[2 * i], gradient[2 * i + 1]
+                self._launch(kernel, weight.shape, [delta, self.inputs[i]], [weight, bias])
 
     def _pull(self, adj: wp.array, out: wp.array, name: str, repeat: int) -> None:
         for i, delta in self._deltas(adj, name, repeat):

@@ -37,8 +37,8 @@ class Linearisation(Protocol):
     def pull(self, mu: wp.array, adj_x: wp.array) -> None:
         """Write adj_x = (∂N/∂x)ᵀ mu, shapes (N, D) and (N, K)."""
 
-    def contract(self, mu: wp.array, gradients: Any) -> None:
-        """Add Σ (∂N/∂θ)ᵀ mu over the rows to `gradients`."""
+    def contract(self, mu: wp.array, gradients: Sequence[Any]) -> None:
+        """Add Σ (∂N/∂θ)ᵀ mu[f] over the rows of each flow f to gradients[f]; mu has shape (flows, N, K)."""
 
 
 class Controller(Protocol):
@@ -206,8 +206,7 @@ class _Pass:
             self._sweep(local, local_seeds, linear, own, mu, None if adj_p is None else adj_p[:, block], steps)
         else:
             self._walk(local, local_seeds, own, mu, None if adj_p is None else adj_p[:, block], steps)
-        for f, gradient in enumerate(self.gradients):
-            linear.contract(_flat(mu[f], rows), gradient)
+        linear.contract(mu.reshape((len(self.gates), rows, mu.shape[3])), self.gradients)
 
     def _sweep(self, local: Trajectory, seeds: Seeds, linear: Linearisation, lam, mu, adj_p, steps: range) -> None:
         """Phase 2 in one launch for all flows."""

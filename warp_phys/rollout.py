@@ -206,9 +206,9 @@ def check_x0(system: Any, x0: Any, real: type, device: Any) -> wp.array:
 @functools.cache
 def _add_kernel(real: type) -> wp.Kernel:
     @wp.kernel(module="unique", enable_backward=False)
-    def add_update(new: wp.array[real], grad: wp.array[real]):
+    def add_update(update: wp.array[real], grad: wp.array[real]):
         i = wp.tid()
-        grad[i] = grad[i] + new[i]
+        grad[i] = grad[i] + update[i]
 
     return add_update
 

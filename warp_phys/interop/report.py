@@ -22,8 +22,8 @@ class Report:
     """The flows that ran."""
     updates: torch.Tensor | None = None
     """Their updates of the controller's parameters, shape (flows, parameters), of this pass alone."""
-    change: torch.Tensor | None = None
-    """What this pass added to the gradients, shape (parameters,)."""
+    changes: tuple[torch.Tensor, ...] = ()
+    """What this pass added to the gradient of each trained parameter."""
     diverged: tuple[int, ...] = ()
     """Samples that left the finite numbers and were masked."""
 
@@ -35,7 +35,9 @@ class Report:
     @functools.cached_property
     def norm(self) -> float:
         """Euclidean norm of what this pass added to the gradients; nan before the first pass."""
-        return math.nan if self.change is None else float(torch.linalg.vector_norm(self.change.double()))
+        if not self.changes:
+            return math.nan
+        return math.sqrt(sum(float(change.double().square().sum()) for change in self.changes))
 
     @functools.cached_property
     def cosine(self) -> float:

@@ -63,13 +63,29 @@ class ParameterSums:
 _SUMS = WeakIdKeyDictionary()
 
 
-def combined_changes(flow: Combined, parameters: Sequence[torch.Tensor], news: Sequence[Pair]) -> list[torch.Tensor]:
-    """Return for each parameter the change of its combined update that the updates `news` of one pass make."""
-    changes = []
-    for parameter, new in zip(parameters, news, strict=True):
+def combined_changes(
+    flow: Combined, parameters: Sequence[torch.Tensor], base: torch.Tensor, other: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return for each parameter the change of its combined update that one pass makes.
+
+    Args:
+        flow: How to combine.
+        parameters: The trained parameters.
+        base: The pass's update by the base flow, all parameters in one flat tensor.
+        other: Its update by the other flow, likewise.
+    """
+    steps = []
+    for parameter, new in zip(parameters, zip(split(base, parameters), split(other, parameters), strict=True), strict=True):
         if parameter not in _SUMS:
             _SUMS[parameter] = ParameterSums(parameter)
-        before, after = _SUMS[parameter].add(flow, parameter, new)
-        change = flow.rule(*after)
-        changes.append(change if before is None else change - flow.rule(*before))
-    return changes
+        steps.append(_SUMS[parameter].add(flow, parameter, new))
+    if all(before is None for before, _ in steps):  # the usual case, in one go
+        return split(flow.rule(base, other), parameters)
+    return [
+        flow.rule(*after) if before is None else flow.rule(*after) - flow.rule(*before) for before, after in steps
+    ]
+
+
+def split(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the parts of a flat tensor in the shapes of `like`; views."""
+    return [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in like]), like, strict=True)]

@@ -13,12 +13,13 @@ from warp_phys.arrays import as_structs, check_parameter_names, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
 from warp_phys.interop.report import Report
-from warp_phys.interop.sums import combined_changes
-from warp_phys.interop.torch_controller import TorchController, split
+from warp_phys.interop.sums import combined_changes, split
+from warp_phys.interop.torch_controller import TorchController, TorchLinearisation
 from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
 from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
 from warp_phys.systems.base import Simulator, System
+from warp_phys.systems.losses import chosen_array
 
 __all__ = ["Report", "Rollout", "pointwise_cost"]
 
@@ -58,6 +59,7 @@ class Rollout:
     ):
         if not isinstance(controller, torch.nn.Module):
             raise TypeError(f"controller must be a torch.nn.Module, got {type(controller).__name__}")
+        wp.init()
         self.system, self.controller = system, controller
         self.steps = check_count("steps", steps)
         self.flow = flow
@@ -174,8 +176,10 @@ class Rollout:
 
     def _handle_divergence(self, states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
         """Raise, or freeze samples in place; return the indices of frozen samples."""
-        finite = torch.isfinite(states).all(dim=2)
         none = torch.empty(0, dtype=torch.long, device=states.device)
+        if torch.isfinite(states.sum()):  # one cheap pass; the sum may overflow where no state does
+            return none
+        finite = torch.isfinite(states).all(dim=2)
         if finite.all():
             return none
         samples = torch.nonzero(~finite.all(dim=0)).flatten()
@@ -193,15 +197,16 @@ class Rollout:
         controls: torch.Tensor,
         rows: torch.Tensor | None,
         masked: torch.Tensor,
+        trainable: list[torch.nn.Parameter],
         seeds: tuple[torch.Tensor | None, torch.Tensor | None],
         want_rows: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """Run the flows backward; return the gradients of x0, of the parameter rows and of the trainable parameters."""
-        trainable = self._adapter.trainable
         parts = linear_parts(self.flow)
         flows = distinct([*parts, *(part for flow in self.observe for part in linear_parts(resolve(flow)))])
         gates = flow_gates(flows, self.steps)
         seeds_ = [_owned(seed, like, masked) for seed, like in zip(seeds, (states, controls), strict=True)]
+        states, controls = _without(states, masked), _without(controls, masked)
         updates = torch.zeros((len(flows), sum(p.numel() for p in trainable)), dtype=self.dtype, device=self.device)
         with torch_stream(self.device):
             arrays = [_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
@@ -209,15 +214,14 @@ class Rollout:
             trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]))
             adjoints = backward(
                 self.system, self._adapter, trajectory, Seeds(arrays[2], arrays[3]), gates, gates_array,
-                list(updates), Workspace(), want_rows, check=None if len(masked) else _check_pure,
+                list(updates), Workspace(), want_rows, check=_check_pure,
             )  # fmt: skip
             adj_x0 = wp.to_torch(adjoints.x0)
             adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters)
         if self.reduce is not None:
             self.reduce(updates)
         grads = self._updates(updates, trainable)
-        change = torch.cat([grad.reshape(-1) for grad in grads]) if grads else updates[0]
-        self.report = Report(flows, updates, change.detach(), tuple(masked.tolist()))
+        self.report = Report(flows, updates, tuple(grads), tuple(masked.tolist()))
         if adj_rows is not None and rows is not None:
             adj_rows = self._combine(adj_rows.sum(dim=1, keepdim=True) if len(rows) == 1 else adj_rows)
         return self._combine(adj_x0), adj_rows, grads
@@ -226,8 +230,7 @@ class Rollout:
         """Return what this pass adds to the gradients of the parameters."""
         if not isinstance(self.flow, Combined):
             return split(updates[0], trainable)
-        news = list(zip(split(updates[0], trainable), split(updates[1], trainable), strict=True))
-        return combined_changes(self.flow, trainable, news)
+        return combined_changes(self.flow, trainable, updates[0], updates[1])
 
     def _combine(self, per_flow: torch.Tensor) -> torch.Tensor:
         """Return the flow's own adjoint of one pass; per_flow has shape (flows, …)."""
@@ -247,14 +250,14 @@ class _Unroll(torch.autograd.Function):
         return states, controls
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, adj_states, adj_controls):
+        _refuse_second_derivative()
         states, controls, rows, masked, *trainable = ctx.saved_tensors
         if adj_states is None and adj_controls is None:
             return (None,) * (3 + len(trainable))
         want_rows = ctx.needs_input_grad[2]
         seeds = (adj_states, adj_controls)
-        adj_x0, adj_rows, grads = ctx.rollout._backward(states, controls, rows, masked, seeds, want_rows)
+        adj_x0, adj_rows, grads = ctx.rollout._backward(states, controls, rows, masked, trainable, seeds, want_rows)
         return None, adj_x0 if ctx.needs_input_grad[1] else None, adj_rows, *grads
 
 
@@ -265,7 +268,7 @@ class _PointwiseCost(torch.autograd.Function):
     def forward(ctx, states, system, times, rows):
         x = _array(states.detach())
         with torch_stream(states.device):
-            chosen = wp.array(times, dtype=int, device=x.device)
+            chosen = chosen_array(times, str(x.device))
             p = system.check_parameters(None, x, 1)
             if rows is not None:
                 p = as_structs(_array(rows.detach().contiguous()), system.types(x.dtype).Parameters)
@@ -278,8 +281,8 @@ class _PointwiseCost(torch.autograd.Function):
         return costs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, adj_costs):
+        _refuse_second_derivative()
         states, rows = ctx.saved_tensors
         adj_states = torch.zeros_like(states, memory_format=torch.contiguous_format)
         structs = ctx.system.types(ctx.p._rows.dtype).Parameters
@@ -315,6 +318,7 @@ def pointwise_cost(
     """
     if states.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"states must hold torch.float32 or torch.float64, got {states.dtype}")
+    wp.init()
     rows = None
     if parameters:
         check_parameter_names(system.parameter_names, parameters)
@@ -336,6 +340,11 @@ def _array(tensor: torch.Tensor) -> wp.array:
     return wp.from_torch(tensor, requires_grad=False)
 
 
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("a rollout and its loss can be differentiated once: create_graph=True is not supported")
+
+
 def _owned(seed: torch.Tensor | None, like: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """Return the adjoint of a trajectory as a contiguous tensor, zero for masked samples."""
     if seed is None:
@@ -346,8 +355,23 @@ def _owned(seed: torch.Tensor | None, like: torch.Tensor, masked: torch.Tensor) 
     return seed.contiguous()
 
 
+def _without(trajectory: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Return a trajectory in which a healthy sample stands in for the masked ones.
+
+    Their adjoints start at zero; at a healthy state they stay zero, at a frozen one of 1e300 they may become nan.
+    """
+    if len(masked) == 0:
+        return trajectory
+    healthy = min(set(range(trajectory.shape[1])) - set(masked.tolist()))
+    trajectory = trajectory.clone()
+    trajectory[:, masked] = trajectory[:, healthy : healthy + 1]
+    return trajectory
+
+
 def _check_pure(linear: Any, stored: wp.array) -> None:
     """Raise a ValueError if a controller gives other controls for the same states than it gave in the forward pass."""
+    if not isinstance(linear, TorchLinearisation):
+        return  # dense layers have no memory
     before = wp.to_torch(stored)
     error = (linear.output.detach() - before).abs().max()
     if not error <= 1e-3 * (1.0 + before.abs().max()):

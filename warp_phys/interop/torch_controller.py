@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import warp as wp
 
+from warp_phys.interop.torch_dense import DenseLinearisation
 from warp_phys.layers import Dense, Workspace
 
 _ACTIVATIONS: dict[type, str] = {
@@ -22,8 +23,11 @@ class TorchController:
 
     def __init__(self, module: torch.nn.Module):
         self.module = module
+        self.by_hand = True
+        """Whether dense layers are linearised by hand rather than by autograd; the numbers are the same."""
         self._dense: Dense | None = None
         self._key: tuple | None = None
+        self._linears: tuple[list[torch.nn.Linear], str] | None = None
 
     @property
     def trainable(self) -> list[torch.nn.Parameter]:
@@ -40,8 +44,11 @@ class TorchController:
         with torch.no_grad():
             wp.to_torch(c).copy_(self.module(wp.to_torch(x)))
 
-    def linearise(self, x: wp.array, workspace: Workspace) -> "TorchLinearisation":
+    def linearise(self, x: wp.array, workspace: Workspace) -> "TorchLinearisation | DenseLinearisation":
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""
+        if self.by_hand and self.dense() is not None:
+            assert self._linears is not None
+            return DenseLinearisation(*self._linears, wp.to_torch(x))
         return TorchLinearisation(self, wp.to_torch(x))
 
     def fits(self, system: Any) -> bool:
@@ -51,15 +58,14 @@ class TorchController:
 
     def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array) -> None:
         """Write states[1:] and controls from states[0] in one kernel."""
-        dense = self.dense()
-        assert dense is not None  # the caller has asked `fits`
-        dense.unroll(system, states, controls, parameters)
+        assert self._dense is not None  # the caller has asked `fits`
+        self._dense.unroll(system, states, controls, parameters)
 
     def dense(self) -> Dense | None:
         """Return the module as `Dense` layers over the same memory, or None if it is something else."""
         layers = _dense_layers(self.module)
         if layers is None:
-            self._key = self._dense = None
+            self._key = self._dense = self._linears = None
             return None
         linears, activation = layers
         tensors = [t for layer in linears for t in (layer.weight, layer.bias)]
@@ -67,7 +73,7 @@ class TorchController:
         if key != self._key:
             sizes = (linears[0].in_features, *(layer.out_features for layer in linears))
             arrays = [wp.from_torch(t.detach(), requires_grad=False) for t in tensors]
-            self._dense, self._key = Dense(sizes, activation, arrays), key
+            self._dense, self._key, self._linears = Dense(sizes, activation, arrays), key, layers
         return self._dense
 
 
@@ -117,13 +123,13 @@ class TorchLinearisation:
         """Write adj_x = (∂N/∂x)ᵀ mu."""
         self._pull(wp.to_torch(mu), wp.to_torch(adj_x))
 
-    def contract(self, mu: wp.array, gradients: torch.Tensor) -> None:
-        """Add Σ (∂N/∂θ)ᵀ mu to the flat tensor `gradients`."""
+    def contract(self, mu: wp.array, gradients: Sequence[torch.Tensor]) -> None:
+        """Add Σ (∂N/∂θ)ᵀ mu[f] over the rows of each flow f to the flat tensor gradients[f]."""
         if not self.parameters or not self.output.requires_grad:
             return
-        arguments: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-        parts = torch.autograd.grad(self.output, self.parameters, wp.to_torch(mu), **arguments)
-        gradients.add_(flatten(parts, self.parameters))
+        for mu_f, gradient in zip(wp.to_torch(mu), gradients, strict=True):
+            parts = torch.autograd.grad(self.output, self.parameters, mu_f, retain_graph=True, allow_unused=True)
+            gradient.add_(_flatten(parts, self.parameters))
 
     def _pull(self, mu: torch.Tensor, out: torch.Tensor) -> None:
         if not self.output.requires_grad:  # a controller that does not look at its input
@@ -133,11 +139,6 @@ class TorchLinearisation:
         out.zero_() if adj is None else out.copy_(adj)
 
 
-def flatten(parts: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> torch.Tensor:
+def _flatten(parts: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return tensors as one flat tensor; None stands for zeros of the shape in `like`."""
     return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(parts, like, strict=True)])
-
-
-def split(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the parts of a flat tensor in the shapes of `like`; views."""
-    return [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in like]), like, strict=True)]

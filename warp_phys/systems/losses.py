@@ -1,5 +1,6 @@
 """The loss of a trajectory, from a system's pointwise cost."""
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,13 +68,19 @@ def chosen_times(when: str | Sequence[int], steps: int) -> tuple[int, ...]:
     return times
 
 
+@functools.lru_cache(maxsize=64)
+def chosen_array(times: tuple[int, ...], device: str) -> wp.array:
+    """Return chosen times on a device; kept, since a training asks for the same ones again and again."""
+    return wp.array(times, dtype=int, device=device)
+
+
 def _numpy_costs(system, states, times, parameters) -> np.ndarray:
     """Return the pointwise costs of numpy states, shape (times, batch)."""
     real = real_type(states.dtype)
     x = wp.array(np.ascontiguousarray(states), dtype=real, device="cpu", copy=False)
     p = system.parameter_array(parameters, device="cpu", dtype=real)
     costs = wp.empty((len(times), x.shape[1]), dtype=real, device="cpu")
-    chosen = wp.array(times, dtype=int, device="cpu")
+    chosen = chosen_array(times, "cpu")
     kernel = kernels.cost_kernel(system.structure, real)
     wp.launch(kernel, dim=costs.shape, inputs=[x, chosen, p], outputs=[costs], device="cpu", record_tape=False)
     return costs.numpy()
@@ -83,7 +90,7 @@ def _warp_loss(system, states, controls, times, control_cost, parameters) -> wp.
     """Return the loss as a Warp array of one element; an active tape records it."""
     real, device = states.dtype, states.device
     p = system.parameter_array(parameters, device=device, dtype=real)
-    chosen = wp.array(times, dtype=int, device=device)
+    chosen = chosen_array(times, str(device))
     costs = wp.empty((len(times), states.shape[1]), dtype=real, device=device, requires_grad=True)
     total = wp.zeros(1, dtype=real, device=device, requires_grad=True)
     kernel = kernels.cost_kernel(system.structure, real)

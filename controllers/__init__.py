@@ -1,0 +1,23 @@
+"""The torch half: small networks, the training loop, its command line, checkpoints.
+
+python -m controllers --system cartpole --poles 4 --flow combined --epochs 1000 --seed 0 --out out/run
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from controllers.networks import MLP, Linear
+    from controllers.settings import Training
+    from controllers.training import train
+
+__all__ = ["MLP", "Linear", "Training", "train"]
+
+_HOMES = {"MLP": "networks", "Linear": "networks", "Training": "settings", "train": "training"}
+
+
+# Names load on first use: the command line program guards against Ctrl-C before it spends seconds importing torch.
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

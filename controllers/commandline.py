@@ -1,0 +1,195 @@
+"""The command line program; its flags are the fields of `Training` and of the chosen system."""
+
+import ast
+import inspect
+import os
+import shlex
+import signal
+import sys
+import textwrap
+import threading
+import typing
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+import warp
+
+from controllers.checkpoint import load_checkpoint
+from controllers.progress import Progress
+from controllers.ranks import Ranks, launched_ranks
+from controllers.settings import Training
+from controllers.training import train
+from warp_phys import Diverged
+from warp_phys.systems import SYSTEMS
+
+
+class Parser(ArgumentParser):
+    """An argument parser that answers a mistake with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command line asks for."""
+
+    settings: Training
+    resume: bool
+    overwrite: bool
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Read a command line; exits with status 2 and one line where it makes no sense."""
+    options: dict[str, Any] = {"prog": "python -m controllers", "allow_abbrev": False}
+    first = Parser(add_help=False, **options)
+    first.add_argument("--system", default=None)
+    first.add_argument("--out", default=Training.out)
+    first.add_argument("--resume", action="store_true")
+    glance = first.parse_known_args(arguments)[0]
+    try:
+        saved = load_checkpoint(Path(glance.out))["settings"] if glance.resume else {}
+    except (OSError, ValueError) as error:
+        first.error(str(error))
+    name = glance.system or saved.get("system", Training.system)
+    if name not in SYSTEMS:
+        first.error(f"system must be one of {', '.join(SYSTEMS)}, got {name!r}")
+    parser = Parser(description="Train a neural controller through an unrolled simulation.", **options)
+    add_flags(parser.add_argument_group("training"), Training)
+    own_flags = add_flags(parser.add_argument_group(f"parameters of {name}"), SYSTEMS[name], taken=FLAGS)
+    files = parser.add_argument_group("an earlier run in the same folder")
+    files.add_argument("--resume", action="store_true", help="Continue it; what is not given here stays as it was.")
+    files.add_argument("--overwrite", action="store_true", help="Replace it.")
+    given = vars(parser.parse_args(arguments))
+    resume, overwrite = given.pop("resume"), given.pop("overwrite")
+    if resume and overwrite:
+        parser.error("resume and overwrite exclude each other")
+    parameters = {own: given.pop(flag) for flag, own in own_flags.items() if flag in given}
+    if saved and name == saved["system"]:
+        parameters = saved["parameters"] | parameters
+    try:
+        return Command(Training(**(saved | given | {"parameters": parameters})), resume, overwrite)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+
+
+FLAGS = frozenset(entry.name for entry in fields(Training)) | {"resume", "overwrite", "help"}
+
+
+def add_flags(group: Any, kind: type, taken: Container[str] = ()) -> dict[str, str]:
+    """Add one flag per field of a dataclass, "system-" before a name that is taken; returns {argument: field}."""
+    texts, hints, names = field_help(kind), typing.get_type_hints(kind), {}
+    for entry in fields(kind):
+        options = flag_options(hints[entry.name])
+        if options is None:
+            continue
+        flag = f"system_{entry.name}" if entry.name in taken else entry.name
+        text = texts.get(entry.name, "")
+        if entry.default is not MISSING:
+            shown = " ".join(map(str, entry.default)) if isinstance(entry.default, tuple) else str(entry.default)
+            text += f" (default: {shown or 'none'})"
+        # Only what is given ends up in the arguments: defaults have one home, the dataclass.
+        group.add_argument(f"--{flag.replace('_', '-')}", default=SUPPRESS, help=text.replace("%", "%%"), **options)
+        names[flag] = entry.name
+    return names
+
+
+def flag_options(hint: Any) -> dict[str, Any] | None:
+    """How argparse reads a field of this type; None where a command line cannot hold it.
+
+    >>> flag_options(tuple[float, float])
+    {'type': <class 'float'>, 'metavar': 'FLOAT', 'nargs': 2}
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is bool:
+        return {"action": BooleanOptionalAction}
+    if origin is Literal:
+        return {"metavar": "{" + ",".join(parts) + "}"}
+    if origin is tuple and (options := flag_options(parts[0])):
+        return options | {"nargs": "*" if parts[-1] is Ellipsis else len(parts)}
+    # A parameter that may be an array or a number is a number here.
+    plain = next((part for part in (hint, *parts) if part in (int, float, str)), None)
+    return {"type": plain, "metavar": plain.__name__.upper()} if plain and origin not in (tuple, dict) else None
+
+
+def field_help(kind: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, inherited fields included.
+
+    >>> field_help(Training)["rate"]
+    'Learning rate of Adam.'
+    """
+    found: dict[str, str] = {}
+    for base in reversed([base for base in kind.__mro__ if "__dataclass_fields__" in base.__dict__]):
+        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+        for entry, below in zip(body[:-1], body[1:], strict=True):
+            match entry, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
+    return found
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
+    """Turn SIGINT or SIGTERM into an event; the same once more ends the program at once. Main thread only."""
+    stop, received = threading.Event(), list[int]()
+
+    def handle(number: int, _frame: object) -> None:
+        if number in received:
+            # Files are renamed into place, so there is no moment at which this leaves a broken one.
+            os._exit(128 + number)
+        received.append(number)
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop, received
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop, received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status.
+
+    0 done, 1 diverged, 2 a mistake in the arguments, 130 and 143 stopped by SIGINT and SIGTERM, with all saved.
+    """
+    command = parse(sys.argv[1:] if arguments is None else arguments)
+    warp.config.log_level = warp.LOG_WARNING
+    if command.settings.threads:
+        torch.set_num_threads(command.settings.threads)
+    with stop_on_signals() as (stop, received), launched_ranks(command.settings.device) as device:
+        return run(replace(command, settings=replace(command.settings, device=device)), stop, received)
+
+
+def run(command: Command, stop: threading.Event, received: list[int]) -> int:
+    """Train, and tell how it ended."""
+    settings, leads = command.settings, Ranks().leads
+    progress = Progress(settings.epochs) if leads else None
+    say = (lambda text: print(text, file=sys.stderr)) if leads else (lambda text: None)
+    again = f"python -m controllers --resume --out {shlex.quote(settings.out)}"
+    say("Preparing; the first run of a system compiles its kernels …")
+    try:
+        trained = train(settings, resume=command.resume, overwrite=command.overwrite, stop=stop, progress=progress)
+    except (OSError, ValueError) as error:
+        say(f"python -m controllers: error: {error}")
+        return 2
+    except Diverged as error:
+        say(f"\nThe training diverged: {error}\nThe last checkpoint and the record are kept in {settings.out}.")
+        return 1
+    finally:
+        if progress:
+            progress.close()
+    if trained.finished:
+        say(f"Done: {len(trained.records)} epochs, files in {settings.out or 'no folder'}.")
+        return 0
+    say(f"Stopped after {len(trained.records)} whole epochs, everything is saved. To go on:\n    {again}")
+    return 128 + received[0] if received else 0

@@ -1,0 +1,119 @@
+"""Small networks that steer a system: any torch module mapping states (B, D) to controls (B, K) will do as well."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+ACTIVATIONS: dict[str, type[torch.nn.Module]] = {
+    "tanh": torch.nn.Tanh,
+    "relu": torch.nn.ReLU,
+    "elu": torch.nn.ELU,
+    "silu": torch.nn.SiLU,
+    "sigmoid": torch.nn.Sigmoid,
+}
+INITS = ("glorot", "zero-last", "torch")
+
+
+class Sized(Protocol):
+    """What a controller needs to know of a system."""
+
+    @property
+    def state_size(self) -> int:
+        """Numbers in one state, D."""
+
+    @property
+    def control_size(self) -> int:
+        """Numbers in one control, K."""
+
+
+class MLP(torch.nn.Sequential):
+    """Dense network c = Wₙ a(… a(W₁ x + b₁) …) + bₙ with activation a and a linear output.
+
+    It is a plain chain Linear, activation, …, Linear, so that the engine can run it inside its own kernels.
+
+    Args:
+        system: Anything with `state_size` D and `control_size` K.
+        hidden: Width of each hidden layer; empty for a linear controller.
+        activation: One of tanh, relu, elu, silu, sigmoid.
+        init: "glorot": Glorot-uniform weights, zero biases. "zero-last": the same, but the last weight is zero, as the
+            published scripts start. "torch": as torch starts its linear layers.
+        seed: Seed of the weights, torch's global generator is then left alone; None draws from the global generator.
+
+    Raises:
+        ValueError: An argument is not one of the above.
+
+    Source: Schnell & Thuerey, ICLR 2024; Glorot & Bengio, AISTATS 2010.
+
+    >>> from types import SimpleNamespace
+    >>> controller = MLP(SimpleNamespace(state_size=6, control_size=1), hidden=(100, 100), seed=0)
+    >>> controller(torch.zeros(8, 6)).shape
+    torch.Size([8, 1])
+    """
+
+    def __init__(
+        self,
+        system: Sized,
+        hidden: Sequence[int] = (100, 100),
+        activation: str = "tanh",
+        init: str = "glorot",
+        seed: int | None = None,
+    ) -> None:
+        check_network(hidden, activation, init)
+        widths = [system.state_size, *hidden, system.control_size]
+        layers: list[torch.nn.Module] = []
+        for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+            layers += [torch.nn.utils.skip_init(torch.nn.Linear, inputs, outputs), ACTIVATIONS[activation]()]
+        super().__init__(*layers[:-1])
+        initialise([layer for layer in self if isinstance(layer, torch.nn.Linear)], init, seed)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
+        # torch builds a slice with the constructor of the subclass, which takes other arguments here.
+        layers = list(self)
+        return torch.nn.Sequential(*layers[index]) if isinstance(index, slice) else layers[index]
+
+
+class Linear(MLP):
+    """Linear controller c = W x + b: an `MLP` without hidden layers.
+
+    Args:
+        system: Anything with `state_size` and `control_size`.
+        init: As for `MLP`.
+        seed: As for `MLP`.
+    """
+
+    def __init__(self, system: Sized, init: str = "glorot", seed: int | None = None) -> None:
+        super().__init__(system, hidden=(), init=init, seed=seed)
+
+
+def check_network(hidden: Sequence[int], activation: str, init: str) -> None:
+    """Raise ValueError where the arguments of a network cannot be met.
+
+    >>> check_network((100,), "cosine", "glorot")
+    Traceback (most recent call last):
+        ...
+    ValueError: activation must be one of tanh, relu, elu, silu, sigmoid, got 'cosine'
+    """
+    if isinstance(hidden, str) or not all(isinstance(width, int) and width > 0 for width in hidden):
+        raise ValueError(f"hidden must be widths of at least 1, such as (100, 100), got {hidden!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+
+
+@torch.no_grad()
+def initialise(layers: Sequence[torch.nn.Linear], init: str, seed: int | None) -> None:
+    """Set the weights of a chain of linear layers, see `MLP`."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    for layer in layers:
+        if init == "torch":
+            # Kaiming with a = √5, which torch uses, comes to this bound for weights and biases alike.
+            bound = layer.in_features**-0.5
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            layer.bias.uniform_(-bound, bound, generator=generator)
+        else:
+            torch.nn.init.xavier_uniform_(layer.weight, generator=generator)
+            layer.bias.zero_()
+    if init == "zero-last":
+        layers[-1].weight.zero_()

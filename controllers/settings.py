@@ -1,0 +1,189 @@
+"""The settings of a training, declared once and checked in one place."""
+
+import math
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from controllers.networks import check_network
+from warp_phys.flow import resolve
+from warp_phys.systems import SYSTEMS
+
+# What a resumed run may change without becoming another run.
+FREE_ON_RESUME = ("epochs", "device", "out", "checkpoint_every", "threads")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that decides a training; the defaults are the published ones.
+
+    Raises:
+        ValueError, TypeError: A setting cannot be met; the message names it.
+
+    >>> Training(parameters={"poles": 4}, flow="C").flow
+    'combined'
+    """
+
+    system: str = "cartpole"
+    """Physical system, by name."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """The system's own parameters, by name; what is not given keeps the system's default."""
+    steps: int = 100
+    """Time steps of one unrolling."""
+    when: Literal["final", "every"] = "final"
+    """Times at which the loss looks at the states: the last one, or every one."""
+    control_cost: float = 0.0
+    """Weight of the mean squared control in the loss."""
+    flow: str = "combined"
+    """Gradient flow by name or letter: regular R, modified M, stopped S, controller N, combined C."""
+    hidden: tuple[int, ...] = (100, 100)
+    """Widths of the controller's hidden layers; none for a linear controller."""
+    activation: str = "tanh"
+    """Activation of the hidden layers: tanh, relu, elu, silu, sigmoid."""
+    init: str = "glorot"
+    """Start of the weights: glorot, zero-last (Glorot but the last weight zero), torch (torch's own)."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Precision of states and weights."""
+    epochs: int = 1000
+    """Passes over the training states."""
+    batch: int = 8
+    """States in a minibatch; divides the number of training states."""
+    accumulate: int = 1
+    """Parts in which a minibatch is run, one after the other; the update is that of the whole, in less memory."""
+    train_states: int = 256
+    """Initial states to train on."""
+    test_states: int = 256
+    """Initial states to test on."""
+    shuffle: bool = False
+    """Draw a new order of the training states every epoch; as published the order is fixed."""
+    rate: float = 1e-3
+    """Learning rate of Adam."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of Adam's two moments."""
+    epsilon: float = 1e-7
+    """Term that keeps Adam's division finite."""
+    clip: Literal["none", "value", "norm"] = "none"
+    """Clipping of the update: none, each component (value), or the norm of the whole (norm)."""
+    clip_at: float = 1.0
+    """Largest component, or largest norm, that clipping leaves."""
+    seed: int = 0
+    """One seed for weights, training states, test states and shuffling."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, cuda:1."""
+    threads: int = 1
+    """Threads of torch on the CPU, set by the command line program; 0 leaves torch's choice."""
+    out: str = "out/run"
+    """Folder of the run's files; empty to write none."""
+    checkpoint_every: int = 20
+    """Epochs between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        """Check every setting; store names in full and the system's parameters complete."""
+        for name in ("steps", "epochs", "batch", "accumulate", "train_states", "test_states", "checkpoint_every"):
+            check_number(name, getattr(self, name), int, at_least=1)
+        for name in ("seed", "threads"):
+            check_number(name, getattr(self, name), int, at_least=0)
+        for name in ("rate", "epsilon", "clip_at"):
+            check_number(name, getattr(self, name), float, above=0)
+        check_number("control_cost", self.control_cost, float, at_least=0)
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas!r}")
+        for beta in self.betas:
+            check_number("betas", beta, float, at_least=0, below=1)
+        for name, values in choices().items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        check_network(self.hidden, self.activation, self.init)
+        if self.train_states % self.batch:
+            raise ValueError(f"batch must divide train_states ({self.train_states}), got {self.batch}")
+        if self.accumulate > self.batch:
+            raise ValueError(f"accumulate must be at most batch ({self.batch}), got {self.accumulate}")
+        check_device(self.device)
+        # A frozen dataclass sets its own fields this way; equal settings then compare equal, however they were written.
+        set_field = object.__setattr__
+        set_field(self, "hidden", tuple(self.hidden))
+        set_field(self, "betas", tuple(self.betas))
+        set_field(self, "flow", resolve(self.flow).name)
+        # Plain Python numbers: a checkpoint is loaded without running code, which excludes numpy's.
+        parameters = asdict(self.make_system())
+        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
+        set_field(self, "parameters", plain)
+
+    def make_system(self) -> Any:
+        """The system with its parameters."""
+        if self.system not in SYSTEMS:
+            raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {self.system!r}")
+        kind = SYSTEMS[self.system]
+        known = [entry.name for entry in fields(kind)]
+        for name in self.parameters:
+            if name not in known:
+                raise ValueError(f"{self.system} has no parameter {name!r}; its parameters are {', '.join(known)}")
+        return kind(**self.parameters)
+
+
+class Seeds(typing.NamedTuple):
+    """One seed for each thing that is drawn; near seeds of a training share none of them."""
+
+    weights: int
+    train_states: int
+    test_states: int
+    shuffle: int
+
+
+def derive_seeds(seed: int) -> Seeds:
+    """Derive all seeds of a training from its one seed, by numpy's `SeedSequence`.
+
+    >>> derive_seeds(0)
+    Seeds(weights=2968811710, train_states=3677149159, test_states=745650761, shuffle=2884920346)
+    """
+    return Seeds(*map(int, np.random.SeedSequence(seed).generate_state(4)))
+
+
+def choices() -> dict[str, tuple[str, ...]]:
+    """Settings that are one of a few words, and the words."""
+    hints = typing.get_type_hints(Training)
+    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+
+
+def check_number(
+    name: str,
+    value: Any,
+    kind: type[int] | type[float],
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise TypeError or ValueError where a setting is not a finite number of its kind within its bounds."""
+    bounds = [("at least", at_least), ("above", above), ("below", below)]
+    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound))
+    wanted = f"{name} must be {'an integer' if kind is int else 'a number'} {wanted}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        raise TypeError(wanted)
+    if not (math.isfinite(value) and at_least <= value < below and above < value):
+        raise ValueError(wanted)
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError where there is no such device."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be cpu, cuda or cuda:<number>, got {name!r}") from None
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= present):
+        found = ", ".join(["cpu", *(f"cuda:{index}" for index in range(present))])
+        raise ValueError(f"device must be one that is present ({found}), got {name!r}")
+
+
+def check_resume(saved: dict[str, Any], settings: Training) -> None:
+    """Raise ValueError where `settings` would make the saved run another run."""
+    wanted = asdict(settings)
+    names = [name for name in wanted if name not in FREE_ON_RESUME and saved.get(name) != wanted[name]]
+    if names:
+        differences = "; ".join(f"{name} was {saved.get(name)!r}, is {wanted[name]!r}" for name in names)
+        raise ValueError(
+            f"a resumed run keeps its settings (only {', '.join(FREE_ON_RESUME)} may change), but {differences}"
+        )

@@ -1,0 +1,258 @@
+"""The training loop: unroll, differentiate along the chosen flow, clip, step; record, save, resume."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from controllers import checkpoint as files
+from controllers.networks import MLP
+from controllers.ranks import Ranks
+from controllers.record import Record, plot_record, write_record
+from controllers.settings import Training, check_resume, derive_seeds
+from warp_phys import Diverged
+from warp_phys.interop.torch import Rollout
+
+Stop = Callable[[], bool] | threading.Event
+
+
+@dataclass
+class Trained:
+    """What a training leaves behind."""
+
+    controller: MLP
+    """The controller as it is after the last update."""
+    records: list[Record] = field(default_factory=list)
+    """One record per finished epoch."""
+    finished: bool = False
+    """False where the training was stopped before its last epoch."""
+
+
+def train(
+    settings: Training,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop: Stop | None = None,
+    progress: Callable[[Record], None] | None = None,
+) -> Trained:
+    """Train a controller; on the CPU the same settings give the same bits, stopped and resumed or in one go.
+
+    Files in `settings.out`: checkpoint.pt, record.csv and settings.json as it goes; controller.pt (the weights alone,
+    for `load_state_dict`) and curves.png at its end. May be called from any thread.
+
+    Args:
+        settings: What to train, and how.
+        resume: Continue the run in `settings.out`.
+        overwrite: Replace the run in `settings.out`.
+        stop: Asked before every minibatch, as an Event or a function; when it says yes, the state is saved, within the
+            epoch if need be, and the training returns.
+        progress: Called with every new record.
+
+    Raises:
+        FileExistsError: `settings.out` holds a run, and neither `resume` nor `overwrite` is set.
+        FileNotFoundError: There is nothing to resume.
+        ValueError: The saved run had other settings.
+        Diverged: A trajectory left the finite numbers; the last checkpoint is kept.
+
+    >>> trained = train(Training(epochs=2, train_states=8, test_states=8, steps=10, hidden=(8,), out=""))
+    >>> [record.epoch for record in trained.records]
+    [1, 2]
+    """
+    loop = Loop(settings)
+    folder = Path(settings.out) if settings.out else None
+    if folder and resume:
+        loop.restore(files.load_checkpoint(folder))
+    elif folder:
+        files.claim_folder(folder, overwrite and loop.ranks.leads)
+    elif resume:
+        raise ValueError("resume needs the folder of a run in out, got an empty out")
+    # No process writes before all have seen the folder as it was.
+    loop.ranks.wait()
+    asked = stop.is_set if isinstance(stop, threading.Event) else stop or (lambda: False)
+    if not loop.ranks.leads:
+        folder, progress = None, None
+    if folder:
+        files.save_json(folder / files.SETTINGS, asdict(settings))
+    try:
+        finished = loop.run(asked, progress, folder)
+    except Diverged:
+        if folder:
+            write_record(folder / files.RECORD, loop.records)
+        raise
+    if folder:
+        loop.save(folder)
+        if finished:
+            with files.atomic_write(folder / files.CONTROLLER) as file:
+                torch.save(loop.controller.state_dict(), file)
+        if loop.records:
+            title = f"{settings.system}, {settings.flow} flow, seed {settings.seed}"
+            plot_record(folder / files.CURVES, loop.records, title)
+    # All come back to files that are complete.
+    loop.ranks.wait()
+    return Trained(loop.controller, loop.records, finished)
+
+
+class Loop:
+    """The state of a training, and its steps; `train` is its public face."""
+
+    def __init__(self, settings: Training) -> None:
+        self.settings, self.ranks, self.seeds = settings, Ranks(), derive_seeds(settings.seed)
+        self.ranks.check(settings.batch // settings.accumulate, settings.test_states)
+        self.device = torch.device(settings.device)
+        dtype = getattr(torch, settings.precision)
+        self.system = settings.make_system()
+        network = MLP(self.system, settings.hidden, settings.activation, settings.init, self.seeds.weights)
+        self.controller = network.to(self.device, dtype)
+        self.parameters = list(self.controller.parameters())
+        self.optimiser = torch.optim.Adam(
+            self.parameters, lr=settings.rate, betas=settings.betas, eps=settings.epsilon, fused=True
+        )
+        self.rollout = Rollout(
+            self.system,
+            self.controller,
+            steps=settings.steps,
+            flow=settings.flow,
+            device=settings.device,
+            reduce=self.ranks.sum if self.ranks.world > 1 else None,
+        )
+        self.train_states, self.test_states = (
+            torch.as_tensor(self.system.sample(count, seed=seed, dtype=np.dtype(settings.precision))).to(self.device)
+            for count, seed in (
+                (settings.train_states, self.seeds.train_states),
+                (settings.test_states, self.seeds.test_states),
+            )
+        )
+        self.records: list[Record] = []
+        self.minibatch = 0
+        # Losses stay on the device until the epoch is over: reading one would wait for the device.
+        self.losses = torch.zeros(settings.train_states // settings.batch, device=self.device, dtype=dtype)
+        self.seconds = 0.0
+
+    def run(self, stop: Callable[[], bool], progress: Callable[[Record], None] | None, folder: Path | None) -> bool:
+        """Train to the last epoch, or until asked to stop; returns whether the last epoch was reached."""
+        start = time.perf_counter() - self.seconds
+        while len(self.records) < self.settings.epochs:
+            if not self.run_epoch(stop):
+                self.seconds = time.perf_counter() - start
+                self.ranks.sum(self.losses)
+                return False
+            train_loss, test_loss = self.evaluate(self.train_states), self.evaluate(self.test_states)
+            self.seconds = time.perf_counter() - start
+            self.records.append(self.make_record(train_loss, test_loss))
+            self.minibatch = 0
+            if progress:
+                progress(self.records[-1])
+            if folder and len(self.records) % self.settings.checkpoint_every == 0:
+                self.save(folder)
+        return True
+
+    def run_epoch(self, stop: Callable[[], bool]) -> bool:
+        """Go through the minibatches that are left of this epoch; returns False where asked to stop before its end."""
+        states = self.train_states[self.order()].split(self.settings.batch)
+        while self.minibatch < len(states):
+            if self.ranks.any(stop(), self.device):
+                return False
+            last = self.minibatch == len(states) - 1
+            # Both flows ride along in the sweep of one update per epoch, whatever the flow trained with.
+            self.rollout.observe = ("modified", "regular") if last else ()
+            self.update(states[self.minibatch], measure=last)
+            self.minibatch += 1
+        self.rollout.observe = ()
+        return True
+
+    def order(self) -> torch.Tensor:
+        """Order of the training states in this epoch, a function of seed and epoch: a resumed run needs no memory."""
+        if not self.settings.shuffle:
+            return torch.arange(self.settings.train_states)
+        seed = np.random.SeedSequence([self.seeds.shuffle, len(self.records)])
+        return torch.as_tensor(np.random.default_rng(seed).permutation(self.settings.train_states))
+
+    def update(self, states: torch.Tensor, measure: bool) -> None:
+        """One step of the optimiser: sums over parts and ranks first, then the flow's comparison, then clipping."""
+        self.optimiser.zero_grad(set_to_none=True)
+        for part in states.tensor_split(self.settings.accumulate):
+            rows = self.ranks.share(part)
+            # Each part counts by its share of the minibatch's mean.
+            loss = self.loss(rows) * (len(rows) / len(states))
+            loss.backward()
+            self.losses[self.minibatch] += loss.detach()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if measure:
+            self.update_norm_squared = float(sum(gradient.square().sum() for gradient in gradients))
+        clip_gradients(gradients, self.settings.clip, self.settings.clip_at)
+        self.optimiser.step()
+
+    def loss(self, initial_states: torch.Tensor) -> torch.Tensor:
+        """Loss of the trajectories that the controller steers from here."""
+        states, controls = self.rollout(initial_states)
+        return self.system.loss(states, controls, when=self.settings.when, control_cost=self.settings.control_cost)
+
+    @torch.no_grad()
+    def evaluate(self, initial_states: torch.Tensor) -> float:
+        """Mean loss over many states, each rank taking its share of them."""
+        rows = self.ranks.share(initial_states)
+        total = self.loss(rows) * (len(rows) / len(initial_states))
+        self.ranks.sum(total)
+        return float(total)
+
+    def make_record(self, train_loss: float, test_loss: float) -> Record:
+        """The record of the epoch that was just done."""
+        self.ranks.sum(self.losses)
+        minibatch_loss = float(self.losses.mean())
+        self.losses.zero_()
+        report = self.rollout.report
+        return Record(
+            epoch=len(self.records) + 1,
+            minibatch_loss=minibatch_loss,
+            train_loss=train_loss,
+            test_loss=test_loss,
+            update_norm_squared=self.update_norm_squared,
+            cosine=float(report.cosine),
+            agreement=float(report.agreement),
+            rate=float(self.optimiser.param_groups[0]["lr"]),
+            seconds=round(self.seconds, 3),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write checkpoint and record; a checkpoint within an epoch knows the losses of the minibatches done."""
+        content: dict[str, Any] = {
+            "settings": asdict(self.settings),
+            "weights": self.controller.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "records": [tuple(record) for record in self.records],
+            "minibatch": self.minibatch,
+            "losses": self.losses,
+            "seconds": self.seconds,
+        }
+        files.save_checkpoint(folder, content)
+        write_record(folder / files.RECORD, self.records)
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Take up a checkpoint, after checking that it belongs to these settings."""
+        check_resume(content["settings"], self.settings)
+        done = len(content["records"]) + (content["minibatch"] > 0)
+        if done > self.settings.epochs:
+            raise ValueError(f"epochs must be at least {done}, as the saved run has begun, got {self.settings.epochs}")
+        self.controller.load_state_dict(content["weights"])
+        self.optimiser.load_state_dict(content["optimiser"])
+        self.records = [Record(*values) for values in content["records"]]
+        self.minibatch, self.seconds = content["minibatch"], content["seconds"]
+        if self.ranks.leads:
+            self.losses.copy_(content["losses"])
+
+
+def clip_gradients(gradients: Sequence[torch.Tensor], clip: str, limit: float) -> None:
+    """Clip in place: "value" each component to [−limit, limit], "norm" the norm of all together to at most limit."""
+    if clip == "value":
+        for gradient in gradients:
+            gradient.clamp_(-limit, limit)
+    elif clip == "norm":
+        norm = torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in gradients]))
+        for gradient in gradients:
+            gradient.mul_((limit / norm).clamp(max=1))

@@ -1,0 +1,22 @@
+"""One colour per flow in every picture, from the Okabe–Ito palette, which colour-blind people can tell apart."""
+
+from typing import Any
+
+from warp_phys.flow import resolve
+
+COLOURS = {
+    "regular": "#D55E00",  # vermillion
+    "modified": "#0072B2",  # blue
+    "stopped": "#999999",  # grey
+    "controller": "#CC79A7",  # reddish purple
+    "combined": "#009E73",  # bluish green
+}
+
+
+def colour(flow: Any) -> str:
+    """Colour of a flow, given by name, by letter or as a value; black for a flow without a name of its own.
+
+    >>> colour("C")
+    '#009E73'
+    """
+    return COLOURS.get(resolve(flow).name, "#000000")

@@ -1,0 +1,280 @@
+"""Swing-up of a cart with poles, trained side by side with the gradient (R) and with the combined update (C).
+
+    python -m demos.swingup
+
+Leaves in `out`: curves.png, swingup.gif, summary.txt, and the record of each training as regular.csv and combined.csv.
+"""
+# ruff: noqa: E402
+
+import os
+import signal
+
+if __name__ == "__main__":
+    # Importing torch takes seconds; until the demo listens itself, Ctrl-C just ends it, without a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import multiprocessing
+import sys
+import textwrap
+import time
+import webbrowser
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import warp
+from matplotlib.figure import Figure
+
+from controllers.checkpoint import atomic_write
+from controllers.commandline import Parser, add_flags, stop_on_signals
+from controllers.record import Record, write_record
+from controllers.settings import Training, check_number
+from controllers.training import train
+from demos.animation import Scene, write_gif
+from demos.colours import colour
+from warp_phys import Diverged
+from warp_phys.interop.torch import Rollout
+
+FLOWS = ("regular", "combined")
+
+
+@dataclass(frozen=True)
+class Swingup:
+    """Settings of the demo."""
+
+    poles: int = 2
+    """Poles on the cart."""
+    epochs: int = 400
+    """Epochs of each training."""
+    seed: int = 0
+    """Seed of the weights and of the states, the same for both trainings."""
+    frames: int = 76
+    """Pictures in the animation, 25 of them per second."""
+    out: str = "out"
+    """Folder for what the demo makes; its earlier files are replaced."""
+    open: bool = True
+    """Open the animation at the end where there is a display."""
+
+    def __post_init__(self) -> None:
+        """Check the settings of the demo; those of the trainings are checked by `Training`."""
+        check_number("frames", self.frames, int, at_least=2, below=self.training("combined").steps + 2)
+        if not self.out:
+            raise ValueError("out must name a folder, got an empty name")
+
+    def training(self, flow: str) -> Training:
+        """The training with this flow; it keeps its files to itself, the demo writes its own."""
+        parameters = {"poles": self.poles, "dt": 0.01}
+        return Training(parameters=parameters, flow=flow, epochs=self.epochs, seed=self.seed, out="")
+
+
+class Outcome(NamedTuple):
+    """What a training sends home at its end."""
+
+    records: list[Record]
+    states: np.ndarray
+    controls: np.ndarray
+
+
+def train_apart(settings: Training, start: np.ndarray, stop: Any, home: Connection) -> None:
+    """Body of a training process: sends every record home, then an `Outcome`, or the message of what went wrong."""
+    torch.set_num_threads(1)
+    warp.config.log_level = warp.LOG_WARNING
+    parent = os.getppid()
+
+    def asked() -> bool:
+        # A parent that was killed cannot ask any more, but its children get another parent.
+        return stop.is_set() or os.getppid() != parent
+
+    try:
+        trained = train(settings, stop=asked, progress=home.send)
+        if trained.finished:
+            with torch.no_grad():
+                rollout = Rollout(settings.make_system(), trained.controller, settings.steps, device=settings.device)
+                states, controls = rollout(start[None])
+            home.send(Outcome(trained.records, states[:, 0].cpu().numpy(), controls[:, 0].cpu().numpy()))
+    except Diverged as error:
+        home.send(f"the training with flow {settings.flow} diverged: {error}")
+    except BrokenPipeError:
+        pass
+
+
+def train_both(settings: Swingup) -> dict[str, Outcome] | int:
+    """Train with both flows at once, in a process each; returns an exit status where that came to nothing."""
+    context = multiprocessing.get_context("spawn")
+    start = settings.training("combined").make_system().sample(1, seed=settings.seed)[0]
+    stopping, homes, processes = context.Event(), {}, []
+    with stop_on_signals() as (stop, received):
+        # Children inherit an ignored Ctrl-C, which a terminal sends to them as well; they listen to `stopping` instead.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for flow in FLOWS:
+            home, away = context.Pipe(duplex=False)
+            process = context.Process(
+                target=train_apart, args=(settings.training(flow), start, stopping, away), daemon=True
+            )
+            process.start()
+            away.close()
+            homes[home] = flow
+            processes.append(process)
+        signal.signal(signal.SIGINT, handler)
+        try:
+            outcome = collect(homes, stop, Display(settings.epochs))
+        finally:
+            stopping.set()
+            for process in processes:
+                process.join(10)
+                process.terminate()
+    if isinstance(outcome, str):
+        print(f"The demo ends: {outcome}", file=sys.stderr)
+        return 1
+    if received:
+        print("Stopped: both trainings have ended, nothing was written.", file=sys.stderr)
+        return 128 + received[0]
+    return outcome
+
+
+def collect(homes: Mapping[Connection, str], stop: Any, display: "Display") -> dict[str, Outcome] | str:
+    """Gather what the trainings send until both are done, one fails (its message is returned) or `stop` is set."""
+    outcomes: dict[str, Outcome] = {}
+    open_homes = dict(homes)
+    try:
+        while open_homes and not stop.is_set():
+            for home in cast(list[Connection], wait(list(open_homes), timeout=0.2)):
+                flow = open_homes[home]
+                try:
+                    message: Any = home.recv()
+                except EOFError:
+                    del open_homes[home]
+                    if flow not in outcomes and not stop.is_set():
+                        return f"the training with flow {flow} ended early"
+                    continue
+                if isinstance(message, str):
+                    return message
+                if isinstance(message, Outcome):
+                    outcomes[flow] = message
+                else:
+                    display.show(flow, message)
+    finally:
+        display.close()
+    return outcomes
+
+
+class Display:
+    """Progress of both trainings on standard error: one line that changes in a terminal, one now and then elsewhere."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs, self.terminal = epochs, sys.stderr.isatty()
+        self.latest: dict[str, Record] = {}
+        self.start, self.shown = time.perf_counter(), float("-inf")
+        print("Training with R and with C; the first start compiles for some seconds …", file=sys.stderr, flush=True)
+
+    def show(self, flow: str, record: Record) -> None:
+        """Take notice of a record."""
+        self.latest[flow] = record
+        now = time.perf_counter()
+        done = all(latest.epoch == self.epochs for latest in self.latest.values()) and len(self.latest) == len(FLOWS)
+        if now - self.shown < (0.2 if self.terminal else 10) and not done:
+            return
+        self.shown = now
+        parts = []
+        for name, latest in sorted(self.latest.items(), key=lambda item: FLOWS.index(item[0])):
+            filled = 10 * latest.epoch // self.epochs
+            bar = "█" * filled + "░" * (10 - filled) + " " if self.terminal else ""
+            parts.append(f"{name} {bar}{latest.epoch}/{self.epochs} test loss {latest.test_loss:.1e}")
+        line = "  ".join(parts) + f"  {now - self.start:.0f} s"
+        print(
+            f"\r{line}\x1b[K" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True
+        )
+
+    def close(self) -> None:
+        """End the line."""
+        if self.terminal:
+            print(file=sys.stderr)
+
+
+def final_loss(records: Sequence[Record]) -> float:
+    """Median test loss over the last tenth of the epochs, as it is published."""
+    return float(np.median([record.test_loss for record in records[-max(1, len(records) // 10) :]]))
+
+
+def summarise(settings: Swingup, outcomes: Mapping[str, Outcome], seconds: float) -> str:
+    """The result in one paragraph."""
+    regular, combined = (final_loss(outcomes[flow].records) for flow in FLOWS)
+    last = max(1, settings.epochs // 10)
+    low, high = sorted((regular, combined))
+    if high < 1.1 * low:
+        verdict = "The two end about level"
+    else:
+        winner, loser = ("C", "R") if combined < regular else ("R", "C")
+        verdict = f"{winner} ends {high / low:.1f} times lower than {loser}"
+    text = (
+        f"Swing-up of {settings.poles} pole{'s' if settings.poles > 1 else ''} on a cart, trained through "
+        f"{settings.training('combined').steps} simulated steps from the same initial weights, once with the gradient "
+        f"(R) and once with the combined update (C): seed {settings.seed}, {settings.epochs} epochs each, "
+        f"{seconds:.0f} s in all. Final test loss, the median of the last {last} epochs (0: all poles upright, 2: all "
+        f"hanging): R {regular:.6g}, C {combined:.6g}. {verdict}. This is one seed; other seeds end elsewhere."
+    )
+    return textwrap.fill(text, 100) + "\n"
+
+
+def plot_curves(path: Path, settings: Swingup, outcomes: Mapping[str, Outcome]) -> None:
+    """Draw the test loss of both trainings."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for flow, letter in zip(FLOWS, "RC", strict=True):
+        losses = [record.test_loss for record in outcomes[flow].records]
+        axes.plot(range(1, len(losses) + 1), losses, color=colour(flow), linewidth=1, label=f"{letter} {flow}")
+    title = f"Swing-up of {settings.poles} poles, seed {settings.seed}"
+    axes.set(yscale="log", xlabel="epoch", ylabel="test loss", title=title)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def write_results(settings: Swingup, outcomes: Mapping[str, Outcome], seconds: float) -> str:
+    """Write all files of the demo; returns the summary."""
+    out = Path(settings.out)
+    scenes = []
+    for flow, letter in zip(FLOWS, "RC", strict=True):
+        outcome = outcomes[flow]
+        write_record(out / f"{flow}.csv", outcome.records)
+        title = f"{letter} {flow}, test loss {final_loss(outcome.records):.2g}"
+        scenes.append(Scene(title, colour(flow), outcome.states, outcome.controls))
+    plot_curves(out / "curves.png", settings, outcomes)
+    write_gif(out / "swingup.gif", settings.training("combined").make_system(), scenes, settings.frames)
+    summary = summarise(settings, outcomes, seconds)
+    with atomic_write(out / "summary.txt") as file:
+        file.write(summary.encode())
+    return summary
+
+
+def has_display() -> bool:
+    """Whether a window could open here."""
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns its exit status."""
+    parser = Parser(prog="python -m demos.swingup", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    add_flags(parser, Swingup)
+    try:
+        settings = Swingup(**vars(parser.parse_args(arguments)))
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    start = time.perf_counter()
+    outcomes = train_both(settings)
+    if isinstance(outcomes, int):
+        return outcomes
+    print("\n" + write_results(settings, outcomes, time.perf_counter() - start))
+    animation = (Path(settings.out) / "swingup.gif").resolve()
+    print(f"Animation: {animation}\nCurves:    {animation.with_name('curves.png')}")
+    if settings.open and has_display():
+        webbrowser.open(animation.as_uri())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

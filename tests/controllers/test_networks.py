@@ -1,0 +1,107 @@
+"""Controllers: their layers, their start, their errors."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from controllers import MLP, Linear
+
+SYSTEM = SimpleNamespace(state_size=6, control_size=2)
+
+
+def linear_layers(controller):
+    return [layer for layer in controller if isinstance(layer, torch.nn.Linear)]
+
+
+def test_mlp_is_a_plain_chain():
+    controller = MLP(SYSTEM, hidden=(5, 7))
+    assert isinstance(controller, torch.nn.Sequential)
+    assert [type(layer).__name__ for layer in controller] == ["Linear", "Tanh", "Linear", "Tanh", "Linear"]
+    assert [layer.weight.shape for layer in linear_layers(controller)] == [(5, 6), (7, 5), (2, 7)]
+
+
+@pytest.mark.parametrize(
+    ("activation", "function"),
+    [
+        ("tanh", torch.tanh),
+        ("relu", torch.relu),
+        ("elu", torch.nn.functional.elu),
+        ("silu", torch.nn.functional.silu),
+        ("sigmoid", torch.sigmoid),
+    ],
+)
+def test_mlp_computes_its_formula(activation, function):
+    controller = MLP(SYSTEM, hidden=(5,), activation=activation, init="torch", seed=1)
+    first, last = linear_layers(controller)
+    x = torch.randn(9, 6)
+    expected = function(x @ first.weight.T + first.bias) @ last.weight.T + last.bias
+    torch.testing.assert_close(controller(x), expected)
+
+
+def test_linear_computes_its_formula():
+    controller = Linear(SYSTEM, seed=3)
+    x = torch.randn(9, 6)
+    torch.testing.assert_close(controller(x), x @ controller[0].weight.T + controller[0].bias)
+
+
+def test_glorot_fills_its_range_with_zero_biases():
+    for layer in linear_layers(MLP(SYSTEM, hidden=(100, 100), seed=0)):
+        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+        assert 0.95 * bound < layer.weight.abs().max() <= bound
+        assert float(layer.weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert not layer.bias.any()
+
+
+def test_zero_last_is_glorot_with_a_zero_last_weight():
+    zero, glorot = (linear_layers(MLP(SYSTEM, init=init, seed=0)) for init in ("zero-last", "glorot"))
+    assert not zero[-1].weight.any()
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(zero[:-1], glorot[:-1], strict=True))
+
+
+def test_torch_init_fills_torchs_range():
+    for layer in linear_layers(MLP(SYSTEM, hidden=(100, 100), init="torch", seed=0)):
+        bound = layer.in_features**-0.5
+        assert 0.95 * bound < layer.weight.abs().max() <= bound
+        assert 0 < layer.bias.abs().max() <= bound
+
+
+@pytest.mark.parametrize("init", ["glorot", "zero-last", "torch"])
+def test_seed_decides_the_bits_and_spares_the_global_generator(init):
+    before = torch.get_rng_state()
+    one, same, other = (MLP(SYSTEM, init=init, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one[0].weight, other[0].weight)
+
+
+def test_without_a_seed_the_global_generator_decides():
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        weights.append(MLP(SYSTEM)[0].weight)
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0], MLP(SYSTEM)[0].weight)
+
+
+def test_slices_and_copies_work():
+    controller = MLP(SYSTEM, hidden=(5,), seed=0)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(controller[2](controller[:2](x)), controller(x))
+    torch.testing.assert_close(copy.deepcopy(controller)(x), controller(x))
+    assert controller[-1] is controller[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hidden": (100, 0)}, r"hidden must be widths of at least 1, such as \(100, 100\), got \(100, 0\)"),
+        ({"hidden": "100"}, "hidden must be widths"),
+        ({"activation": "cosine"}, "activation must be one of tanh, relu, elu, silu, sigmoid, got 'cosine'"),
+        ({"init": "he"}, "init must be one of glorot, zero-last, torch, got 'he'"),
+    ],
+)
+def test_errors_name_the_argument(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MLP(SYSTEM, **arguments)

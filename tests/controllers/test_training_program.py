@@ -1,0 +1,131 @@
+"""The command line program: signals, exit statuses, resuming, progress."""
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from small_training import small, without_seconds
+
+from controllers import train
+from controllers.checkpoint import load_checkpoint
+from controllers.commandline import main, stop_on_signals
+from controllers.progress import Progress
+from controllers.record import Record, read_record
+
+FLAGS = "--poles 1 --dt 0.02 --steps 20 --hidden 16 16 --batch 8 --train-states 32 --test-states 16".split()
+
+
+@contextlib.contextmanager
+def started(*arguments):
+    """The program as a user starts it; what it says on standard error can be read."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}
+    command = [sys.executable, "-m", "controllers", *FLAGS, *arguments]
+    program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        yield program
+    finally:
+        program.kill()
+        program.wait()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_everything_and_the_run_goes_on_to_the_same_bits(number, status, tmp_path):
+    out = str(tmp_path / "a run")
+    with started("--epochs", "1000000", "--out", out) as program:
+        assert any(line.startswith("epoch 1/1000000") for line in program.stderr)
+        program.send_signal(number)
+        said = program.communicate(timeout=30)[1]
+    assert program.returncode == status, said
+    assert "Traceback" not in said
+    assert f"python -m controllers --resume --out '{out}'" in said
+    checkpoint = load_checkpoint(tmp_path / "a run")
+    epochs = len(checkpoint["records"])
+    assert epochs >= 1
+    assert len(read_record(tmp_path / "a run" / "record.csv")) == epochs
+    assert main(["--resume", "--out", out, "--epochs", str(epochs + 1)]) == 0
+    whole = train(small(epochs=epochs + 1))
+    weights = torch.load(tmp_path / "a run" / "controller.pt", weights_only=True)
+    assert all(torch.equal(weights[name], value) for name, value in whole.controller.state_dict().items())
+    resumed = [Record(*values) for values in load_checkpoint(tmp_path / "a run")["records"]]
+    assert without_seconds(resumed) == without_seconds(whole.records)
+
+
+def test_a_divergence_is_told_without_a_traceback(tmp_path, capsys):
+    assert main([*FLAGS, "--dt", "1e30", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "The training diverged" in said
+    assert "Traceback" not in said
+
+
+def test_a_run_in_the_way_is_told(tmp_path, capsys):
+    arguments = [*FLAGS, "--epochs", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("python -m controllers: error: out: ")
+    assert "already holds a run" in said
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_handlers_are_given_back_and_a_second_signal_ends_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as (stop, received):
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        assert received == [signal.SIGINT]
+        assert not ended
+        signal.raise_signal(signal.SIGINT)
+        assert ended == [130]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_another_thread_installs_no_handlers():
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def body():
+        with stop_on_signals():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main([*FLAGS, "--epochs", "1", "--out", str(tmp_path / "file")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("python -m controllers: error: ")
+    assert str(tmp_path / "file") in said
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere():
+    record = Record(1, 0.5, 0.25, 0.125, 1.0, 0.5, 0.5, 1e-3, 1.0)
+    streams = Terminal(), io.StringIO()
+    for stream in streams:
+        progress = Progress(2, stream)
+        progress(record)
+        progress(record._replace(epoch=2))
+    bar, lines = (stream.getvalue() for stream in streams)
+    assert bar.startswith("\r██████████░░░░░░░░░░ epoch 1/2  loss 2.500e-01  test 1.250e-01")
+    assert bar.count("\n") == 1
+    assert "\r" not in lines
+    assert [line[:9] for line in lines.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+    assert lines.endswith("0:00 left\n")
