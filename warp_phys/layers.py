@@ -25,7 +25,7 @@ class Workspace:
         """Return the array of this name, shape and type; its contents are what was written last."""
         key = (name, tuple(shape), dtype, str(device))
         if key not in self._arrays:
-            self._arrays[key] = wp.zeros(tuple(shape), dtype=dtype, device=device)
+            self._arrays[key] = wp.zeros(key[1], dtype=dtype, device=device)
         return self._arrays[key]
 
 
@@ -67,6 +67,7 @@ class Dense:
         self.real = self.parameters[0].dtype
         self.device = self.parameters[0].device
         self._workspace = Workspace()
+        self._packing: list[Any] = []
 
     def _check(self, parameters: Sequence[wp.array]) -> tuple[wp.array, ...]:
         shapes = _shapes(self.sizes)
@@ -141,12 +142,15 @@ class Dense:
         rows = kernels.layer_rows(self.sizes)
         Row = wp.types.vector(length=width, dtype=self.real)
         packed = self._workspace.array("packed", (rows[-1],), Row, self.device)
-        for i, (weight, bias) in enumerate(self._layers()):
-            last = i == len(self.sizes) - 2
-            inputs = [weight, bias, rows[i], int(last)]
+        if not self._packing:  # recorded once: the addresses stay, and a recorded launch costs little
             kernel = kernels.pack_kernel(width, self.real)
-            dim = (self.sizes[i] + 1, self.sizes[i + 1])
-            wp.launch(kernel, dim=dim, inputs=inputs, outputs=[packed], device=self.device, record_tape=False)
+            for i, (weight, bias) in enumerate(self._layers()):
+                inputs = [weight, bias, rows[i], int(i == len(self.sizes) - 2)]
+                options = {"device": self.device, "record_tape": False, "record_cmd": True}
+                dim = (self.sizes[i] + 1, self.sizes[i + 1])
+                self._packing.append(wp.launch(kernel, dim=dim, inputs=inputs, outputs=[packed], **options))
+        for command in self._packing:
+            command.launch()
         return packed
 
 

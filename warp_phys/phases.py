@@ -192,7 +192,7 @@ class _Pass:
         """Linearise, sweep and contract the time steps `steps` of the samples `block`; advance lam, (flows, batch, D)."""
         span = slice(steps.start, steps.stop)
         # a block that is not the whole batch has one time step a chunk, so its rows are contiguous either way
-        states, controls = trajectory.states[span, block], trajectory.controls[span, block]
+        states, controls = _part(trajectory.states, span, block), _part(trajectory.controls, span, block)
         rows = states.shape[0] * states.shape[1]
         linear = self.controller.linearise(_flat(states, rows), self.workspace)
         if self.check is not None:
@@ -200,12 +200,14 @@ class _Pass:
         mu = self._array("mu", (len(self.gates), *controls.shape), controls)
         p = trajectory.parameters
         local = Trajectory(states, controls, p if p is None or len(p) == 1 else p[block])
-        local_seeds = Seeds(seeds.states[span, block], seeds.controls[span, block])
-        own = lam[:, block]
+        local_seeds = Seeds(_part(seeds.states, span, block), _part(seeds.controls, span, block))
+        everyone = slice(0, len(lam))
+        own = _part(lam, everyone, block)
+        own_p = None if adj_p is None else _part(adj_p, everyone, block)
         if self.parallel:
-            self._sweep(local, local_seeds, linear, own, mu, None if adj_p is None else adj_p[:, block], steps)
+            self._sweep(local, local_seeds, linear, own, mu, own_p, steps)
         else:
-            self._walk(local, local_seeds, own, mu, None if adj_p is None else adj_p[:, block], steps)
+            self._walk(local, local_seeds, own, mu, own_p, steps)
         linear.contract(mu.reshape((len(self.gates), rows, mu.shape[3])), self.gradients)
 
     def _sweep(self, local: Trajectory, seeds: Seeds, linear: Linearisation, lam, mu, adj_p, steps: range) -> None:
@@ -257,6 +259,13 @@ class _Pass:
 
     def _array(self, name: str, shape: Sequence[int], like: wp.array) -> wp.array:
         return self.workspace.array(name, shape, like.dtype, like.device)
+
+
+def _part(array: wp.array, span: slice, block: slice) -> wp.array:
+    """Return array[span, block]; where that is all of it, the array itself, for a slice costs as much as a launch."""
+    if (span.start, span.stop, block.start, block.stop) == (0, array.shape[0], 0, array.shape[1]):
+        return array
+    return array[span, block]
 
 
 def _flat(array: wp.array, rows: int) -> wp.array:

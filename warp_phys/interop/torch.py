@@ -70,6 +70,9 @@ class Rollout:
         self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "mask"))
         self.reduce = reduce
         self._adapter = TorchController(controller)
+        # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
+        self._workspaces: list[Workspace] = []
+        self._gates: dict[tuple[Flow, ...], tuple[np.ndarray, wp.array]] = {}
         check_sizes(system, self._adapter.dense() or controller)
         self.dtype, self.device = _precision_and_device(controller, device)
         self._backend = check_choice("backend", backend, BACKENDS)
@@ -202,22 +205,23 @@ class Rollout:
         want_rows: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """Run the flows backward; return the gradients of x0, of the parameter rows and of the trainable parameters."""
+        workspace = self._workspaces.pop() if self._workspaces else Workspace()
         parts = linear_parts(self.flow)
         flows = distinct([*parts, *(part for flow in self.observe for part in linear_parts(resolve(flow)))])
-        gates = flow_gates(flows, self.steps)
         seeds_ = [_owned(seed, like, masked) for seed, like in zip(seeds, (states, controls), strict=True)]
         states, controls = _without(states, masked), _without(controls, masked)
         updates = torch.zeros((len(flows), sum(p.numel() for p in trainable)), dtype=self.dtype, device=self.device)
         with torch_stream(self.device):
             arrays = [_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
-            gates_array = _array(torch.as_tensor(gates, dtype=self.dtype, device=self.device))
+            gates, gates_array = self._gates_of(flows)
             trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]))
             adjoints = backward(
                 self.system, self._adapter, trajectory, Seeds(arrays[2], arrays[3]), gates, gates_array,
-                list(updates), Workspace(), want_rows, check=_check_pure,
+                list(updates), workspace, want_rows, check=_check_pure,
             )  # fmt: skip
-            adj_x0 = wp.to_torch(adjoints.x0)
-            adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters)
+            adj_x0 = wp.to_torch(adjoints.x0).clone()
+            adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters).clone()
+        self._workspaces.append(workspace)
         if self.reduce is not None:
             self.reduce(updates)
         grads = self._updates(updates, trainable)
@@ -225,6 +229,13 @@ class Rollout:
         if adj_rows is not None and rows is not None:
             adj_rows = self._combine(adj_rows.sum(dim=1, keepdim=True) if len(rows) == 1 else adj_rows)
         return self._combine(adj_x0), adj_rows, grads
+
+    def _gates_of(self, flows: tuple[Flow, ...]) -> tuple[np.ndarray, wp.array]:
+        """Return the gates of flows, shape (flows, steps, 2), as numpy and on the device."""
+        if flows not in self._gates:
+            gates = flow_gates(flows, self.steps)
+            self._gates[flows] = gates, wp.array(gates, dtype=wp.dtype_from_torch(self.dtype), device=str(self.device))
+        return self._gates[flows]
 
     def _updates(self, updates: torch.Tensor, trainable: list[torch.nn.Parameter]) -> list[torch.Tensor]:
         """Return what this pass adds to the gradients of the parameters."""
