@@ -216,8 +216,13 @@ def linear_parts(flow: Flow | Combined) -> tuple[Flow, ...]:
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     """Return the cosine of the angle between two updates, nan where one of them is zero or not finite."""
-    product = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
-    return float(np.vdot(a, b)) / product if product > 0.0 and math.isfinite(product) else math.nan
+    product = norm(a) * norm(b)
+    return float(np.sum(a * b)) / product if product > 0.0 and math.isfinite(product) else math.nan
+
+
+def norm(a: np.ndarray) -> float:
+    """Return the Euclidean norm; without numpy's BLAS, whose idle threads keep a core busy long after a call."""
+    return math.sqrt(float(np.sum(a * a)))
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> float:

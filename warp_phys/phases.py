@@ -97,9 +97,10 @@ def forward(
     if fused:
         controller.unroll(system, states, controls, parameters)
         return
+    own = () if parameters is None else (parameters,)
     for n in range(controls.shape[0]):
         controller.evaluate(states[n], controls[n])
-        system.step(states[n], controls[n], states[n + 1], parameters)
+        system.step(states[n], controls[n], states[n + 1], *own)
 
 
 def flow_gates(flows: Sequence[Flow], steps: int) -> np.ndarray:
@@ -163,7 +164,7 @@ def backward(
     adj_p = pass_.parameter_adjoints(batch, real, device)
     for low in range(0, batch, CHUNK_ROWS):
         block = slice(low, min(low + CHUNK_ROWS, batch))
-        length = max(1, CHUNK_ROWS // (block.stop - block.start))
+        length = max(1, CHUNK_ROWS // batch)  # one if the samples come in blocks: then rows are contiguous
         for last in range(steps, 0, -length):
             pass_.chunk(trajectory, seeds, lam, adj_p, block, range(max(0, last - length), last))
     return Adjoints(lam, adj_p)

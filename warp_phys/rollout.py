@@ -1,6 +1,7 @@
 """Rollouts in pure Warp: a controller and a system unrolled, as one entry of a caller's tape."""
 
 import functools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from warp_phys.arrays import check_array, numpy_type, real_type, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, agree, linear_parts, resolve
 from warp_phys.layers import Workspace
-from warp_phys.phases import Controller, Seeds, Trajectory, backward, flow_gates, forward
+from warp_phys.phases import Controller, Seeds, Trajectory, backward, flow_gates, forward, sum_over_time_kernel
 from warp_phys.systems.base import Simulator, System
 
 BACKENDS = ("auto", "fused", "general")
@@ -21,8 +22,9 @@ class Rollout:
     """x_{n+1} = S(x_n, N(x_n)) for n = 0 … steps − 1, with the flow of one's choice as its adjoint.
 
     Called inside a `wp.Tape`, the three phases of the backward pass become one entry of that tape: `tape.backward` adds
-    the flow's update to the `.grad` of the controller's parameters, and λ_0 to that of x0. Several backward passes add
-    up, for M and R apart where the flow is combined, until `tape.zero()`.
+    the flow's update to the `.grad` of the controller's parameters, λ_0 to that of x0, and likewise for physical
+    parameters made with `requires_grad=True`. Several backward passes add up, for M and R apart where the flow is
+    combined, until `tape.zero()`.
 
     Args:
         system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`).
@@ -104,49 +106,86 @@ class Rollout:
 
     def _record(self, tape: wp.Tape, x0: wp.array, trajectory: Trajectory) -> None:
         """Put the backward pass on the tape as one entry."""
-        trainable = [p for p in self.controller.parameters if p.requires_grad]
-        sums = [self._sum_arrays(p) for p in self.controller.parameters] if isinstance(self.flow, Combined) else []
-        arrays = [trajectory.states, trajectory.controls, *trainable, *(x0,) * bool(x0.requires_grad)]
+        arrays = [trajectory.states, trajectory.controls, *(p for p in self.controller.parameters if p.requires_grad)]
+        if x0.requires_grad:
+            arrays.append(x0)
+        if self._wants_parameters(trajectory):
+            arrays.append(trajectory.parameters._rows)
         # the sums of M and R hang on the tape as adjoints of carriers, so that tape.zero() zeroes them too
-        carriers = [carrier for pair in sums for carrier in pair]
+        if isinstance(self.flow, Combined):
+            arrays += [carrier for p in self.controller.parameters for carrier in _sums(p, self.flow)]
+        tape.record_func(lambda: self._run_backward(x0, trajectory), arrays)
 
-        def run():
-            self._run_backward(x0, trajectory, sums)
+    def _wants_parameters(self, trajectory: Trajectory) -> bool:
+        rows = getattr(trajectory.parameters, "_rows", None)
+        return rows is not None and rows.grad is not None
 
-        tape.record_func(run, [*arrays, *carriers])
-
-    def _sum_arrays(self, parameter: wp.array) -> tuple[wp.array, wp.array]:
-        """Return two arrays whose adjoints are the sums of the base and of the other flow so far."""
-        like = functools.partial(wp.zeros, parameter.shape, dtype=self.real, device=self.device, requires_grad=True)
-        return like(), like()
-
-    def _run_backward(self, x0: wp.array, trajectory: Trajectory, sums: list[tuple[wp.array, wp.array]]) -> None:
+    def _run_backward(self, x0: wp.array, trajectory: Trajectory) -> None:
+        """Add this pass's updates to the adjoints of parameters, of x0 and of the physical parameters."""
         work, flows = self._workspace, len(self._gates)
         gradients = [self.controller.gradients(work, f"gradient of flow {f}, ") for f in range(flows)]
         seeds = Seeds(trajectory.states.grad, trajectory.controls.grad)
+        wanted = self._wants_parameters(trajectory)
         adjoints = backward(
-            self.system, self.controller, trajectory, seeds, self._gates, self._gates_array, gradients, work
+            self.system, self.controller, trajectory, seeds, self._gates, self._gates_array, gradients, work, wanted
         )
         for i, parameter in enumerate(self.controller.parameters):
             if parameter.requires_grad:
-                new = [gradient[i] for gradient in gradients]
-                self._accumulate(new, [s.grad for s in sums[i]] if flows == 2 else [], parameter.grad)
+                sums = [carrier.grad for carrier in _sums(parameter, self.flow)] if flows == 2 else []
+                self._accumulate([gradient[i] for gradient in gradients], sums, parameter.grad)
         if x0.requires_grad:
             self._accumulate([adjoints.x0[f] for f in range(flows)], [], x0.grad)
+        if wanted:
+            self._accumulate_parameters(adjoints.parameters, trajectory.parameters._rows.grad)
         trajectory.states.grad.zero_()
         trajectory.controls.grad.zero_()
 
-    def _accumulate(self, new: list[wp.array], sums: list[wp.array], grad: wp.array) -> None:
+    def _accumulate_parameters(self, per_sample: wp.array, grad: wp.array) -> None:
+        """Add the adjoints (flows, batch, P) of the physical parameters to `grad`, (1, P) or (batch, P)."""
+        flows, batch, size = per_sample.shape
+        if len(grad) == 1:
+            total = self._workspace.array("sum of adj_p", (flows, 1, size), self.real, self.device)
+            total.zero_()
+            inputs = [per_sample.reshape((flows, batch, 1, size)), total]
+            wp.launch(sum_over_time_kernel(self.real), dim=total.shape, inputs=inputs, device=self.device)
+            per_sample = total
+        self._accumulate([per_sample[f] for f in range(flows)], [], grad)
+
+    def _accumulate(self, updates: list[wp.array], sums: list[wp.array], grad: wp.array) -> None:
         """Add one pass's update to `grad`; for a combined flow the change of the combination of the sums."""
-        count = new[0].size
-        flat = [array.flatten() for array in [*new, *sums, grad]]
-        if len(new) == 1:
+        rows = [_as_rows(array) for array in [*updates, *sums, grad]]
+        if len(updates) == 1:
             kernel = _add_kernel(self.real)
         else:
-            zeros = self._workspace.array("no sums", (count,), self.real, self.device)
-            flat = flat if sums else [*flat[:2], zeros, zeros, flat[-1]]
+            zeros = self._workspace.array("no sums", rows[0].shape, self.real, self.device)
+            rows = rows if sums else [*rows[:2], zeros, zeros, rows[-1]]
             kernel = _combine_kernel(self.real, bool(sums))
-        wp.launch(kernel, dim=count, inputs=flat, device=self.device, record_tape=False)
+        wp.launch(kernel, dim=rows[0].shape, inputs=rows, device=self.device, record_tape=False)
+
+
+_SUMS: Any = weakref.WeakKeyDictionary()
+
+
+def _sums(parameter: wp.array, flow: Combined) -> tuple[wp.array, wp.array]:
+    """Return two arrays whose adjoints are the sums of the base and of the other flow for a parameter so far.
+
+    They belong to the parameter, as its adjoint does: all rollouts of a controller, on any tape, add to the same sums.
+    """
+    by_flow = _SUMS.setdefault(parameter, {})
+    if flow not in by_flow:
+        make = {"dtype": parameter.dtype, "device": parameter.device, "requires_grad": True}
+        by_flow[flow] = wp.zeros(parameter.shape, **make), wp.zeros(parameter.shape, **make)
+    return by_flow[flow]
+
+
+def _as_rows(array: wp.array) -> wp.array:
+    """Return an array of one or two dimensions as one of two, without a copy."""
+    if array.ndim == 2:
+        return array
+    shape, strides = (1, len(array)), (array.strides[0] * len(array), array.strides[0])
+    view = wp.array(ptr=array.ptr, dtype=array.dtype, shape=shape, strides=strides, device=array.device)
+    view._source = array  # keeps the memory alive
+    return view
 
 
 class _Paused:
@@ -206,9 +245,9 @@ def check_x0(system: Any, x0: Any, real: type, device: Any) -> wp.array:
 @functools.cache
 def _add_kernel(real: type) -> wp.Kernel:
     @wp.kernel(module="unique", enable_backward=False)
-    def add_update(update: wp.array[real], grad: wp.array[real]):
-        i = wp.tid()
-        grad[i] = grad[i] + update[i]
+    def add_update(update: wp.array2d[real], grad: wp.array2d[real]):
+        i, j = wp.tid()
+        grad[i, j] = grad[i, j] + update[i, j]
 
     return add_update
 
@@ -226,19 +265,20 @@ def _combine_kernel(real: type, summing: bool) -> wp.Kernel:
     @wp.kernel(module="unique", enable_backward=False)
     def combine_update(
         # in
-        new_base: wp.array[real],
-        new_other: wp.array[real],
+        new_base: wp.array2d[real],
+        new_other: wp.array2d[real],
         # in and out
-        sum_base: wp.array[real],
-        sum_other: wp.array[real],
-        grad: wp.array[real],
+        sum_base: wp.array2d[real],
+        sum_other: wp.array2d[real],
+        grad: wp.array2d[real],
     ):
-        i = wp.tid()
-        base = sum_base[i] + new_base[i]
-        other = sum_other[i] + new_other[i]
-        grad[i] = grad[i] + (keep_agreeing(base, other) - keep_agreeing(sum_base[i], sum_other[i]))
+        i, j = wp.tid()
+        base = sum_base[i, j] + new_base[i, j]
+        other = sum_other[i, j] + new_other[i, j]
+        before = keep_agreeing(sum_base[i, j], sum_other[i, j])
+        grad[i, j] = grad[i, j] + (keep_agreeing(base, other) - before)
         if wp.static(summing):
-            sum_base[i] = base
-            sum_other[i] = other
+            sum_base[i, j] = base
+            sum_other[i, j] = other
 
     return combine_update

@@ -11,9 +11,10 @@ import pytest
 import torch
 import warp as wp
 
-from tests.rollout.reference import relative
+from tests.rollout.reference import gradient, relative, unroll
 from tests.toy import TwoControls
-from warp_phys import CartPole, Diverged, Flow, phases
+from warp_phys import STOPPED, CartPole, Combined, Diverged, Flow, phases
+from warp_phys.flow import resolve
 from warp_phys.interop import torch as bridge
 from warp_phys.interop.torch import Rollout
 
@@ -301,6 +302,16 @@ def test_losses_of_all_kinds_of_arrays(device):
     assert SYSTEM.loss(*arrays, "every", 0.2).numpy()[0] == pytest.approx(value, rel=1e-12)
 
 
+@pytest.mark.parametrize("observe", [(), ("modified", "regular")])
+def test_a_flow_combined_with_itself(observe, device):
+    """A rule that gets the same flow twice; observed flows must not slip in."""
+    net, x0 = network(device=device), start(device)
+    expected = update(Rollout(SYSTEM, net, STEPS, "S"), x0)
+    rollout = Rollout(SYSTEM, net, STEPS, Combined(STOPPED, STOPPED, rule=lambda a, b: a + b))
+    rollout.observe = observe
+    assert relative(update(rollout, x0), 2 * expected) < 1e-12
+
+
 def test_report(device):
     net = network(device=device)
     rollout, x0 = Rollout(SYSTEM, net, STEPS, "C"), start(device)
@@ -453,7 +464,7 @@ def test_chunks_do_not_change_the_numbers(device, monkeypatch):
     """A horizon and a batch of many chunks: more samples than rows of a chunk, and more steps."""
     net = torch.nn.Sequential(network(device=device), torch.nn.Identity())
     results = []
-    for rows in (2048, 24, 5):
+    for rows in (2048, 24, 5, 3):  # blocks of 5 and 3 samples: the last one is a part
         monkeypatch.setattr(phases, "CHUNK_ROWS", rows)
         for x0 in (start(device), start(device).requires_grad_()):
             results.append(update(Rollout(SYSTEM, net, STEPS, "C"), x0))
@@ -476,6 +487,41 @@ def test_step_by_step_equals_parallel(flow, kind, device, monkeypatch):
         system.loss(*rollout(x0, {"stiffness": stiffness}), "every", 0.1).backward()
         results.append(torch.cat([flat(net), x0.grad.flatten(), stiffness.grad]))
     assert relative(results[1], results[0]) < 1e-10
+
+
+class Spring:
+    """A simulator that is no System: two verbs in numpy, without physical parameters."""
+
+    state_size, control_size = 2, 1
+
+    def step(self, x, c, y):
+        x, c = x.numpy(), c.numpy()
+        v = x[:, 1:] + 0.1 * (c - np.sin(x[:, :1]))
+        y.assign(np.concatenate([x[:, :1] + 0.1 * v, v], axis=1))
+
+    def step_vjp(self, x, c, adj_y, adj_x, adj_c):
+        x, adj_y = x.numpy(), adj_y.numpy()
+        adj_v = adj_y[:, 1:] + 0.1 * adj_y[:, :1]
+        adj_x.assign(np.concatenate([adj_y[:, :1] - 0.1 * np.cos(x[:, :1]) * adj_v, adj_v], axis=1))
+        adj_c.assign(0.1 * adj_v)
+
+
+@pytest.mark.parametrize("flow", ["R", "M", "S", "N"])
+def test_a_simulator_that_is_no_system(flow):
+    """Against torch with detach."""
+    system = Spring()
+    net = network(system)
+    x0 = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(6, 2)
+
+    def step(x, c):
+        v = x[:, 1:] + 0.1 * (c - x[:, :1].sin())
+        return torch.cat([x[:, :1] + 0.1 * v, v], dim=1)
+
+    states, _ = unroll(step, net, x0, resolve(flow).gates(30))
+    expected = gradient(states[-1].square().sum(), list(net.parameters()))
+    net.zero_grad()
+    Rollout(system, net, 30, flow)(x0)[0][-1].square().sum().backward()
+    assert relative(flat(net), expected) < 1e-10
 
 
 def test_by_hand_equals_autograd(device):

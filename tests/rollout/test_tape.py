@@ -115,6 +115,59 @@ def test_backward_passes_add_up_until_the_tape_is_zeroed(flow, device):
     np.testing.assert_allclose(collect(controller, x0)[: -x0.size], once, rtol=1e-12)
 
 
+def test_rollouts_of_one_controller_share_their_sums(device):
+    """Two calls on one tape, or two rollouts: C of the sums of M and R."""
+    system = SYSTEMS[0]
+    controller, _ = make(system, device)
+    starts = [wp.array(system.sample(5, seed, np.float64), device=device) for seed in (1, 2)]
+
+    def update(flow, rollouts, starts):
+        for array in controller.parameters:
+            array.grad.zero_()
+        with wp.Tape() as tape:
+            losses = [system.loss(*rollout(x0)) for rollout, x0 in zip(rollouts, starts, strict=True)]
+        tape.zero()
+        tape.backward(grads={loss: wp.ones(1, dtype=wp.float64, device=device) for loss in losses})
+        result = np.concatenate([array.grad.numpy().ravel() for array in controller.parameters])
+        tape.zero()
+        return result
+
+    one = {flow: Rollout(system, controller, 4 * STEPS, flow) for flow in "MRC"}
+    base, other = (sum(update(flow, [one[flow]], [x0]) for x0 in starts) for flow in "MR")
+    expected = np.where(np.sign(base) == np.sign(other), base, 0.0)
+    assert relative(update("C", [one["C"]] * 2, starts), expected) < 1e-10
+    twin = Rollout(system, controller, 4 * STEPS, "C")
+    assert relative(update("C", [one["C"], twin], starts), expected) < 1e-10
+    apart = sum(update("C", [one["C"]], [x0]) for x0 in starts)
+    assert relative(apart, expected) > 1e-3  # the order of sums matters here, or this proves nothing
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_physical_parameters_and_a_strided_start(rows, device):
+    """Against finite differences of the loss."""
+    system = TwoControls()
+    controller, x0 = make(system, device)
+    wide = wp.zeros((5, 8), dtype=wp.float64, device=device, requires_grad=True)
+    wide[:, ::2].assign(x0.numpy())
+    stiffness = np.linspace(1.0, 2.0, rows)
+    rollout = Rollout(system, controller, STEPS, "R")
+
+    def loss(stiffness):
+        p = system.parameter_array({"stiffness": stiffness}, device, np.float64, requires_grad=True)
+        with wp.Tape() as tape:
+            value = system.loss(*rollout(wide[:, ::2], p), "every")
+        return tape, value, p
+
+    tape, value, p = loss(stiffness)
+    tape.backward(value)
+    gradient = p._rows.grad.numpy()[:, system.parameter_names.index("stiffness")]
+    for i in range(rows):
+        shift = 1e-6 * (np.arange(rows) == i)
+        rate = (loss(stiffness + shift)[1].numpy()[0] - loss(stiffness - shift)[1].numpy()[0]) / 2e-6
+        np.testing.assert_allclose(gradient[i], rate, rtol=1e-6)
+    assert wide.grad.numpy()[:, ::2].any() and not wide.grad.numpy()[:, 1::2].any()
+
+
 def test_the_flow_changes_between_backward_passes(device):
     """One forward pass, then R, M, S, N, with the weights in place."""
     system = SYSTEMS[0]

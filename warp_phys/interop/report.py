@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from warp_phys.flow import MODIFIED, REGULAR, Flow, agreement, cosine
+from warp_phys.flow import MODIFIED, REGULAR, Flow, agreement, cosine, norm
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Report:
     @functools.cached_property
     def norms(self) -> dict[str, float]:
         """Euclidean norm of every flow's update, by the flow's name."""
-        return {flow.name: float(np.linalg.norm(self._update(flow))) for flow in self.flows}
+        return {flow.name: norm(self._update(flow)) for flow in self.flows}
 
     @functools.cached_property
     def norm(self) -> float:

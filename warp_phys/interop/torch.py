@@ -73,8 +73,8 @@ class Rollout:
         # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
         self._workspaces: list[Workspace] = []
         self._gates: dict[tuple[Flow, ...], tuple[np.ndarray, wp.array]] = {}
-        check_sizes(system, self._adapter.dense() or controller)
         self.dtype, self.device = _precision_and_device(controller, device)
+        check_sizes(system, self._adapter.dense() or controller)
         self._backend = check_choice("backend", backend, BACKENDS)
         choose_backend(backend, system, self._adapter, self.device.type == "cuda")
 
@@ -224,11 +224,12 @@ class Rollout:
         self._workspaces.append(workspace)
         if self.reduce is not None:
             self.reduce(updates)
-        grads = self._updates(updates, trainable)
+        used = [flows.index(part) for part in parts]
+        grads = self._updates(updates[used], trainable)
         self.report = Report(flows, updates, tuple(grads), tuple(masked.tolist()))
         if adj_rows is not None and rows is not None:
-            adj_rows = self._combine(adj_rows.sum(dim=1, keepdim=True) if len(rows) == 1 else adj_rows)
-        return self._combine(adj_x0), adj_rows, grads
+            adj_rows = self._combine(adj_rows[used].sum(dim=1, keepdim=True) if len(rows) == 1 else adj_rows[used])
+        return self._combine(adj_x0[used]), adj_rows, grads
 
     def _gates_of(self, flows: tuple[Flow, ...]) -> tuple[np.ndarray, wp.array]:
         """Return the gates of flows, shape (flows, steps, 2), as numpy and on the device."""
@@ -238,13 +239,13 @@ class Rollout:
         return self._gates[flows]
 
     def _updates(self, updates: torch.Tensor, trainable: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-        """Return what this pass adds to the gradients of the parameters."""
+        """Return what this pass adds to the gradients of the parameters; one row of `updates` per part of the flow."""
         if not isinstance(self.flow, Combined):
             return split(updates[0], trainable)
         return combined_changes(self.flow, trainable, updates[0], updates[1])
 
     def _combine(self, per_flow: torch.Tensor) -> torch.Tensor:
-        """Return the flow's own adjoint of one pass; per_flow has shape (flows, …)."""
+        """Return the flow's own adjoint of one pass; per_flow has shape (parts of the flow, …)."""
         return self.flow.rule(per_flow[0], per_flow[1]) if isinstance(self.flow, Combined) else per_flow[0]
 
 

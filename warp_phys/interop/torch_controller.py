@@ -42,7 +42,10 @@ class TorchController:
     def evaluate(self, x: wp.array, c: wp.array) -> None:
         """Write c = N(x)."""
         with torch.no_grad():
-            wp.to_torch(c).copy_(self.module(wp.to_torch(x)))
+            output = self.module(wp.to_torch(x))
+            if tuple(output.shape) != tuple(c.shape):  # copy_ would broadcast it
+                raise ValueError(f"controller must return shape {tuple(c.shape)}, got {tuple(output.shape)}")
+            wp.to_torch(c).copy_(output)
 
     def linearise(self, x: wp.array, workspace: Workspace) -> "TorchLinearisation | DenseLinearisation":
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""

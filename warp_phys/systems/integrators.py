@@ -1,7 +1,7 @@
 """From a rate of change to a step: explicit Euler, semi-implicit Euler, Runge–Kutta of order four.
 
-The step length is the field `dt` of the parameter struct. Components that a step writes are written once: Warp's
-adjoint of a vector component counts only its last assignment.
+The step length is the field `dt` of the parameter struct. Every component of the next state is written once: where a
+vector component is overwritten, Warp's adjoint goes on counting the value that is gone.
 """
 
 from typing import Any

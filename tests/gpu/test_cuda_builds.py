@@ -1,0 +1,93 @@
+"""Every kernel, forward and adjoint, compiles for CUDA; Warp's compiler needs no GPU and no driver for that."""
+
+import pytest
+import warp as wp
+
+from tests.toy import TwoControls
+from warp_phys import CartPole, adjoint, dense_kernels, kernels, phases, rollout
+from warp_phys.activations import ACTIVATIONS
+from warp_phys.interop import torch_dense
+
+ARCHITECTURES = [80, 90]
+REALS = [wp.float32, wp.float64]
+
+# 18 poles: loops that Warp does not unroll
+SYSTEMS = [CartPole(poles=2), CartPole(poles=18), CartPole(poles=1, integrator="rk4"), TwoControls()]
+OF_A_SYSTEM = [
+    kernels.step_kernel,
+    kernels.step_vjp_kernel,
+    kernels.trajectory_kernel,
+    kernels.sweep_kernel,
+    kernels.cost_kernel,
+    kernels.cost_vjp_kernel,
+]
+OF_A_PRECISION = [
+    kernels.mean_kernel,
+    kernels.mean_square_kernel,
+    dense_kernels.slope_kernel,
+    dense_kernels.transposed_kernel,
+    dense_kernels.contract_kernel,
+    dense_kernels.unit_rows_kernel,
+    phases.sum_over_time_kernel,
+    phases.add_rows_kernel,
+    phases.sum_rows_kernel,
+    phases.gate_rows_kernel,
+    rollout._add_kernel,
+]
+
+
+def _all_kernels():
+    """Yield a name and a function that makes the kernel, for every kernel of the package."""
+    for real in REALS:
+        suffix = real.__name__
+        for factory in OF_A_PRECISION:
+            yield f"{factory.__name__}-{suffix}", lambda f=factory, r=real: f(r)
+        for summing in (True, False):
+            yield f"combine-{summing}-{suffix}", lambda s=summing, r=real: rollout._combine_kernel(r, s)
+        for dimensions in range(1, 5):
+            yield f"gate-{dimensions}-{suffix}", lambda d=dimensions, r=real: adjoint._gate_kernel(d, r)
+        for name in ACTIVATIONS:
+            yield f"dense-{name}-{suffix}", lambda n=name, r=real: dense_kernels.dense_kernel(n, r)
+            yield f"slope-{name}-{suffix}", lambda n=name, r=real: dense_kernels.dense_with_slope_kernel(n, r)
+            yield f"lanes-{name}-{suffix}", lambda n=name, r=real: torch_dense._activate_kernel(n, r)
+        yield f"pack-{suffix}", lambda r=real: dense_kernels.pack_kernel(112, r)
+        for system in SYSTEMS:
+            if real is wp.float64 and system == SYSTEMS[1]:
+                continue  # a minute of compilation that would show nothing new
+            label = f"{type(system).__name__}{getattr(system, 'poles', '')}{getattr(system, 'integrator', '')}-{suffix}"
+            for factory in OF_A_SYSTEM:
+                yield f"{factory.__name__}-{label}", lambda f=factory, s=system, r=real: f(s.structure, r)
+            sizes = (system.state_size, 100, 100, system.control_size)
+            yield (
+                f"unroll-{label}",
+                lambda s=system, n=sizes, r=real: dense_kernels.unroll_kernel(s.structure, n, "tanh", r),
+            )
+
+
+@pytest.mark.parametrize(("name", "make"), list(_all_kernels()), ids=lambda value: value if isinstance(value, str) else "")
+def test_kernel_compiles_for_cuda(name, make, tmp_path):
+    kernel = make()
+    wp.compile_aot_module(kernel.module, arch=ARCHITECTURES, module_dir=tmp_path)
+    built = sorted(file.name for file in tmp_path.iterdir() if file.suffix in (".ptx", ".cubin"))
+    assert len(built) == len(ARCHITECTURES) and all(str(arch) in "".join(built) for arch in ARCHITECTURES)
+    assert all((tmp_path / file).stat().st_size > 500 for file in built)
+
+
+def test_the_list_is_complete():
+    """A kernel factory that is missing above fails here."""
+    modules = [adjoint, dense_kernels, kernels, phases, rollout, torch_dense]
+    factories = {
+        f"{module.__name__}.{name}" for module in modules for name in vars(module)
+        if name.endswith("_kernel") and getattr(vars(module)[name], "__module__", None) == module.__name__
+    }  # fmt: skip
+    listed = {f"{f.__module__}.{f.__name__}" for f in (*OF_A_SYSTEM, *OF_A_PRECISION)}
+    one_by_one = {
+        "warp_phys.adjoint._gate_kernel",
+        "warp_phys.dense_kernels.dense_kernel",
+        "warp_phys.dense_kernels.dense_with_slope_kernel",
+        "warp_phys.dense_kernels.pack_kernel",
+        "warp_phys.dense_kernels.unroll_kernel",
+        "warp_phys.interop.torch_dense._activate_kernel",
+        "warp_phys.rollout._combine_kernel",
+    }
+    assert factories == listed | one_by_one
