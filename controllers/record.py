@@ -48,7 +48,7 @@ def read_record(path: str | Path) -> np.ndarray:
 def plot_record(path: str | Path, records: Sequence[Record], title: str = "") -> None:
     """Draw the curves of one training: losses, norm of the update, cosine between M and R."""
     # Figures without pyplot: no window system is touched and any thread may draw. Imported late: it takes a second.
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
     columns = {name: np.array(values) for name, values in zip(Record._fields, zip(*records, strict=True), strict=True)}
     figure = Figure(figsize=(7, 8), layout="constrained")

@@ -4,7 +4,6 @@
 
 Leaves in `out`: curves.png, swingup.gif, summary.txt, and the record of each training as regular.csv and combined.csv.
 """
-# ruff: noqa: E402
 
 import os
 import signal

@@ -32,7 +32,11 @@ def raises(kind, text):
         (np.zeros(10), ValueError, "x0 must have shape (batch, 10), got (10,)"),
         (np.zeros((0, 10)), ValueError, "x0 must have shape (batch, 10), got (0, 10)"),
         (np.zeros((8, 10), int), TypeError, "x0 must hold floating-point numbers, got int64"),
-        (torch.zeros(8, 10, dtype=torch.float64), TypeError, "x0 must hold torch.float32 as the controller does, got torch.float64"),
+        (
+            torch.zeros(8, 10, dtype=torch.float64),
+            TypeError,
+            "x0 must hold torch.float32 as the controller does, got torch.float64",
+        ),
         (torch.zeros(8, 10, device="meta"), ValueError, "x0 must be on device cpu as the controller is, got meta"),
         (np.full((8, 10), np.nan), ValueError, "x0 must be finite, rows [0, 1, 2, 3, 4, 5, 6, 7] are not"),
         ("states", TypeError, "x0 must be a torch, numpy or DLPack array, got str"),
@@ -57,7 +61,11 @@ def test_initial_states(x0, kind, message):
         ({"controller": net(6)}, ValueError, "controller has state_size 6, CartPole(poles=4"),
         ({"controller": net(10, 2)}, ValueError, "controller has control_size 2"),
         ({"controller": lambda x: x}, TypeError, "controller must be a torch.nn.Module, got function"),
-        ({"controller": net().half()}, TypeError, "controller must have float32 or float64 parameters, got torch.float16"),
+        (
+            {"controller": net().half()},
+            TypeError,
+            "controller must have float32 or float64 parameters, got torch.float16",
+        ),
         ({"system": "cartpole"}, TypeError, "system must have step (see warp_phys.systems.Simulator), str has not"),
     ],
 )
@@ -114,7 +122,11 @@ def test_physical_parameters(values, message):
         ({"dt": 0.0}, ValueError, "dt must be positive, got 0.0"),
         ({"gravity": float("inf")}, ValueError, "gravity must be finite, got inf"),
         ({"gravity": "9.8"}, TypeError, "gravity must be a number, got '9.8'"),
-        ({"integrator": "leapfrog"}, ValueError, "integrator must be one of 'euler', 'semi-implicit', 'rk4', got 'leapfrog'"),
+        (
+            {"integrator": "leapfrog"},
+            ValueError,
+            "integrator must be one of 'euler', 'semi-implicit', 'rk4', got 'leapfrog'",
+        ),
     ],
 )
 def test_cart_pole(arguments, kind, message):

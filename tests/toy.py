@@ -38,7 +38,7 @@ class TwoControls(System):
         return np.random.default_rng(seed).uniform(-1, 1, (batch, 4)).astype(numpy_type(real_type(dtype)))
 
     def sketch(self, axes):
-        (line,) = axes.plot([], [], "o")
+        (line,) = axes.plot([], [], "o", markersize=20)
         axes.set(xlim=(-1, 2), ylim=(-4, 4))
 
         def move(state, control=None):

@@ -5,18 +5,20 @@ moment. With two gates per step, one in front of the simulator and one in front 
 captured graph) gives every flow: assign the weights, run it backward, and again.
 """
 
-import functools
+import math
 from typing import Any
 
 import warp as wp
 
+from warp_phys.arrays import alias
+from warp_phys.gate_kernels import gate_kernel
 from warp_phys.rows import REAL_TYPES
 
 
 def active_tape() -> wp.Tape | None:
     """Return the tape that is recording, if any."""
     wp.init()
-    return wp._src.context.runtime.tape  # Warp has no public name for it
+    return wp._src.context.runtime.tape  # type: ignore[attr-defined]  # Warp has no public name for it
 
 
 def gate(x: wp.array, weight: Any) -> wp.array:
@@ -52,7 +54,7 @@ def gate(x: wp.array, weight: Any) -> wp.array:
     view = _view(x, wp.zeros(x.shape, dtype=x.dtype, device=x.device, strides=x.strides))
     # the kernel works on scalars: a vector or matrix component is one more dimension
     adj_view, adj_x = _scalars(view.grad, real), _scalars(x.grad, real)
-    kernel = _gate_kernel(adj_x.ndim, real)
+    kernel = gate_kernel(adj_x.ndim, real)
 
     def backward():
         inputs = [weight, adj_view, adj_x]
@@ -88,9 +90,7 @@ def _weight_array(weight: Any, x: wp.array, real: type) -> wp.array:
 
 def _view(x: wp.array, grad: wp.array) -> wp.array:
     """Return a view of x with another adjoint."""
-    arguments = {"shape": x.shape, "strides": x.strides, "device": x.device, "capacity": x.capacity}
-    view = wp.array(ptr=x.ptr, dtype=x.dtype, **arguments)
-    view._source = x  # keeps the memory alive
+    view = alias(x, x.dtype, x.shape, x.strides)
     view.grad = grad
     return view
 
@@ -101,73 +101,10 @@ def _scalars(array: wp.array, real: type) -> wp.array:
     size = wp.types.type_size_in_bytes(real)
     strides, shape = list(array.strides), list(array.shape)
     for i, length in enumerate(inner):
-        strides.append(size * functools.reduce(lambda a, b: a * b, inner[i + 1 :], 1))
+        strides.append(size * math.prod(inner[i + 1 :]))
         shape.append(length)
     if len(shape) > 4:
-        raise TypeError(f"x must have at most four dimensions, components of vectors and matrices included, got {len(shape)}")
-    flat = wp.array(ptr=array.ptr, dtype=real, shape=tuple(shape), strides=tuple(strides), device=array.device)
-    flat._source = array
-    return flat
-
-
-@functools.cache
-def _gate_kernel(dimensions: int, real: type) -> wp.Kernel:
-    """adj_x += weight adj_y; adj_y = 0. A weight of zero is a cut, not a product: what it stops may be infinite."""
-    return (_gate_kernel_1, _gate_kernel_2, _gate_kernel_3, _gate_kernel_4)[dimensions - 1](real)
-
-
-def _weigh(real):
-    @wp.func
-    def weigh(weight: wp.array[real], row: int, adj: real):
-        w = weight[row % weight.shape[0]]
-        return wp.where(w == real(0.0), real(0.0), w * adj)
-
-    return weigh
-
-
-def _gate_kernel_1(real):
-    weigh = _weigh(real)
-
-    @wp.kernel(module="unique", enable_backward=False)
-    def gate_1d(weight: wp.array[real], adj_y: wp.array[real], adj_x: wp.array[real]):
-        i = wp.tid()
-        adj_x[i] = adj_x[i] + weigh(weight, i, adj_y[i])
-        adj_y[i] = real(0.0)
-
-    return gate_1d
-
-
-def _gate_kernel_2(real):
-    weigh = _weigh(real)
-
-    @wp.kernel(module="unique", enable_backward=False)
-    def gate_2d(weight: wp.array[real], adj_y: wp.array2d[real], adj_x: wp.array2d[real]):
-        i, j = wp.tid()
-        adj_x[i, j] = adj_x[i, j] + weigh(weight, i, adj_y[i, j])
-        adj_y[i, j] = real(0.0)
-
-    return gate_2d
-
-
-def _gate_kernel_3(real):
-    weigh = _weigh(real)
-
-    @wp.kernel(module="unique", enable_backward=False)
-    def gate_3d(weight: wp.array[real], adj_y: wp.array3d[real], adj_x: wp.array3d[real]):
-        i, j, k = wp.tid()
-        adj_x[i, j, k] = adj_x[i, j, k] + weigh(weight, i, adj_y[i, j, k])
-        adj_y[i, j, k] = real(0.0)
-
-    return gate_3d
-
-
-def _gate_kernel_4(real):
-    weigh = _weigh(real)
-
-    @wp.kernel(module="unique", enable_backward=False)
-    def gate_4d(weight: wp.array[real], adj_y: wp.array4d[real], adj_x: wp.array4d[real]):
-        i, j, k, m = wp.tid()
-        adj_x[i, j, k, m] = adj_x[i, j, k, m] + weigh(weight, i, adj_y[i, j, k, m])
-        adj_y[i, j, k, m] = real(0.0)
-
-    return gate_4d
+        raise TypeError(
+            f"x must have at most four dimensions, components of vectors and matrices included, got {len(shape)}"
+        )
+    return alias(array, real, shape, strides)

@@ -33,7 +33,9 @@ def numpy_type(real: type) -> type:
     return _NUMPY_TYPES[real]
 
 
-def check_array(name: str, value: Any, shape: Sequence[int], like: wp.array | None = None, columns: str = "") -> wp.array:
+def check_array(
+    name: str, value: Any, shape: Sequence[int], like: wp.array | None = None, columns: str = ""
+) -> wp.array:
     """Return `value` if it is a Warp array of this shape, and of the precision and device of `like`.
 
     Args:
@@ -64,7 +66,7 @@ def check_array(name: str, value: Any, shape: Sequence[int], like: wp.array | No
     return value
 
 
-def shape_message(name: str, expected: Sequence[int], got: Sequence[int], columns: str = "") -> str:
+def shape_message(name: str, expected: Sequence[int | str], got: Sequence[int], columns: str = "") -> str:
     """Return the text of a shape error; a −1 among the expected lengths reads as batch."""
     wanted = ", ".join("batch" if n == -1 else str(n) for n in expected)
     wanted += "," if len(expected) == 1 else ""
@@ -83,7 +85,9 @@ def parameter_rows(names: Sequence[str], defaults: Sequence[float], values: Mapp
         ValueError: An unknown name, lengths that differ, or a number that is not finite.
     """
     check_parameter_names(names, values)
-    columns = [np.atleast_1d(np.asarray(values.get(n, d), dtype=np.float64)) for n, d in zip(names, defaults, strict=True)]
+    columns = [
+        np.atleast_1d(np.asarray(values.get(n, d), dtype=np.float64)) for n, d in zip(names, defaults, strict=True)
+    ]
     rows = max((len(column) for column in columns), default=1)
     for name, column in zip(names, columns, strict=True):
         if column.ndim != 1 or len(column) not in (1, rows):
@@ -100,11 +104,31 @@ def check_parameter_names(names: Sequence[str], values: Mapping[str, Any]) -> No
         raise ValueError(f"parameters {', '.join(unknown)} are unknown; there are {', '.join(names)}")
 
 
+def alias(array: wp.array, dtype: Any, shape: Sequence[int], strides: Sequence[int] | None = None) -> wp.array:
+    """Return another view of an array's memory, without adjoint; it keeps the memory alive."""
+    layout: dict[str, Any] = {"shape": tuple(shape), "device": array.device, "capacity": array.capacity}
+    if strides is not None:
+        layout["strides"] = tuple(strides)
+    view: wp.array = wp.array(ptr=array.ptr, dtype=dtype, **layout)
+    view._source = array  # type: ignore[attr-defined]
+    return view
+
+
 def as_structs(rows: wp.array, struct: Any) -> wp.array:
-    """Return another view of `rows`, shape (…, fields), as an array (…) of structs: same memory, same adjoint memory."""
-    count = rows.shape[:-1]
-    view = wp.array(ptr=rows.ptr, dtype=struct, shape=count, device=rows.device, capacity=rows.capacity)
-    view._rows = rows  # keeps the memory alive
+    """Return `rows`, shape (…, fields), as an array (…) of structs: same memory, same adjoint memory."""
+    view = alias(rows, struct, rows.shape[:-1])
     if rows.grad is not None:
         view.grad = as_structs(rows.grad, struct)
     return view
+
+
+def parameter_numbers(structs: wp.array) -> Any:
+    """Return the numbers behind an array of parameter structs, shape (…, parameters); `.grad` is their adjoint.
+
+    None for structs that do not come from `System.parameter_array`.
+
+    >>> from warp_phys import CartPole
+    >>> parameter_numbers(CartPole().parameter_array({"pole_mass": 0.5}, device="cpu")).numpy()[:, 2]
+    array([0.5], dtype=float32)
+    """
+    return getattr(structs, "_source", None)

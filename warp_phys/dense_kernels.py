@@ -9,6 +9,9 @@ import warp as wp
 from warp_phys.activations import activation
 from warp_phys.rows import row_functions
 
+LANES = 64
+"""Numbers that a thread of `activate_kernel` takes: a loop long enough to become vector instructions."""
+
 SAMPLES = 4
 """Samples that a thread of the fused unrolling holds: they share every weight that is loaded."""
 
@@ -188,13 +191,14 @@ def pack_kernel(width: int, real: type) -> wp.Kernel:
 
 
 @functools.cache
-def _hidden_layer(In: Any, size: int, start: int, name: str, width: int, real: type) -> Any:
-    """Return a function from four input vectors to four vectors of activations."""
+def _hidden_layer(In: Any, layer: int, sizes: tuple[int, ...], name: str, real: type) -> Any:
+    """Return a function from four input vectors to four vectors of activations, kept if there is room for them."""
+    width, size, start = padded_width(sizes), sizes[layer], layer_rows(sizes)[layer]
     Row = wp.types.vector(length=width, dtype=real)
     act = activation(name, real).value
 
     @wp.func
-    def hidden_layer(packed: wp.array[Row], a: In, b: In, c: In, d: In):
+    def hidden_layer(packed: wp.array[Row], kept: wp.array3d[Row], n: int, r: wp.vec4i, a: In, b: In, c: In, d: In):
         za = packed[wp.static(start)]
         zb = za
         zc = za
@@ -210,6 +214,11 @@ def _hidden_layer(In: Any, size: int, start: int, name: str, width: int, real: t
             zb[j] = act(zb[j])
             zc[j] = act(zc[j])
             zd[j] = act(zd[j])
+        if kept.shape[0] > 0:
+            kept[wp.static(layer), n, r[0]] = za
+            kept[wp.static(layer), n, r[1]] = zb
+            kept[wp.static(layer), n, r[2]] = zc
+            kept[wp.static(layer), n, r[3]] = zd
         return za, zb, zc, zd
 
     return hidden_layer
@@ -219,9 +228,9 @@ def _chain(first: Any, second: Any, In: Any, Row: Any) -> Any:
     """Return `second` after `first`, two functions of four vectors."""
 
     @wp.func
-    def chained(packed: wp.array[Row], a: In, b: In, c: In, d: In):
-        ya, yb, yc, yd = first(packed, a, b, c, d)
-        za, zb, zc, zd = second(packed, ya, yb, yc, yd)
+    def chained(packed: wp.array[Row], kept: wp.array3d[Row], n: int, r: wp.vec4i, a: In, b: In, c: In, d: In):
+        ya, yb, yc, yd = first(packed, kept, n, r, a, b, c, d)
+        za, zb, zc, zd = second(packed, kept, n, r, ya, yb, yc, yd)
         return za, zb, zc, zd
 
     return chained
@@ -238,7 +247,7 @@ def _embed(In: Any, size: int, Row: Any) -> Any:
         return out
 
     @wp.func
-    def embed(packed: wp.array[Row], a: In, b: In, c: In, d: In):
+    def embed(packed: wp.array[Row], kept: wp.array3d[Row], n: int, r: wp.vec4i, a: In, b: In, c: In, d: In):
         return embed_one(a), embed_one(b), embed_one(c), embed_one(d)
 
     return embed
@@ -246,13 +255,12 @@ def _embed(In: Any, size: int, Row: Any) -> Any:
 
 def _hidden_layers(State: Any, sizes: tuple[int, ...], name: str, real: type) -> Any:
     """Return the function from four states to four vectors of last hidden activations."""
-    width, starts = padded_width(sizes), layer_rows(sizes)
-    Row = wp.types.vector(length=width, dtype=real)
+    Row = wp.types.vector(length=padded_width(sizes), dtype=real)
     if len(sizes) == 2:
         return _embed(State, sizes[0], Row)
-    network = _hidden_layer(State, sizes[0], starts[0], name, width, real)
-    for size, start in zip(sizes[1:-2], starts[1:], strict=False):
-        network = _chain(network, _hidden_layer(Row, size, start, name, width, real), State, Row)
+    network = _hidden_layer(State, 0, sizes, name, real)
+    for layer in range(1, len(sizes) - 2):
+        network = _chain(network, _hidden_layer(Row, layer, sizes, name, real), State, Row)
     return network
 
 
@@ -260,9 +268,10 @@ def _hidden_layers(State: Any, sizes: tuple[int, ...], name: str, real: type) ->
 def unroll_kernel(structure: Any, sizes: tuple[int, ...], name: str, real: type) -> wp.Kernel:
     """The whole forward unrolling in one kernel: dense controller and physics, all steps, four samples a thread.
 
-    Packed parameters: rows as wide as the widest layer. A hidden layer is its bias, then one row of outgoing weights per
-    input, so that all outputs of a layer are one vector that the compiler keeps in registers. The last layer is its
-    bias, then one row of incoming weights per output. What pads a row is zero.
+    Packed parameters: rows as wide as the widest layer. A hidden layer is its bias, then one row of outgoing weights
+    per input, so that all outputs of a layer are one vector that the compiler keeps in registers. The last layer is
+    its bias, then one row of incoming weights per output. What pads a row is zero. The activations of the hidden
+    layers are kept, shape (hidden layers, steps, batch), where there is an array for them.
     """
     types, step = structure.types(real), structure.functions(real).step
     State, Control, Parameters = types.State, types.Control, types.Parameters
@@ -286,20 +295,22 @@ def unroll_kernel(structure: Any, sizes: tuple[int, ...], name: str, real: type)
         p: wp.array[Parameters],
         # in and out: row 0 is read, the others are written
         states: wp.array3d[real],
-        # out
+        # out; kept of length 0 is not written
         controls: wp.array3d[real],
+        kept: wp.array3d[Row],
     ):
         i = SAMPLES * wp.tid()
         last = states.shape[1] - 1
         j = wp.min(i + 1, last)
         k = wp.min(i + 2, last)
         m = wp.min(i + 3, last)
+        rows = wp.vec4i(i, j, k, m)
         xi = load_x(states, 0, i)
         xj = load_x(states, 0, j)
         xk = load_x(states, 0, k)
         xm = load_x(states, 0, m)
         for n in range(controls.shape[0]):
-            zi, zj, zk, zm = hidden_layers(packed, xi, xj, xk, xm)
+            zi, zj, zk, zm = hidden_layers(packed, kept, n, rows, xi, xj, xk, xm)
             ci = output_layer(packed, zi)
             cj = output_layer(packed, zj)
             ck = output_layer(packed, zk)
@@ -319,3 +330,23 @@ def unroll_kernel(structure: Any, sizes: tuple[int, ...], name: str, real: type)
             store_x(states, n + 1, m, xm)
 
     return unroll_steps
+
+
+@functools.cache
+def activate_kernel(name: str, real: type) -> wp.Kernel:
+    """z becomes its activation in place, slope the activation's slope."""
+    Lanes = wp.types.vector(length=LANES, dtype=real)
+    act, act_slope = activation(name, real).value, activation(name, real).slope
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def activate_lanes(z: wp.array[Lanes], slope: wp.array[Lanes]):
+        i = wp.tid()
+        v = z[i]
+        s = Lanes()
+        for j in range(LANES):
+            s[j] = act_slope(v[j])
+            v[j] = act(v[j])
+        z[i] = v
+        slope[i] = s
+
+    return activate_lanes

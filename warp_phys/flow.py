@@ -27,8 +27,8 @@ Gate = float | tuple[float, ...]
 class Flow:
     """Feedback through the simulator, weighted by `physics`, and through the controller, weighted by `controller`.
 
-    Both gates are numbers, or one number for every step n = 0 … T−1. A gate below one is a decay; a gate of zero at some
-    steps, or a `window`, truncates.
+    Both gates are numbers, or one number for every step n = 0 … T−1. A gate below one is a decay; a gate of zero at
+    some steps, or a `window`, truncates.
 
     >>> Flow(physics=1.0, controller=0.0) == MODIFIED
     True

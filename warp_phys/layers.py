@@ -8,6 +8,7 @@ import warp as wp
 
 from warp_phys import dense_kernels as kernels
 from warp_phys.activations import ACTIVATIONS
+from warp_phys.adjoint import active_tape
 from warp_phys.arrays import check_array, numpy_type, real_type
 from warp_phys.errors import check_choice, check_count
 
@@ -95,7 +96,7 @@ class Dense:
 
     def evaluate(self, x: wp.array, c: wp.array) -> None:
         """Write c = N(x) for rows x (N, D), c (N, K); an active tape records it."""
-        recording = wp._src.context.runtime.tape is not None
+        recording = active_tape() is not None
         for i, (weight, bias) in enumerate(self._layers()):
             last = i == len(self.sizes) - 2
             y = c if last else self._hidden(i, len(x), recording)
@@ -103,7 +104,7 @@ class Dense:
             wp.launch(kernel, dim=y.shape, inputs=[x, weight, bias], outputs=[y], device=self.device)
             x = y
 
-    def linearise(self, x: wp.array, workspace: Workspace) -> "DenseLinearisation":
+    def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> "DenseLinearisation":
         """Return the controller linearised at the rows x (N, D)."""
         return DenseLinearisation(self, x, workspace)
 
@@ -118,13 +119,26 @@ class Dense:
         """Whether the whole unrolling with this system runs as one fused kernel."""
         return hasattr(system, "functions") and kernels.padded_width(self.sizes) <= FUSED_WIDTH
 
-    def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array) -> None:
-        """Write states[1:] and controls from states[0], controller and physics in one kernel."""
+    def unroll(
+        self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool = False
+    ) -> Any:
+        """Write states[1:] and controls from states[0], controller and physics in one kernel; keep nothing."""
+        self.unroll_into(system, states, controls, parameters, None)
+
+    def unroll_into(
+        self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, kept: wp.array | None
+    ) -> None:
+        """Do the same, and write the hidden activations to `kept` if it is given.
+
+        Its shape is (hidden layers, steps, batch), of vectors of `dense_kernels.padded_width` numbers.
+        """
         packed = self._pack()
+        if kept is None:
+            kept = self._workspace.array("nothing kept", (0, 0, 0), packed.dtype, self.device)
         kernel = kernels.unroll_kernel(system.structure, self.sizes, self.activation, self.real)
         threads = -(-states.shape[1] // kernels.SAMPLES)
-        inputs = [packed, parameters, states]
-        wp.launch(kernel, dim=threads, inputs=inputs, outputs=[controls], device=self.device, record_tape=False)
+        inputs, outputs = [packed, parameters, states], [controls, kept]
+        wp.launch(kernel, dim=threads, inputs=inputs, outputs=outputs, device=self.device, record_tape=False)
 
     def _layers(self):
         return zip(self.parameters[::2], self.parameters[1::2], strict=True)
@@ -146,9 +160,9 @@ class Dense:
             kernel = kernels.pack_kernel(width, self.real)
             for i, (weight, bias) in enumerate(self._layers()):
                 inputs = [weight, bias, rows[i], int(i == len(self.sizes) - 2)]
-                options = {"device": self.device, "record_tape": False, "record_cmd": True}
-                dim = (self.sizes[i] + 1, self.sizes[i + 1])
-                self._packing.append(wp.launch(kernel, dim=dim, inputs=inputs, outputs=[packed], **options))
+                dim, out = (self.sizes[i] + 1, self.sizes[i + 1]), [packed]
+                command = wp.launch(kernel, dim, inputs, out, device=self.device, record_tape=False, record_cmd=True)
+                self._packing.append(command)
         for command in self._packing:
             command.launch()
         return packed

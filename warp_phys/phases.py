@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import warp as wp
 
-from warp_phys import kernels
+from warp_phys import kernels, row_kernels
 from warp_phys.arrays import as_structs
 from warp_phys.flow import Flow
 from warp_phys.layers import Workspace
@@ -51,14 +51,25 @@ class Controller(Protocol):
     def evaluate(self, x: wp.array, c: wp.array) -> None:
         """Write c = N(x), shapes (N, D) and (N, K)."""
 
-    def linearise(self, x: wp.array, workspace: Workspace) -> Linearisation:
-        """Return the controller linearised at x (N, D)."""
+    def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> Linearisation:
+        """Return the controller linearised at x (N, D); `kept` is what `unroll` returned, if x is all of it."""
 
     def fits(self, system: Any) -> bool:
         """Whether `unroll` can run the whole forward unrolling with this system as one kernel."""
 
-    def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array) -> None:
-        """Write states[1:] and controls from states[0]."""
+    def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: Any, keep: bool = False) -> Any:
+        """Write states[1:] and controls from states[0]; if `keep`, return what a backward pass could use, or None."""
+
+
+class WarpController(Controller, Protocol):
+    """What a rollout in pure Warp needs besides: parameters θ as Warp arrays, and arrays for their gradients."""
+
+    @property
+    def parameters(self) -> Sequence[wp.array]:
+        """The parameters."""
+
+    def gradients(self, workspace: Workspace, name: str) -> Sequence[wp.array]:
+        """Return zeroed arrays, one per parameter, as `Linearisation.contract` takes them for one flow."""
 
 
 class Trajectory(NamedTuple):
@@ -70,6 +81,8 @@ class Trajectory(NamedTuple):
     """c_0 … c_{T−1}, shape (steps, batch, K)."""
     parameters: wp.array | None
     """Physical parameters, a struct array of length 1 or batch; None for a simulator that has none."""
+    kept: Any = None
+    """What the controller kept of its forward pass: at most one chunk's worth, or None."""
 
 
 class Seeds(NamedTuple):
@@ -91,16 +104,26 @@ class Adjoints(NamedTuple):
 
 
 def forward(
-    system: Simulator, controller: Controller, states: wp.array, controls: wp.array, parameters: wp.array | None, fused: bool
-) -> None:
-    """Unroll: write states[1:] and controls from states[0]; in one kernel if `fused`, else step by step."""
+    system: Simulator,
+    controller: Controller,
+    states: wp.array,
+    controls: wp.array,
+    parameters: wp.array | None,
+    fused: bool,
+    keep: bool = False,
+) -> Any:
+    """Unroll: write states[1:] and controls from states[0]; in one kernel if `fused`, else step by step.
+
+    Returns:
+        What the controller kept for a backward pass if `keep` allows it, for `Trajectory.kept`.
+    """
     if fused:
-        controller.unroll(system, states, controls, parameters)
-        return
+        return controller.unroll(system, states, controls, parameters, keep)
     own = () if parameters is None else (parameters,)
     for n in range(controls.shape[0]):
         controller.evaluate(states[n], controls[n])
         system.step(states[n], controls[n], states[n + 1], *own)
+    return None
 
 
 def flow_gates(flows: Sequence[Flow], steps: int) -> np.ndarray:
@@ -111,8 +134,8 @@ def flow_gates(flows: Sequence[Flow], steps: int) -> np.ndarray:
 def parallel_in_time(system: Simulator, controller: Controller, trajectory: Trajectory, flows: int) -> bool:
     """Whether to form the controller's Jacobians, or to pull adjoints through it step by step.
 
-    The Jacobians cost one backward pass per control component over all rows; pulling costs a forward and a backward pass
-    per step and flow, and the time of that many calls. A simulator that is no `System` has no sweep kernel.
+    The Jacobians cost one backward pass per control component over all rows; pulling costs a forward and a backward
+    pass per step and flow, and the time of that many calls. A simulator that is no `System` has no sweep kernel.
     """
     if not isinstance(system, System):
         return False
@@ -173,9 +196,7 @@ def backward(
 class _Pass:
     """One backward pass: what its chunks share."""
 
-    def __init__(
-        self, system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check
-    ):
+    def __init__(self, system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check):
         self.system, self.controller, self.gradients, self.workspace = system, controller, gradients, workspace
         self.gates, self.gates_array = gates, gates_array
         self.want_parameters, self.parallel, self.check = want_parameters, parallel, check
@@ -190,12 +211,13 @@ class _Pass:
         return adj_p
 
     def chunk(self, trajectory: Trajectory, seeds: Seeds, lam: wp.array, adj_p, block: slice, steps: range) -> None:
-        """Linearise, sweep and contract the time steps `steps` of the samples `block`; advance lam, (flows, batch, D)."""
+        """Linearise, sweep and contract `steps` of the samples `block`; advance lam, shape (flows, batch, D)."""
         span = slice(steps.start, steps.stop)
         # a block that is not the whole batch has one time step a chunk, so its rows are contiguous either way
         states, controls = _part(trajectory.states, span, block), _part(trajectory.controls, span, block)
         rows = states.shape[0] * states.shape[1]
-        linear = self.controller.linearise(_flat(states, rows), self.workspace)
+        kept = trajectory.kept if controls is trajectory.controls else None
+        linear = self.controller.linearise(_flat(states, rows), self.workspace, kept)
         if self.check is not None:
             self.check(linear, _flat(controls, rows))
         mu = self._array("mu", (len(self.gates), *controls.shape), controls)
@@ -230,7 +252,9 @@ class _Pass:
         wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=device, record_tape=False)
         if adj_p is not None:
             inputs = [per_step, adj_p]
-            wp.launch(sum_over_time_kernel(real), dim=adj_p.shape, inputs=inputs, device=device, record_tape=False)
+            wp.launch(
+                row_kernels.sum_over_time_kernel(real), dim=adj_p.shape, inputs=inputs, device=device, record_tape=False
+            )
 
     def _walk(self, local: Trajectory, seeds: Seeds, lam, mu, adj_p, steps: range) -> None:
         """Phase 2 step by step, through the two verbs of a `Simulator` and the controller's own pull."""
@@ -250,13 +274,17 @@ class _Pass:
                 arguments = () if local.parameters is None else (local.parameters, adj_structs)
                 self.system.step_vjp(x, c, lam[f], dx[f], dc[f], *arguments)
                 if extra is not None:
-                    launch(add_rows_kernel(real), dim=extra.shape, inputs=[extra, adj_p[f]])
-                launch(sum_rows_kernel(real), dim=(batch, mu.shape[3]), inputs=[dc[f], seeds.controls[n], mu[f, n]])
+                    launch(row_kernels.add_rows_kernel(real), dim=extra.shape, inputs=[extra, adj_p[f]])
+                launch(
+                    row_kernels.sum_rows_kernel(real),
+                    dim=(batch, mu.shape[3]),
+                    inputs=[dc[f], seeds.controls[n], mu[f, n]],
+                )
                 if self.gates[f, steps.start + n, 1] != 0.0:
                     linear = linear or self.controller.linearise(x, self.workspace)
                     linear.pull(mu[f, n], pulled[f])
             inputs = [dx, pulled, seeds.states[n], self.gates_array, steps.start + n, lam]
-            launch(gate_rows_kernel(real), dim=lam.shape, inputs=inputs)
+            launch(row_kernels.gate_rows_kernel(real), dim=lam.shape, inputs=inputs)
 
     def _array(self, name: str, shape: Sequence[int], like: wp.array) -> wp.array:
         return self.workspace.array(name, shape, like.dtype, like.device)
@@ -274,68 +302,3 @@ def _flat(array: wp.array, rows: int) -> wp.array:
     if array.is_contiguous:
         return array.reshape((rows, array.shape[-1]))
     return array[0]  # a single time step of a block of samples
-
-
-@functools.cache
-def sum_over_time_kernel(real: type) -> wp.Kernel:
-    """total[f, b, i] += Σ_n values[f, n, b, i]."""
-
-    @wp.kernel(module="unique", enable_backward=False)
-    def sum_over_time(values: wp.array4d[real], total: wp.array3d[real]):
-        f, b, i = wp.tid()
-        value = real(0.0)
-        for n in range(values.shape[1]):
-            value += values[f, n, b, i]
-        total[f, b, i] = total[f, b, i] + value
-
-    return sum_over_time
-
-
-@functools.cache
-def add_rows_kernel(real: type) -> wp.Kernel:
-    """total += values."""
-
-    @wp.kernel(module="unique", enable_backward=False)
-    def add_rows(values: wp.array2d[real], total: wp.array2d[real]):
-        i, j = wp.tid()
-        total[i, j] = total[i, j] + values[i, j]
-
-    return add_rows
-
-
-@functools.cache
-def sum_rows_kernel(real: type) -> wp.Kernel:
-    """out = a + b."""
-
-    @wp.kernel(module="unique", enable_backward=False)
-    def sum_rows(a: wp.array2d[real], b: wp.array2d[real], out: wp.array2d[real]):
-        i, j = wp.tid()
-        out[i, j] = a[i, j] + b[i, j]
-
-    return sum_rows
-
-
-@functools.cache
-def gate_rows_kernel(real: type) -> wp.Kernel:
-    """λ_n = ∂L/∂x_n + α (∂S/∂x)ᵀ λ_{n+1} + β (∂N/∂x)ᵀ μ_n; a gate of zero is a cut."""
-
-    @wp.kernel(module="unique", enable_backward=False)
-    def gate_rows(
-        # in
-        dx: wp.array3d[real],
-        pulled: wp.array3d[real],
-        loss_states: wp.array2d[real],
-        gates: wp.array3d[real],
-        n: int,
-        # out
-        lam: wp.array3d[real],
-    ):
-        f, b, i = wp.tid()
-        value = loss_states[b, i]
-        if gates[f, n, 0] != real(0.0):
-            value += gates[f, n, 0] * dx[f, b, i]
-        if gates[f, n, 1] != real(0.0):
-            value += gates[f, n, 1] * pulled[f, b, i]
-        lam[f, b, i] = value
-
-    return gate_rows

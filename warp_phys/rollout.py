@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import warp as wp
 
+from warp_phys import row_kernels
 from warp_phys.adjoint import active_tape
-from warp_phys.arrays import check_array, numpy_type, real_type, shape_message
+from warp_phys.arrays import alias, check_array, numpy_type, parameter_numbers, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, agree, linear_parts, resolve
 from warp_phys.layers import Workspace
-from warp_phys.phases import Controller, Seeds, Trajectory, backward, flow_gates, forward, sum_over_time_kernel
+from warp_phys.phases import Controller, Seeds, Trajectory, WarpController, backward, flow_gates, forward
 from warp_phys.systems.base import Simulator, System
 
 BACKENDS = ("auto", "fused", "general")
@@ -42,7 +43,7 @@ class Rollout:
     def __init__(
         self,
         system: Simulator,
-        controller: Controller,
+        controller: WarpController,
         steps: int,
         flow: str | Flow | Combined = "combined",
         on_divergence: str = "raise",
@@ -54,8 +55,9 @@ class Rollout:
         self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "ignore"))
         first = controller.parameters[0]
         self.real, self.device = first.dtype, first.device
-        self.backend = choose_backend(backend, system, controller, self.device.is_cuda)
-        self._workspace, self._gates_array = Workspace(), None
+        self.backend = choose_backend(backend, system, controller, wp.get_device(self.device).is_cuda)
+        self._workspace = Workspace()
+        self._gates_array = wp.empty((0, 0, 0), dtype=self.real, device=self.device)
         self.flow = flow
 
     @property
@@ -70,7 +72,7 @@ class Rollout:
             raise ValueError(f"in pure Warp the rule of a combined flow must be agree, got {flow.rule!r}")
         self._flow = flow
         self._gates = flow_gates(linear_parts(flow), self.steps)
-        if self._gates_array is None or self._gates_array.shape != self._gates.shape:
+        if self._gates_array.shape != self._gates.shape:
             self._gates_array = wp.array(self._gates, dtype=self.real, device=self.device)
         else:  # in place: a captured graph reads the numbers from here
             self._gates_array.assign(self._gates.astype(numpy_type(self.real)))
@@ -109,34 +111,39 @@ class Rollout:
         arrays = [trajectory.states, trajectory.controls, *(p for p in self.controller.parameters if p.requires_grad)]
         if x0.requires_grad:
             arrays.append(x0)
-        if self._wants_parameters(trajectory):
-            arrays.append(trajectory.parameters._rows)
+        numbers = _numbers(trajectory)
+        if numbers is not None:
+            arrays.append(numbers)
         # the sums of M and R hang on the tape as adjoints of carriers, so that tape.zero() zeroes them too
         if isinstance(self.flow, Combined):
             arrays += [carrier for p in self.controller.parameters for carrier in _sums(p, self.flow)]
         tape.record_func(lambda: self._run_backward(x0, trajectory), arrays)
-
-    def _wants_parameters(self, trajectory: Trajectory) -> bool:
-        rows = getattr(trajectory.parameters, "_rows", None)
-        return rows is not None and rows.grad is not None
 
     def _run_backward(self, x0: wp.array, trajectory: Trajectory) -> None:
         """Add this pass's updates to the adjoints of parameters, of x0 and of the physical parameters."""
         work, flows = self._workspace, len(self._gates)
         gradients = [self.controller.gradients(work, f"gradient of flow {f}, ") for f in range(flows)]
         seeds = Seeds(trajectory.states.grad, trajectory.controls.grad)
-        wanted = self._wants_parameters(trajectory)
+        numbers = _numbers(trajectory)
+        gates = self._gates, self._gates_array
         adjoints = backward(
-            self.system, self.controller, trajectory, seeds, self._gates, self._gates_array, gradients, work, wanted
+            self.system,
+            self.controller,
+            trajectory,
+            seeds,
+            *gates,
+            gradients,
+            work,
+            want_parameters=numbers is not None,
         )
         for i, parameter in enumerate(self.controller.parameters):
             if parameter.requires_grad:
-                sums = [carrier.grad for carrier in _sums(parameter, self.flow)] if flows == 2 else []
+                sums = [c.grad for c in _sums(parameter, self.flow)] if isinstance(self.flow, Combined) else []
                 self._accumulate([gradient[i] for gradient in gradients], sums, parameter.grad)
         if x0.requires_grad:
             self._accumulate([adjoints.x0[f] for f in range(flows)], [], x0.grad)
-        if wanted:
-            self._accumulate_parameters(adjoints.parameters, trajectory.parameters._rows.grad)
+        if numbers is not None and adjoints.parameters is not None:
+            self._accumulate_parameters(adjoints.parameters, numbers.grad)
         trajectory.states.grad.zero_()
         trajectory.controls.grad.zero_()
 
@@ -147,7 +154,7 @@ class Rollout:
             total = self._workspace.array("sum of adj_p", (flows, 1, size), self.real, self.device)
             total.zero_()
             inputs = [per_sample.reshape((flows, batch, 1, size)), total]
-            wp.launch(sum_over_time_kernel(self.real), dim=total.shape, inputs=inputs, device=self.device)
+            wp.launch(row_kernels.sum_over_time_kernel(self.real), dim=total.shape, inputs=inputs, device=self.device)
             per_sample = total
         self._accumulate([per_sample[f] for f in range(flows)], [], grad)
 
@@ -155,11 +162,11 @@ class Rollout:
         """Add one pass's update to `grad`; for a combined flow the change of the combination of the sums."""
         rows = [_as_rows(array) for array in [*updates, *sums, grad]]
         if len(updates) == 1:
-            kernel = _add_kernel(self.real)
+            kernel = row_kernels.add_rows_kernel(self.real)
         else:
             zeros = self._workspace.array("no sums", rows[0].shape, self.real, self.device)
             rows = rows if sums else [*rows[:2], zeros, zeros, rows[-1]]
-            kernel = _combine_kernel(self.real, bool(sums))
+            kernel = row_kernels.combine_kernel(self.real, bool(sums))
         wp.launch(kernel, dim=rows[0].shape, inputs=rows, device=self.device, record_tape=False)
 
 
@@ -178,14 +185,19 @@ def _sums(parameter: wp.array, flow: Combined) -> tuple[wp.array, wp.array]:
     return by_flow[flow]
 
 
+def _numbers(trajectory: Trajectory) -> wp.array | None:
+    """Return the physical parameters as numbers if they have an adjoint, else None."""
+    if trajectory.parameters is None:
+        return None
+    numbers = parameter_numbers(trajectory.parameters)
+    return None if numbers is None or numbers.grad is None else numbers
+
+
 def _as_rows(array: wp.array) -> wp.array:
     """Return an array of one or two dimensions as one of two, without a copy."""
     if array.ndim == 2:
         return array
-    shape, strides = (1, len(array)), (array.strides[0] * len(array), array.strides[0])
-    view = wp.array(ptr=array.ptr, dtype=array.dtype, shape=shape, strides=strides, device=array.device)
-    view._source = array  # keeps the memory alive
-    return view
+    return alias(array, array.dtype, (1, len(array)), (array.strides[0] * len(array), array.strides[0]))
 
 
 class _Paused:
@@ -207,7 +219,9 @@ def check_sizes(system: Any, controller: Any) -> None:
     """Raise a ValueError or TypeError if a system and a controller do not fit together."""
     for verb in ("step", "step_vjp", "state_size", "control_size"):
         if not hasattr(system, verb):
-            raise TypeError(f"system must have {verb} (see warp_phys.systems.Simulator), {type(system).__name__} has not")
+            raise TypeError(
+                f"system must have {verb} (see warp_phys.systems.Simulator), {type(system).__name__} has not"
+            )
     for size in ("state_size", "control_size"):
         if getattr(controller, size, getattr(system, size)) != getattr(system, size):
             got = getattr(controller, size)
@@ -230,7 +244,7 @@ def choose_backend(backend: str, system: Any, controller: Controller, cuda: bool
 
 
 def check_x0(system: Any, x0: Any, real: type, device: Any) -> wp.array:
-    """Return x0 if it is a Warp array of rows that fits, else raise a TypeError or ValueError that says what is wrong."""
+    """Return x0 if it is a Warp array of rows that fits, else raise a TypeError or ValueError that says why not."""
     columns = ", ".join(getattr(system, "states", ()))
     x0 = check_array("x0", x0, (-1, system.state_size), columns=columns)
     if len(x0) == 0:
@@ -240,45 +254,3 @@ def check_x0(system: Any, x0: Any, real: type, device: Any) -> wp.array:
     if x0.device != device:
         raise ValueError(f"x0 must be on device {device} as the controller is, got {x0.device}")
     return x0
-
-
-@functools.cache
-def _add_kernel(real: type) -> wp.Kernel:
-    @wp.kernel(module="unique", enable_backward=False)
-    def add_update(update: wp.array2d[real], grad: wp.array2d[real]):
-        i, j = wp.tid()
-        grad[i, j] = grad[i, j] + update[i, j]
-
-    return add_update
-
-
-@functools.cache
-def _combine_kernel(real: type, summing: bool) -> wp.Kernel:
-    """grad += C(sums + new) − C(sums); sums += new. C keeps the base where the signs agree."""
-
-    @wp.func
-    def keep_agreeing(base: real, other: real):
-        zero = real(0.0)
-        same = (base > zero and other > zero) or (base < zero and other < zero)
-        return wp.where(same, base, zero)
-
-    @wp.kernel(module="unique", enable_backward=False)
-    def combine_update(
-        # in
-        new_base: wp.array2d[real],
-        new_other: wp.array2d[real],
-        # in and out
-        sum_base: wp.array2d[real],
-        sum_other: wp.array2d[real],
-        grad: wp.array2d[real],
-    ):
-        i, j = wp.tid()
-        base = sum_base[i, j] + new_base[i, j]
-        other = sum_other[i, j] + new_other[i, j]
-        before = keep_agreeing(sum_base[i, j], sum_other[i, j])
-        grad[i, j] = grad[i, j] + (keep_agreeing(base, other) - before)
-        if wp.static(summing):
-            sum_base[i, j] = base
-            sum_other[i, j] = other
-
-    return combine_update

@@ -4,9 +4,8 @@ import pytest
 import warp as wp
 
 from tests.toy import TwoControls
-from warp_phys import CartPole, adjoint, dense_kernels, kernels, phases, rollout
+from warp_phys import CartPole, dense_kernels, gate_kernels, kernels, row_kernels
 from warp_phys.activations import ACTIVATIONS
-from warp_phys.interop import torch_dense
 
 ARCHITECTURES = [80, 90]
 REALS = [wp.float32, wp.float64]
@@ -28,11 +27,10 @@ OF_A_PRECISION = [
     dense_kernels.transposed_kernel,
     dense_kernels.contract_kernel,
     dense_kernels.unit_rows_kernel,
-    phases.sum_over_time_kernel,
-    phases.add_rows_kernel,
-    phases.sum_rows_kernel,
-    phases.gate_rows_kernel,
-    rollout._add_kernel,
+    row_kernels.sum_over_time_kernel,
+    row_kernels.add_rows_kernel,
+    row_kernels.sum_rows_kernel,
+    row_kernels.gate_rows_kernel,
 ]
 
 
@@ -43,13 +41,13 @@ def _all_kernels():
         for factory in OF_A_PRECISION:
             yield f"{factory.__name__}-{suffix}", lambda f=factory, r=real: f(r)
         for summing in (True, False):
-            yield f"combine-{summing}-{suffix}", lambda s=summing, r=real: rollout._combine_kernel(r, s)
+            yield f"combine-{summing}-{suffix}", lambda s=summing, r=real: row_kernels.combine_kernel(r, s)
         for dimensions in range(1, 5):
-            yield f"gate-{dimensions}-{suffix}", lambda d=dimensions, r=real: adjoint._gate_kernel(d, r)
+            yield f"gate-{dimensions}-{suffix}", lambda d=dimensions, r=real: gate_kernels.gate_kernel(d, r)
         for name in ACTIVATIONS:
             yield f"dense-{name}-{suffix}", lambda n=name, r=real: dense_kernels.dense_kernel(n, r)
             yield f"slope-{name}-{suffix}", lambda n=name, r=real: dense_kernels.dense_with_slope_kernel(n, r)
-            yield f"lanes-{name}-{suffix}", lambda n=name, r=real: torch_dense._activate_kernel(n, r)
+            yield f"lanes-{name}-{suffix}", lambda n=name, r=real: dense_kernels.activate_kernel(n, r)
         yield f"pack-{suffix}", lambda r=real: dense_kernels.pack_kernel(112, r)
         for system in SYSTEMS:
             if real is wp.float64 and system == SYSTEMS[1]:
@@ -64,7 +62,9 @@ def _all_kernels():
             )
 
 
-@pytest.mark.parametrize(("name", "make"), list(_all_kernels()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "make"), list(_all_kernels()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_kernel_compiles_for_cuda(name, make, tmp_path):
     kernel = make()
     wp.compile_aot_module(kernel.module, arch=ARCHITECTURES, module_dir=tmp_path)
@@ -75,19 +75,16 @@ def test_kernel_compiles_for_cuda(name, make, tmp_path):
 
 def test_the_list_is_complete():
     """A kernel factory that is missing above fails here."""
-    modules = [adjoint, dense_kernels, kernels, phases, rollout, torch_dense]
-    factories = {
-        f"{module.__name__}.{name}" for module in modules for name in vars(module)
-        if name.endswith("_kernel") and getattr(vars(module)[name], "__module__", None) == module.__name__
-    }  # fmt: skip
+    modules = [dense_kernels, gate_kernels, kernels, row_kernels]
+    factories = {f"{m.__name__}.{name}" for m in modules for name in vars(m) if name.endswith("_kernel")}
     listed = {f"{f.__module__}.{f.__name__}" for f in (*OF_A_SYSTEM, *OF_A_PRECISION)}
     one_by_one = {
-        "warp_phys.adjoint._gate_kernel",
+        "warp_phys.gate_kernels.gate_kernel",
         "warp_phys.dense_kernels.dense_kernel",
         "warp_phys.dense_kernels.dense_with_slope_kernel",
         "warp_phys.dense_kernels.pack_kernel",
         "warp_phys.dense_kernels.unroll_kernel",
-        "warp_phys.interop.torch_dense._activate_kernel",
-        "warp_phys.rollout._combine_kernel",
+        "warp_phys.dense_kernels.activate_kernel",
+        "warp_phys.row_kernels.combine_kernel",
     }
     assert factories == listed | one_by_one

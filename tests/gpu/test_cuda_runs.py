@@ -16,7 +16,13 @@ pytestmark = pytest.mark.skipif(
 
 def _network(dtype, device):
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(6, 100), torch.nn.Tanh(), torch.nn.Linear(100, 100), torch.nn.Tanh(), torch.nn.Linear(100, 1)]
+    layers = [
+        torch.nn.Linear(6, 100),
+        torch.nn.Tanh(),
+        torch.nn.Linear(100, 100),
+        torch.nn.Tanh(),
+        torch.nn.Linear(100, 1),
+    ]
     return torch.nn.Sequential(*layers).to(device, dtype)
 
 

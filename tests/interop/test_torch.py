@@ -63,7 +63,7 @@ def test_memory_is_shared(device, monkeypatch):
     net = network(device=device)
     rollout = Rollout(SYSTEM, net, STEPS)
     states, controls = rollout(start(device))
-    _, adapter, states_array, controls_array, _, _ = seen[0]
+    _, adapter, states_array, controls_array = seen[0][:4]
     assert states_array.ptr == states.data_ptr() and controls_array.ptr == controls.data_ptr()
     pointers = [array.ptr for array in adapter.dense().parameters]
     assert pointers == [p.data_ptr() for p in net.parameters()]
@@ -317,7 +317,9 @@ def test_report(device):
     rollout, x0 = Rollout(SYSTEM, net, STEPS, "C"), start(device)
     combined = update(rollout, x0)
     base, other = (update(Rollout(SYSTEM, net, STEPS, flow), x0) for flow in "MR")
-    assert rollout.report.norms == pytest.approx({"modified": float(base.norm()), "regular": float(other.norm())}, rel=1e-9)
+    assert rollout.report.norms == pytest.approx(
+        {"modified": float(base.norm()), "regular": float(other.norm())}, rel=1e-9
+    )
     assert rollout.report.norm == pytest.approx(float(combined.norm()), rel=1e-9)
     assert rollout.report.cosine == pytest.approx(float(base @ other / base.norm() / other.norm()), rel=1e-9)
     assert rollout.report.agreement == pytest.approx(float((base.sign() == other.sign()).double().mean()))
@@ -470,6 +472,22 @@ def test_chunks_do_not_change_the_numbers(device, monkeypatch):
             results.append(update(Rollout(SYSTEM, net, STEPS, "C"), x0))
     for result in results[1:]:
         assert relative(result, results[0]) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["dense", "module"])
+def test_memory_over_the_horizon_is_the_trajectory(kind, device):
+    """What a backward pass allocates besides does not grow with the horizon, nor with the batch beyond a chunk."""
+    sizes = []
+    for steps, batch in ((600, 8), (6232, 8), (40, 5000)):
+        net = network(device=device, hidden=4)
+        with torch.no_grad():
+            net[2].weight.zero_()  # hanging poles under no force: stable over any horizon
+        rollout = Rollout(CartPole(poles=2, dt=1e-3), net if kind == "dense" else torch.nn.Sequential(net), steps, "C")
+        states, controls = rollout(start(device, batch))
+        SYSTEM.loss(states, controls, "every").backward()
+        arrays = rollout._workspaces[0]._arrays
+        sizes.append(sum(array.capacity for key, array in arrays.items() if key[0] != "lambda"))
+    assert sizes[0] == sizes[1] and sizes[2] < 1.5 * sizes[0]  # 6232 leaves the same remainder of a chunk as 600
 
 
 @pytest.mark.parametrize("flow", ["R", "M", "C", Flow(0.9, 0.7, window=8)])

@@ -72,7 +72,9 @@ def _by_torch(system, network, x0, gates, when, control_cost):
     states, controls = reference.unroll(lambda x, c: step(system, x, c), network, x0, gates)
     value = loss(states, controls, when, control_cost)
     parameters = list(network.parameters())
-    return value.detach(), reference.gradient(value, [*parameters, x0]).split([sum(map(torch.numel, parameters)), x0.numel()])
+    return value.detach(), reference.gradient(value, [*parameters, x0]).split(
+        [sum(map(torch.numel, parameters)), x0.numel()]
+    )
 
 
 def _by_engine(rollout, x0, when, control_cost):

@@ -6,6 +6,7 @@ import warp as wp
 
 from tests.problems import PROBLEMS
 from tests.taylor import check_gradient
+from warp_phys.arrays import parameter_numbers
 
 pytestmark = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 
@@ -27,7 +28,7 @@ def _vjp(problem, device):
     adj_x, adj_c = wp.zeros_like(x), wp.zeros_like(c)
     adj_p = system.parameter_array(dict.fromkeys(system.parameter_names, np.zeros(problem.batch)), device, np.float64)
     system.step_vjp(x, c, l, adj_x, adj_c, adj_parameters=adj_p)
-    return adj_x.numpy(), adj_c.numpy(), adj_p._rows.numpy()
+    return adj_x.numpy(), adj_c.numpy(), parameter_numbers(adj_p).numpy()
 
 
 def test_state_adjoint(problem, device):
@@ -58,7 +59,9 @@ def test_parameter_adjoint(problem, device):
 
 def test_tape_gives_the_same(problem, device):
     system = problem.system
-    x, c = (wp.array(a, dtype=wp.float64, device=device, requires_grad=True) for a in (problem.states(), problem.controls()))
+    x, c = (
+        wp.array(a, dtype=wp.float64, device=device, requires_grad=True) for a in (problem.states(), problem.controls())
+    )
     y = wp.zeros_like(x)
     p = system.parameter_array({}, device, np.float64, requires_grad=True)
     with wp.Tape() as tape:
@@ -67,7 +70,7 @@ def test_tape_gives_the_same(problem, device):
     adj_x, adj_c, adj_p = _vjp(problem, device)
     np.testing.assert_allclose(x.grad.numpy(), adj_x, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(c.grad.numpy(), adj_c, rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(p._rows.grad.numpy()[0], adj_p.sum(0), rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(parameter_numbers(p).grad.numpy()[0], adj_p.sum(0), rtol=1e-10, atol=1e-13)
 
 
 def test_loss_adjoint(problem, device):

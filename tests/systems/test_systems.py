@@ -11,7 +11,7 @@ from tests.problems import PROBLEMS
 from warp_phys import SYSTEMS
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 

@@ -1,8 +1,9 @@
 """The sums of flows behind the gradients of torch parameters.
 
-A combined update is no linear function of what it combines: M and R must be summed apart, over all backward passes since
-the gradients were cleared, and compared afterwards. So each backward pass hands autograd the change that it makes to the
-combination, C(Σ + new) − C(Σ), and `p.grad` always holds C of the sums, besides whatever else adds to it.
+A combined update is no linear function of what it combines: M and R must be summed apart, over all backward passes
+since the gradients were cleared, and compared afterwards. So each backward pass hands autograd the change that it
+makes to the combination, C(Σ + new) − C(Σ), and `p.grad` always holds C of the sums, besides whatever else adds to
+it.
 """
 
 import weakref
@@ -16,33 +17,49 @@ from warp_phys.flow import Combined
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
+class PassUpdates:
+    """What one backward pass found for one parameter: a part of two flat tensors, cut out only if it is needed."""
+
+    def __init__(self, base: torch.Tensor, other: torch.Tensor, start: int, parameter: torch.Tensor):
+        self.flat, self.part, self.shape = (base, other), slice(start, start + parameter.numel()), parameter.shape
+
+    def pair(self) -> Pair:
+        """The updates by the base and by the other flow."""
+        base, other = (flat[self.part].view(self.shape) for flat in self.flat)
+        return base, other
+
+
 class ParameterSums:
     """Sums of the base and the other flow for one parameter, by combined flow.
 
-    A sum is valid as long as `p.grad` is what the last backward pass left. Clearing the gradient, to None or to zero, or
-    changing it in any other way starts a new sum.
+    A sum is valid as long as `p.grad` is what the last backward pass left. Clearing the gradient, to None or to zero,
+    or changing it in any other way starts a new sum.
     """
 
     def __init__(self, parameter: torch.Tensor):
         self.grad: torch.Tensor | None = None
         self.version = -1
         self.task = -1
-        self.settled: dict[Combined, Pair] = {}
-        self.pending: dict[Combined, Pair] = {}
+        self.settled: dict[Combined, PassUpdates | Pair] = {}
+        self.pending: dict[Combined, PassUpdates | Pair] = {}
         # autograd calls the one before it adds to p.grad, the other after; neither may keep the parameter alive
         reference = weakref.ref(parameter)
         parameter.register_hook(lambda _grad: self._forget_if_changed(reference()))
         parameter.register_post_accumulate_grad_hook(self._settle)
 
-    def add(self, flow: Combined, parameter: torch.Tensor, new: Pair) -> tuple[Pair | None, Pair]:
-        """Add one pass's updates; return the sums before and after it."""
+    def add(self, flow: Combined, parameter: torch.Tensor, new: PassUpdates) -> tuple[Pair, Pair] | None:
+        """Add one pass's updates; return the sums before and after it, or None if it is the first."""
         self._forget_if_changed(parameter)
         task = torch._C._current_graph_task_id()
         if task != self.task:  # what an earlier torch.autograd.grad left has never reached p.grad
             self.pending.clear()
             self.task = task
-        before = self.pending.get(flow, self.settled.get(flow))
-        after = new if before is None else (before[0] + new[0], before[1] + new[1])
+        known = self.pending.get(flow, self.settled.get(flow))
+        if known is None:
+            self.pending[flow] = new
+            return None
+        before, update = known.pair() if isinstance(known, PassUpdates) else known, new.pair()
+        after = before[0] + update[0], before[1] + update[1]
         self.pending[flow] = after
         return before, after
 
@@ -74,16 +91,17 @@ def combined_changes(
         base: The pass's update by the base flow, all parameters in one flat tensor.
         other: Its update by the other flow, likewise.
     """
-    steps = []
-    for parameter, new in zip(parameters, zip(split(base, parameters), split(other, parameters), strict=True), strict=True):
+    changes = split(flow.rule(base, other), parameters)
+    start = 0
+    for i, parameter in enumerate(parameters):
         if parameter not in _SUMS:
             _SUMS[parameter] = ParameterSums(parameter)
-        steps.append(_SUMS[parameter].add(flow, parameter, new))
-    if all(before is None for before, _ in steps):  # the usual case, in one go
-        return split(flow.rule(base, other), parameters)
-    return [
-        flow.rule(*after) if before is None else flow.rule(*after) - flow.rule(*before) for before, after in steps
-    ]
+        sums = _SUMS[parameter].add(flow, parameter, PassUpdates(base, other, start, parameter))
+        start += parameter.numel()
+        if sums is not None:
+            before, after = sums
+            changes[i] = flow.rule(*after) - flow.rule(*before)
+    return changes
 
 
 def split(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
 from warp_phys.interop.torch_controller import TorchController, TorchLinearisation
+from warp_phys.interop.torch_dense import as_array
 from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
 from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
@@ -43,7 +44,7 @@ class Rollout:
             over ranks, for instance `torch.distributed.all_reduce`.
 
     Raises:
-        TypeError, ValueError: Arguments that do not fit; the message names the argument, what came and what is expected.
+        TypeError, ValueError: Arguments that do not fit; the message names the argument, what came, what is expected.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Rollout:
 
         Args:
             x0: Initial states, shape (batch, D): torch, numpy or any DLPack array.
-            parameters: Physical parameters by name, a number or one per sample each; torch tensors may require gradients.
+            parameters: Physical parameters by name, a number or one per sample each; tensors may require gradients.
 
         Raises:
             TypeError, ValueError: x0 or a parameter does not fit.
@@ -110,7 +111,7 @@ class Rollout:
         trainable = self._adapter.trainable
         if torch.is_grad_enabled() and (trainable or x0.requires_grad or (rows is not None and rows.requires_grad)):
             return _Unroll.apply(self, x0, rows, *trainable)
-        return self._forward(x0, rows)[:2]
+        return self._forward(x0, rows, keep=False)[:2]
 
     def _initial_states(self, x0: Any) -> torch.Tensor:
         """Return x0 as a tensor that fits, or raise."""
@@ -152,7 +153,9 @@ class Rollout:
             value = values.get(name, getattr(self.system, name))
             column = torch.as_tensor(value, dtype=self.dtype, device=self.device).reshape(-1)
             if len(column) not in (1, len(x0)):
-                raise ValueError(f"parameter {name} must be a number or {len(x0)} numbers, one per sample, got {len(column)}")
+                raise ValueError(
+                    f"parameter {name} must be a number or {len(x0)} numbers, one per sample, got {len(column)}"
+                )
             if not torch.isfinite(column).all():
                 raise ValueError(f"parameter {name} must be finite, got {value}")
             columns.append(column)
@@ -164,18 +167,21 @@ class Rollout:
         if rows is None:
             return self.system.check_parameters(None, like, 1)
         struct = self.system.types(like.dtype).Parameters
-        return as_structs(_array(rows.detach().contiguous()), struct)
+        return as_structs(as_array(rows.detach().contiguous()), struct)
 
-    def _forward(self, x0: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return states, controls and the samples that were masked."""
-        make = {"dtype": self.dtype, "device": self.device}
-        states = torch.empty((self.steps + 1, len(x0), self.system.state_size), **make)
-        controls = torch.empty((self.steps, len(x0), self.system.control_size), **make)
+    def _forward(
+        self, x0: torch.Tensor, rows: torch.Tensor | None, keep: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return states, controls, the samples that were masked, and what the controller kept for a backward pass."""
+        states = x0.new_empty((self.steps + 1, len(x0), self.system.state_size))
+        controls = x0.new_empty((self.steps, len(x0), self.system.control_size))
         states[0] = x0.detach()
         with torch.no_grad(), torch_stream(self.device):
-            arrays = _array(states), _array(controls)
-            forward(self.system, self._adapter, *arrays, self._structs(rows, arrays[0]), self.backend == "fused")
-        return states, controls, self._handle_divergence(states, controls)
+            arrays = as_array(states), as_array(controls)
+            p, fused = self._structs(rows, arrays[0]), self.backend == "fused"
+            kept = forward(self.system, self._adapter, *arrays, p, fused, keep)
+        masked = self._handle_divergence(states, controls)
+        return states, controls, masked, None if len(masked) else kept
 
     def _handle_divergence(self, states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
         """Raise, or freeze samples in place; return the indices of frozen samples."""
@@ -200,6 +206,7 @@ class Rollout:
         controls: torch.Tensor,
         rows: torch.Tensor | None,
         masked: torch.Tensor,
+        kept: torch.Tensor | None,
         trainable: list[torch.nn.Parameter],
         seeds: tuple[torch.Tensor | None, torch.Tensor | None],
         want_rows: bool,
@@ -212,9 +219,9 @@ class Rollout:
         states, controls = _without(states, masked), _without(controls, masked)
         updates = torch.zeros((len(flows), sum(p.numel() for p in trainable)), dtype=self.dtype, device=self.device)
         with torch_stream(self.device):
-            arrays = [_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
+            arrays = [as_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
             gates, gates_array = self._gates_of(flows)
-            trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]))
+            trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]), kept)
             adjoints = backward(
                 self.system, self._adapter, trajectory, Seeds(arrays[2], arrays[3]), gates, gates_array,
                 list(updates), workspace, want_rows, check=_check_pure,
@@ -255,8 +262,8 @@ class _Unroll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rollout: Rollout, x0, rows, *trainable):
         ctx.set_materialize_grads(False)
-        states, controls, masked = rollout._forward(x0, rows)
-        ctx.rollout = rollout
+        states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
+        ctx.rollout, ctx.kept = rollout, kept
         # the parameters are saved so that torch notices a change between forward and backward
         ctx.save_for_backward(states, controls, rows, masked, *trainable)
         return states, controls
@@ -269,7 +276,9 @@ class _Unroll(torch.autograd.Function):
             return (None,) * (3 + len(trainable))
         want_rows = ctx.needs_input_grad[2]
         seeds = (adj_states, adj_controls)
-        adj_x0, adj_rows, grads = ctx.rollout._backward(states, controls, rows, masked, trainable, seeds, want_rows)
+        adj_x0, adj_rows, grads = ctx.rollout._backward(
+            states, controls, rows, masked, ctx.kept, trainable, seeds, want_rows
+        )
         return None, adj_x0 if ctx.needs_input_grad[1] else None, adj_rows, *grads
 
 
@@ -278,16 +287,18 @@ class _PointwiseCost(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, system, times, rows):
-        x = _array(states.detach())
+        x = as_array(states.detach())
         with torch_stream(states.device):
             chosen = chosen_array(times, str(x.device))
             p = system.check_parameters(None, x, 1)
             if rows is not None:
-                p = as_structs(_array(rows.detach().contiguous()), system.types(x.dtype).Parameters)
+                p = as_structs(as_array(rows.detach().contiguous()), system.types(x.dtype).Parameters)
             costs = states.new_empty((len(times), states.shape[1]))
             kernel = kernels.cost_kernel(system.structure, x.dtype)
-            inputs, outputs = [x, chosen, p], [_array(costs)]
-            wp.launch(kernel, dim=tuple(costs.shape), inputs=inputs, outputs=outputs, device=x.device, record_tape=False)
+            inputs, outputs = [x, chosen, p], [as_array(costs)]
+            wp.launch(
+                kernel, dim=tuple(costs.shape), inputs=inputs, outputs=outputs, device=x.device, record_tape=False
+            )
         ctx.system, ctx.chosen, ctx.p = system, chosen, p
         ctx.save_for_backward(states, rows)
         return costs
@@ -297,15 +308,15 @@ class _PointwiseCost(torch.autograd.Function):
         _refuse_second_derivative()
         states, rows = ctx.saved_tensors
         adj_states = torch.zeros_like(states, memory_format=torch.contiguous_format)
-        structs = ctx.system.types(ctx.p._rows.dtype).Parameters
+        structs = ctx.system.types(wp.dtype_from_torch(states.dtype)).Parameters
         want_rows = rows is not None and ctx.needs_input_grad[3]
         shape = (*adj_costs.shape, len(ctx.system.parameter_names)) if want_rows else (0, 0, 0)
         adj_rows = states.new_empty(shape)
         with torch_stream(states.device):
-            x = _array(states.detach())
+            x = as_array(states.detach())
             kernel = kernels.cost_vjp_kernel(ctx.system.structure, x.dtype)
-            inputs = [x, ctx.chosen, ctx.p, _array(adj_costs.contiguous())]
-            outputs = [_array(adj_states), as_structs(_array(adj_rows), structs)]
+            inputs = [x, ctx.chosen, ctx.p, as_array(adj_costs.contiguous())]
+            outputs = [as_array(adj_states), as_structs(as_array(adj_rows), structs)]
             dim = tuple(adj_costs.shape)
             wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=x.device, record_tape=False)
         if not want_rows:
@@ -334,9 +345,9 @@ def pointwise_cost(
     rows = None
     if parameters:
         check_parameter_names(system.parameter_names, parameters)
-        make = {"dtype": states.dtype, "device": states.device}
-        columns = [torch.as_tensor(parameters.get(n, getattr(system, n)), **make) for n in system.parameter_names]
-        rows = torch.stack(torch.broadcast_tensors(*(column.reshape(-1) for column in columns)), dim=1)
+        values = [parameters.get(name, getattr(system, name)) for name in system.parameter_names]
+        columns = [torch.as_tensor(value, dtype=states.dtype, device=states.device).reshape(-1) for value in values]
+        rows = torch.stack(torch.broadcast_tensors(*columns), dim=1)
     return _PointwiseCost.apply(states, system, times, rows)
 
 
@@ -345,11 +356,6 @@ def torch_stream(device: torch.device) -> contextlib.AbstractContextManager:
     if device.type != "cuda":
         return contextlib.nullcontext()
     return wp.ScopedStream(wp.stream_from_torch(device), sync_enter=False)
-
-
-def _array(tensor: torch.Tensor) -> wp.array:
-    """Return a tensor as a Warp array: the same memory, no gradient attached."""
-    return wp.from_torch(tensor, requires_grad=False)
 
 
 def _refuse_second_derivative() -> None:
@@ -389,7 +395,7 @@ def _check_pure(linear: Any, stored: wp.array) -> None:
     if not error <= 1e-3 * (1.0 + before.abs().max()):
         raise ValueError(
             f"controller must give the same controls for the same states each time, they differ by {float(error):.3g}; "
-            "dropout, batch normalisation, noise and memory are such cases: use controller.eval(), or put memory into the state"
+            "dropout, batch normalisation, noise, memory do that: use controller.eval(), or put memory into the state"
         )
 
 
@@ -398,7 +404,9 @@ def _precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[tor
     parameters = list(controller.parameters())
     kinds = {(p.dtype, p.device) for p in parameters}
     if len(kinds) > 1:
-        raise ValueError(f"controller must have its parameters in one precision on one device, got {sorted(map(str, kinds))}")
+        raise ValueError(
+            f"controller must have its parameters in one precision on one device, got {sorted(map(str, kinds))}"
+        )
     dtype, own = kinds.pop() if kinds else (torch.float32, torch.device(device or "cpu"))
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"controller must have float32 or float64 parameters, got {dtype}")
@@ -406,5 +414,7 @@ def _precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[tor
     if wanted.type == "cuda" and wanted.index is None:
         wanted = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
     if wanted != own:
-        raise ValueError(f"device is {wanted}, but the controller's parameters are on {own}: use controller.to('{wanted}')")
+        raise ValueError(
+            f"device is {wanted}, but the controller's parameters are on {own}: use controller.to('{wanted}')"
+        )
     return dtype, own

@@ -1,13 +1,15 @@
 """Any torch module as the controller of a rollout."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import warp as wp
 
-from warp_phys.interop.torch_dense import DenseLinearisation
+from warp_phys.dense_kernels import padded_width
+from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
 from warp_phys.layers import Dense, Workspace
+from warp_phys.phases import CHUNK_ROWS
 
 _ACTIVATIONS: dict[type, str] = {
     torch.nn.Tanh: "tanh",
@@ -47,11 +49,13 @@ class TorchController:
                 raise ValueError(f"controller must return shape {tuple(c.shape)}, got {tuple(output.shape)}")
             wp.to_torch(c).copy_(output)
 
-    def linearise(self, x: wp.array, workspace: Workspace) -> "TorchLinearisation | DenseLinearisation":
+    def linearise(
+        self, x: wp.array, workspace: Workspace, kept: torch.Tensor | None = None
+    ) -> "TorchLinearisation | DenseLinearisation":
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""
         if self.by_hand and self.dense() is not None:
             assert self._linears is not None
-            return DenseLinearisation(*self._linears, wp.to_torch(x))
+            return DenseLinearisation(*self._linears, wp.to_torch(x), kept)
         return TorchLinearisation(self, wp.to_torch(x))
 
     def fits(self, system: Any) -> bool:
@@ -59,10 +63,25 @@ class TorchController:
         dense = self.dense()
         return dense is not None and dense.fits(system)
 
-    def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array) -> None:
-        """Write states[1:] and controls from states[0] in one kernel."""
-        assert self._dense is not None  # the caller has asked `fits`
-        self._dense.unroll(system, states, controls, parameters)
+    def unroll(
+        self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool = False
+    ) -> torch.Tensor | None:
+        """Write states[1:] and controls from states[0] in one kernel.
+
+        Returns:
+            The hidden activations, shape (hidden layers, steps, batch, padded width), if `keep` asks for them and they
+            are no more than a backward pass holds at a time anyway.
+        """
+        dense = self._dense
+        assert dense is not None  # the caller has asked `fits`
+        steps, batch, _ = controls.shape
+        if not keep or steps * batch > CHUNK_ROWS or len(dense.sizes) == 2 or dense.activation not in OF_VALUE:
+            return dense.unroll(system, states, controls, parameters)
+        width, target = padded_width(dense.sizes), wp.to_torch(controls)
+        kept = target.new_empty((len(dense.sizes) - 2, steps, batch, width))
+        Row = wp.types.vector(length=width, dtype=dense.real)
+        dense.unroll_into(system, states, controls, parameters, as_array(kept, Row))
+        return kept
 
     def dense(self) -> Dense | None:
         """Return the module as `Dense` layers over the same memory, or None if it is something else."""
@@ -75,7 +94,7 @@ class TorchController:
         key = (activation, *((t.data_ptr(), t.shape) for t in tensors))
         if key != self._key:
             sizes = (linears[0].in_features, *(layer.out_features for layer in linears))
-            arrays = [wp.from_torch(t.detach(), requires_grad=False) for t in tensors]
+            arrays = [as_array(t.detach()) for t in tensors]
             self._dense, self._key, self._linears = Dense(sizes, activation, arrays), key, layers
         return self._dense
 
@@ -85,17 +104,19 @@ def _dense_layers(module: torch.nn.Module) -> tuple[list[torch.nn.Linear], str] 
     if type(module).forward is not torch.nn.Sequential.forward or _has_hooks(module):
         return None
     layers = list(module.children())
-    linears, between = layers[::2], layers[1::2]
-    if not linears or len(linears) != len(between) + 1 or any(_has_hooks(layer) for layer in layers):
+    linears, between = [layer for layer in layers[::2] if _is_plain_linear(layer)], layers[1::2]
+    if len(linears) != len(layers[::2]) or len(linears) != len(between) + 1 or any(_has_hooks(x) for x in layers):
         return None
-    if any(type(layer) is not torch.nn.Linear or layer.bias is None for layer in linears):
-        return None
-    if any(not layer.weight.is_contiguous() or layer.weight.dtype not in _PRECISIONS for layer in linears):
-        return None
-    names = {_ACTIVATIONS.get(type(layer)) for layer in between} or {"identity"}
-    if len(names) != 1 or None in names or any(getattr(layer, "alpha", 1.0) != 1.0 for layer in between):
+    names = {_ACTIVATIONS.get(type(layer), "") for layer in between} or {"identity"}
+    if len(names) != 1 or "" in names or any(getattr(layer, "alpha", 1.0) != 1.0 for layer in between):
         return None
     return linears, names.pop()
+
+
+def _is_plain_linear(layer: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
+    if type(layer) is not torch.nn.Linear or layer.bias is None:
+        return False
+    return layer.weight.is_contiguous() and layer.weight.dtype in _PRECISIONS
 
 
 _PRECISIONS = (torch.float32, torch.float64)

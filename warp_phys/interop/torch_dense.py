@@ -1,45 +1,37 @@
 """Dense torch layers linearised by hand: torch's matrix products, activations and slopes by a Warp kernel."""
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import warp as wp
 
-from warp_phys.activations import activation
+from warp_phys.dense_kernels import LANES, activate_kernel
 
-_LANES = 64  # numbers a thread takes: a loop long enough for the compiler to make vector instructions of it
-
-
-@functools.cache
-def _activate_kernel(name: str, real: type) -> wp.Kernel:
-    """z becomes its activation in place, slope the activation's slope."""
-    Lanes = wp.types.vector(length=_LANES, dtype=real)
-    act, act_slope = activation(name, real).value, activation(name, real).slope
-
-    @wp.kernel(module="unique", enable_backward=False)
-    def activate_lanes(z: wp.array[Lanes], slope: wp.array[Lanes]):
-        i = wp.tid()
-        v = z[i]
-        s = Lanes()
-        for j in range(_LANES):
-            s[j] = act_slope(v[j])
-            v[j] = act(v[j])
-        z[i] = v
-        slope[i] = s
-
-    return activate_lanes
+OF_VALUE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "tanh": lambda y: (y * y).neg_().add_(1.0),
+    "relu": lambda y: (y > 0.0).to(y.dtype),
+    "elu": lambda y: torch.clamp(y, max=0.0).add_(1.0),
+    "sigmoid": lambda y: (y * y).neg_().add_(y),
+}
+"""Slopes of those activations whose value tells them."""
 
 
 class DenseLinearisation:
     """Dense layers at N rows: activations h, slopes, and the adjoints of unit seeds before each activation."""
 
-    def __init__(self, linears: Sequence[torch.nn.Linear], name: str, x: torch.Tensor):
+    def __init__(
+        self, linears: Sequence[torch.nn.Linear], name: str, x: torch.Tensor, kept: torch.Tensor | None = None
+    ):
         self.linears = linears
         self.h, self.slopes = [x.detach()], []
-        for layer in linears[:-1]:
-            y, slope = _activated(self.h[-1], layer, name)
+        for i, layer in enumerate(linears[:-1]):
+            if kept is None:
+                y, slope = _activated(self.h[-1], layer, name)
+            else:
+                y = kept[i].view(len(x), -1)[:, : layer.out_features]
+                slope = OF_VALUE[name](y)
             self.h.append(y)
             self.slopes.append(slope)
         self.units: list[torch.Tensor] | None = None
@@ -111,16 +103,31 @@ def _activated(x: torch.Tensor, layer: torch.nn.Linear, name: str) -> tuple[torc
     """Return the activations of a layer and their slopes, shape (N, out)."""
     shape = (len(x), layer.out_features)
     count = math.prod(shape)
-    padded = -(-count // _LANES) * _LANES
+    padded = -(-count // LANES) * LANES
     flat_y, flat_slope = x.new_empty((2, padded))
     y, slope = flat_y[:count].view(shape), flat_slope[:count].view(shape)
     torch.addmm(layer.bias.detach(), x, layer.weight.detach().T, out=y)
     real = wp.dtype_from_torch(x.dtype)
-    Lanes = wp.types.vector(length=_LANES, dtype=real)
-    lanes = [wp.from_torch(t.view(-1, _LANES), dtype=Lanes) for t in (flat_y, flat_slope)]
-    kernel = _activate_kernel(name, real)
-    wp.launch(kernel, dim=padded // _LANES, inputs=lanes, device=lanes[0].device, record_tape=False)
+    Lanes = wp.types.vector(length=LANES, dtype=real)
+    lanes = [as_array(t.view(-1, LANES), Lanes) for t in (flat_y, flat_slope)]
+    kernel = activate_kernel(name, real)
+    wp.launch(kernel, dim=padded // LANES, inputs=lanes, device=lanes[0].device, record_tape=False)
     return y, slope
+
+
+def as_array(tensor: torch.Tensor, dtype: Any = None) -> wp.array:
+    """Return a contiguous tensor as a Warp array: the same memory, no gradient attached.
+
+    `wp.from_torch` does the same in twice the time, and there are a dozen of them in an update. A vector type as
+    `dtype` takes up the last dimension.
+    """
+    if not tensor.is_cpu or not tensor.is_contiguous():
+        return wp.from_torch(tensor, dtype=dtype, requires_grad=False)  # type: ignore[return-value]
+    shape = tensor.shape if dtype is None else tensor.shape[:-1]
+    real = dtype or wp.dtype_from_torch(tensor.dtype)
+    array = wp.array(ptr=tensor.data_ptr(), dtype=real, shape=tuple(shape), device="cpu")
+    array._tensor = tensor  # type: ignore[attr-defined]  # keeps the memory alive
+    return array
 
 
 def _add(gradient: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -19,7 +19,10 @@ Parameters = Mapping[str, Any]
 
 
 class Simulator(Protocol):
-    """What a rollout needs of a system: sizes, a step and its vector-Jacobian product. Arrays are Warp arrays of rows."""
+    """What a rollout needs of a system: sizes, a step and its vector-Jacobian product, on rows of Warp arrays.
+
+    A rollout passes `parameters` only where it has some: a simulator without physical parameters may leave them out.
+    """
 
     @property
     def state_size(self) -> int:
@@ -75,6 +78,14 @@ def _parameter_struct(name: str, names: tuple[str, ...], real: type) -> Any:
 
 
 @functools.cache
+def _types(structure: "System", real: type) -> SystemTypes:
+    State = row_functions(structure.state_size, real).vector
+    Control = row_functions(structure.control_size, real).vector
+    struct = _parameter_struct(type(structure).__name__, structure.parameter_names, real)
+    return SystemTypes(real, State, Control, struct, structure.state_size, structure.control_size)
+
+
+@functools.cache
 def _defaults(system: "System", real: type, device: str) -> wp.array:
     """Return the system's own parameters on a device, shape (1,); made once, so that a step allocates nothing."""
     return system.parameter_array(device=device, dtype=real)
@@ -112,7 +123,7 @@ class System(ABC):
 
     @abstractmethod
     def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Put the artists of a picture on matplotlib `axes`; return a function (state, control=None) that moves them."""
+        """Put a picture on matplotlib `axes`; return a function (state, control=None) that moves its artists."""
 
     @property
     def state_size(self) -> int:
@@ -152,10 +163,7 @@ class System(ABC):
 
     def types(self, real: type) -> SystemTypes:
         """Return the types of the Warp functions in one precision."""
-        State = row_functions(self.state_size, real).vector
-        Control = row_functions(self.control_size, real).vector
-        struct = _parameter_struct(type(self).__name__, self.parameter_names, real)
-        return SystemTypes(real, State, Control, struct, self.state_size, self.control_size)
+        return _types(self.structure, real)
 
     def parameter_array(
         self, values: Parameters | None = None, device: Any = None, dtype: Any = np.float32, requires_grad: bool = False
@@ -185,8 +193,8 @@ class System(ABC):
     def step(self, x: wp.array, c: wp.array, y: wp.array, parameters: wp.array | None = None) -> None:
         """Write y = S(x, c), one time step of every row.
 
-        Runs on the arrays' device and current stream, is recorded by an active `wp.Tape`, can be captured in a graph once
-        it has run before, allocates nothing and does not wait.
+        Runs on the arrays' device and current stream, is recorded by an active `wp.Tape`, can be captured in a graph
+        once it has run before, allocates nothing and does not wait.
 
         Args:
             x: States, shape (batch, D), float32 or float64, any strides.
@@ -291,7 +299,9 @@ class System(ABC):
             return _defaults(self, like.dtype, str(like.device))
         struct = self.types(like.dtype).Parameters
         if not isinstance(parameters, wp.array) or parameters.dtype is not struct:
-            raise TypeError(f"parameters must come from {type(self).__name__}.parameter_array(dtype={like.dtype.__name__})")
+            raise TypeError(
+                f"parameters must come from {type(self).__name__}.parameter_array(dtype={like.dtype.__name__})"
+            )
         if len(parameters) not in (1, batch):
             raise ValueError(f"parameters must have length 1 or {batch} (the batch), got {len(parameters)}")
         if parameters.device != like.device:

@@ -79,7 +79,7 @@ class CartPole(System):
         return states.astype(dtype)
 
     def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Put cart, poles, rail and force on matplotlib `axes`; return a function (state, control=None) that moves them."""
+        """Put cart, poles, rail and force on matplotlib `axes`; return a function (state, control=None) that moves."""
         return _sketch(self, axes)
 
 

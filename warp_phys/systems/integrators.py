@@ -46,7 +46,7 @@ def _euler(rate, types):
 
 
 def _semi_implicit(rate, types, block):
-    """Velocities first, positions with the new velocities: v' = v + dt a(q, v), q' = q + dt v'. First order, symplectic."""
+    """Velocities first, positions with the new ones: v' = v + dt a(q, v), q' = q + dt v'. First order, symplectic."""
     State, Control, Parameters = types.State, types.Control, types.Parameters
     size = types.state_size
 

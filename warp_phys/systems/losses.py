@@ -14,11 +14,17 @@ from warp_phys.errors import check_choice
 
 
 def loss(
-    system: Any, states: Any, controls: Any, when: str | Sequence[int], control_cost: float, parameters: Mapping[str, Any]
+    system: Any,
+    states: Any,
+    controls: Any,
+    when: str | Sequence[int],
+    control_cost: float,
+    parameters: Mapping[str, Any],
 ) -> Any:
     """Return the loss; `System.loss` documents it."""
     check_trajectory(system, states, controls, control_cost)
     times = chosen_times(when, states.shape[0] - 1)
+    costs: Any
     if isinstance(states, wp.array):
         return _warp_loss(system, states, controls, times, control_cost, parameters)
     if _is_torch(states):
@@ -26,9 +32,8 @@ def loss(
 
         costs = pointwise_cost(system, states, times, parameters)
     else:
-        states = np.asarray(states)
         controls = None if controls is None else np.asarray(controls)
-        costs = _numpy_costs(system, states, times, parameters)
+        costs = _numpy_costs(system, np.asarray(states), times, parameters)
     value = costs.mean() if system.time_average else costs.mean(1).sum()
     return value + control_cost * (controls * controls).mean() if control_cost else value
 
@@ -44,8 +49,8 @@ def check_trajectory(system: Any, states: Any, controls: Any, control_cost: floa
         raise TypeError(f"states must be an array, got {type(states).__name__}")
     shape = tuple(states.shape)
     if len(shape) != 3 or shape[2] != system.state_size or shape[0] < 2 or shape[1] < 1:
-        expected = ("steps + 1", "batch", system.state_size)
-        raise ValueError(shape_message("states", expected, shape, ", ".join(system.states)))
+        message = shape_message("states", ("steps + 1", "batch", system.state_size), shape, ", ".join(system.states))
+        raise ValueError(message)
     if control_cost and controls is None:
         raise ValueError("control_cost needs the controls: pass controls, shape (steps, batch, K)")
     if controls is not None and tuple(controls.shape) != (shape[0] - 1, shape[1], system.control_size):

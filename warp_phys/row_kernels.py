@@ -1,0 +1,102 @@
+"""Kernels on rows that the backward pass needs besides those of systems and layers, one per precision."""
+
+import functools
+
+import warp as wp
+
+
+@functools.cache
+def sum_over_time_kernel(real: type) -> wp.Kernel:
+    """total[f, b, i] += Σ_n values[f, n, b, i]."""
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def sum_over_time(values: wp.array4d[real], total: wp.array3d[real]):
+        f, b, i = wp.tid()
+        value = real(0.0)
+        for n in range(values.shape[1]):
+            value += values[f, n, b, i]
+        total[f, b, i] = total[f, b, i] + value
+
+    return sum_over_time
+
+
+@functools.cache
+def add_rows_kernel(real: type) -> wp.Kernel:
+    """total += values."""
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def add_rows(values: wp.array2d[real], total: wp.array2d[real]):
+        i, j = wp.tid()
+        total[i, j] = total[i, j] + values[i, j]
+
+    return add_rows
+
+
+@functools.cache
+def sum_rows_kernel(real: type) -> wp.Kernel:
+    """out = a + b."""
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def sum_rows(a: wp.array2d[real], b: wp.array2d[real], out: wp.array2d[real]):
+        i, j = wp.tid()
+        out[i, j] = a[i, j] + b[i, j]
+
+    return sum_rows
+
+
+@functools.cache
+def gate_rows_kernel(real: type) -> wp.Kernel:
+    """λ_n = ∂L/∂x_n + α (∂S/∂x)ᵀ λ_{n+1} + β (∂N/∂x)ᵀ μ_n; a gate of zero is a cut."""
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def gate_rows(
+        # in
+        dx: wp.array3d[real],
+        pulled: wp.array3d[real],
+        loss_states: wp.array2d[real],
+        gates: wp.array3d[real],
+        n: int,
+        # out
+        lam: wp.array3d[real],
+    ):
+        f, b, i = wp.tid()
+        value = loss_states[b, i]
+        if gates[f, n, 0] != real(0.0):
+            value += gates[f, n, 0] * dx[f, b, i]
+        if gates[f, n, 1] != real(0.0):
+            value += gates[f, n, 1] * pulled[f, b, i]
+        lam[f, b, i] = value
+
+    return gate_rows
+
+
+@functools.cache
+def combine_kernel(real: type, summing: bool) -> wp.Kernel:
+    """grad += C(sums + new) − C(sums); sums += new. C keeps the base where the signs agree."""
+
+    @wp.func
+    def keep_agreeing(base: real, other: real):
+        zero = real(0.0)
+        same = (base > zero and other > zero) or (base < zero and other < zero)
+        return wp.where(same, base, zero)
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def combine_update(
+        # in
+        new_base: wp.array2d[real],
+        new_other: wp.array2d[real],
+        # in and out
+        sum_base: wp.array2d[real],
+        sum_other: wp.array2d[real],
+        grad: wp.array2d[real],
+    ):
+        i, j = wp.tid()
+        base = sum_base[i, j] + new_base[i, j]
+        other = sum_other[i, j] + new_other[i, j]
+        before = keep_agreeing(sum_base[i, j], sum_other[i, j])
+        grad[i, j] = grad[i, j] + (keep_agreeing(base, other) - before)
+        if wp.static(summing):
+            sum_base[i, j] = base
+            sum_other[i, j] = other
+
+    return combine_update
