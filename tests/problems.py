@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tests.toy import TwoControls
-from warp_phys import CartPole
+from warp_phys import CartPole, Quantum, Repulsion
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Problem:
         return self.kick * np.random.default_rng(seed + 2).standard_normal(shape)
 
 
-# 17 and 20 poles: Warp no longer unrolls the loops over poles and components
+# 17 and 20 poles, 20 evaders, 40 points: Warp no longer unrolls the loops over them
 PROBLEMS = [
     Problem(CartPole(poles=1)),
     Problem(CartPole(poles=3, dt=0.02, gravity=3.7, pole_mass=0.2, total_mass=1.4, half_length=0.3)),
@@ -44,4 +44,10 @@ PROBLEMS = [
     Problem(CartPole(poles=17)),
     Problem(CartPole(poles=20, integrator="rk4")),
     Problem(TwoControls()),
+    Problem(Repulsion(drivers=1, evaders=1), kick=0.5),
+    Problem(Repulsion(drivers=2, evaders=4, target_x=0.5, flocking=0.4, flock_distance=0.7), kick=0.5),
+    Problem(Repulsion(drivers=18, evaders=20, integrator="rk4"), kick=0.5),
+    Problem(Quantum(points=2, target=1)),
+    Problem(Quantum(points=5, target=3, dt=0.02)),
+    Problem(Quantum(points=40, target=4)),
 ]

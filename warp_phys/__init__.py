@@ -5,7 +5,7 @@ from warp_phys.errors import Diverged
 from warp_phys.flow import COMBINED, CONTROLLER, MODIFIED, REGULAR, STOPPED, Combined, Flow, agree
 from warp_phys.layers import Dense
 from warp_phys.rollout import Rollout
-from warp_phys.systems import SYSTEMS, CartPole, Simulator, System
+from warp_phys.systems import SYSTEMS, CartPole, Quantum, Repulsion, Simulator, System
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,8 @@ __all__ = [
     "Dense",
     "Diverged",
     "Flow",
+    "Quantum",
+    "Repulsion",
     "Rollout",
     "Simulator",
     "System",

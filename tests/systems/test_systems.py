@@ -53,8 +53,8 @@ def test_trajectory_is_repeated_steps(problem, device):
 
 @each_problem
 def test_each_sample_has_its_own_parameters(problem, device):
-    system, name = problem.system, problem.system.parameter_names[1]
-    values = getattr(system, name) * np.array([1.0, 1.3, 0.6])
+    system, name = problem.system, problem.system.parameter_names[-1]
+    values = (getattr(system, name) or 1.0) * np.array([1.0, 1.3, 0.6])
     x, c = (wp.array(a, dtype=wp.float64, device=device) for a in (problem.states(), problem.controls()))
     together = wp.zeros_like(x)
     system.step(x, c, together, system.parameter_array({name: values}, device, np.float64))

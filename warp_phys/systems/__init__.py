@@ -2,8 +2,10 @@
 
 from warp_phys.systems.base import Simulator, System, SystemFunctions, SystemTypes
 from warp_phys.systems.cartpole import CartPole
+from warp_phys.systems.quantum import Quantum
+from warp_phys.systems.repulsion import Repulsion
 
-SYSTEMS: dict[str, type[System]] = {"cartpole": CartPole}
+SYSTEMS: dict[str, type[System]] = {"cartpole": CartPole, "repulsion": Repulsion, "quantum": Quantum}
 """The systems by name, as command lines and files know them."""
 
-__all__ = ["SYSTEMS", "CartPole", "Simulator", "System", "SystemFunctions", "SystemTypes"]
+__all__ = ["SYSTEMS", "CartPole", "Quantum", "Repulsion", "Simulator", "System", "SystemFunctions", "SystemTypes"]
