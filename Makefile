@@ -1,7 +1,8 @@
 # Two commands: `make demo` and `make test`. Both work in a fresh clone and need Python ≥ 3.11 and make, nothing else.
 
 PYTHON ?= python3
-# The CPU build of torch is enough for both. On a GPU machine: make test TORCH="torch" (or any wheel of your choice).
+# Which torch to install, in pip's words; whether that is a CPU or a CUDA build depends on the package index. The CPU build
+# is enough for both commands. For another one: make test TORCH="torch" (options of pip may follow).
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +23,7 @@ lint: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "warp_phys needs Python 3.11 or newer, got " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $@
 

@@ -66,7 +66,7 @@ def _tanh(real):
             q = 1.19825839466702e-06 * s + 1.18534705686654e-04
             q = q * s + 2.26843463243900e-03
             q = q * s + 4.89352518554385e-03
-            return x * p / q
+            return wp.where(z != z, z, x * p / q)  # the clamp would swallow a nan
 
         value = tanh32
 
@@ -81,7 +81,7 @@ def _tanh(real):
 def _relu(real):
     @wp.func
     def relu(z: real):
-        return wp.max(z, real(0.0))
+        return wp.where(z < real(0.0), real(0.0), z)  # a nan stays a nan
 
     @wp.func
     def relu_slope(z: real):
@@ -93,7 +93,7 @@ def _relu(real):
 def _elu(real):
     @wp.func
     def elu(z: real):
-        return wp.where(z > real(0.0), z, wp.exp(wp.min(z, real(0.0))) - real(1.0))
+        return wp.where(z < real(0.0), wp.exp(wp.min(z, real(0.0))) - real(1.0), z)
 
     @wp.func
     def elu_slope(z: real):

@@ -8,6 +8,7 @@ captured graph) gives every flow: assign the weights, run it backward, and again
 import math
 from typing import Any
 
+import numpy as np
 import warp as wp
 
 from warp_phys.arrays import alias
@@ -78,6 +79,8 @@ def _check(x: Any) -> type:
 
 def _weight_array(weight: Any, x: wp.array, real: type) -> wp.array:
     if not isinstance(weight, wp.array):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)):
+            raise TypeError(f"weight must be a number or a warp array, got {type(weight).__name__}")
         return wp.full(1, float(weight), dtype=real, device=x.device)
     if weight.dtype is not real:
         raise TypeError(f"weight must hold {real.__name__} as x does, got {weight.dtype.__name__}")

@@ -120,7 +120,7 @@ _NAMES: dict[Flow, tuple[str, str]] = {
 
 
 def agree(base: Any, other: Any) -> Any:
-    """Keep `base` where `other` has the same sign, else 0.
+    """Keep `base` where `other` has the same sign, else 0; where either is nan, nan.
 
     Args:
         base: Update to follow, any shape; numpy, torch or JAX.
@@ -136,8 +136,17 @@ def agree(base: Any, other: Any) -> Any:
     """
     if base.shape != other.shape:
         raise ValueError(f"base and other must have one shape, got {tuple(base.shape)} and {tuple(other.shape)}")
-    library = base.__array_namespace__() if hasattr(base, "__array_namespace__") else sys.modules["torch"]
-    return library.where(library.sign(base) == library.sign(other), base, library.zeros_like(base))
+    library = _library(base)
+    kept = library.where(library.sign(base) == library.sign(other), base, library.zeros_like(base))
+    broken = library.isnan(base) | library.isnan(other)
+    return library.where(broken, library.full_like(base, math.nan), kept)
+
+
+def _library(array: Any) -> Any:
+    """Return the module whose functions work on `array`: numpy, torch or JAX."""
+    if isinstance(array, (np.ndarray, np.generic)):
+        return np
+    return array.__array_namespace__() if hasattr(array, "__array_namespace__") else sys.modules["torch"]
 
 
 @dataclass(frozen=True)
@@ -227,7 +236,7 @@ def norm(a: np.ndarray) -> float:
 
 def agreement(a: np.ndarray, b: np.ndarray) -> float:
     """Return the share of components, in [0, 1], on which two updates have the same sign."""
-    return float(np.mean(np.sign(a) == np.sign(b)))
+    return float(np.mean(np.sign(a) == np.sign(b))) if a.size else math.nan
 
 
 def distinct(flows: Sequence[Flow]) -> tuple[Flow, ...]:

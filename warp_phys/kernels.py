@@ -157,7 +157,7 @@ def sweep_kernel(structure: Any, real: type) -> wp.Kernel:
             lam = load_x(loss_states, n, b)
             if alpha != real(0.0):
                 lam += alpha * dx
-            if beta != real(0.0):
+            if beta != real(0.0) and jacobian.shape[0] > 0:
                 lam += beta * pull_through_controller(jacobian, n, b, mu)
         store_x(adj_x, f, b, lam)
 

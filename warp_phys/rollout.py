@@ -11,7 +11,7 @@ from warp_phys import row_kernels
 from warp_phys.adjoint import active_tape
 from warp_phys.arrays import alias, check_array, numpy_type, parameter_numbers, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
-from warp_phys.flow import Combined, Flow, agree, linear_parts, resolve
+from warp_phys.flow import COMBINED, Combined, Flow, agree, linear_parts, resolve
 from warp_phys.layers import Workspace
 from warp_phys.phases import Controller, Seeds, Trajectory, WarpController, backward, flow_gates, forward
 from warp_phys.systems.base import Simulator, System
@@ -49,20 +49,38 @@ class Rollout:
         on_divergence: str = "raise",
         backend: str = "auto",
     ):
-        self.system, self.controller = system, controller
-        self.steps = check_count("steps", steps)
+        self._system, self._controller, self._steps = system, controller, check_count("steps", steps)
         check_sizes(system, controller)
         self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "ignore"))
         first = controller.parameters[0]
         self.real, self.device = first.dtype, first.device
         self.backend = choose_backend(backend, system, controller, wp.get_device(self.device).is_cuda)
         self._workspace = Workspace()
-        self._gates_array = wp.empty((0, 0, 0), dtype=self.real, device=self.device)
+        self._gates_arrays: dict[int, wp.array] = {}
         self.flow = flow
 
     @property
+    def system(self) -> Simulator:
+        """The system; another one needs another rollout."""
+        return self._system
+
+    @property
+    def controller(self) -> WarpController:
+        """The controller; another one needs another rollout."""
+        return self._controller
+
+    @property
+    def steps(self) -> int:
+        """Number of time steps T; another number needs another rollout."""
+        return self._steps
+
+    @property
     def flow(self) -> Flow | Combined:
-        """The flow; assign another between backward passes of one recorded tape."""
+        """The flow; assign another between backward passes of one recorded tape.
+
+        A captured graph follows changes from one plain flow to another, since it reads the gates from the device. It
+        was captured for one flow or for two, so it does not follow a change between a plain and a combined flow.
+        """
         return self._flow
 
     @flow.setter
@@ -71,11 +89,11 @@ class Rollout:
         if isinstance(flow, Combined) and flow.rule is not agree:
             raise ValueError(f"in pure Warp the rule of a combined flow must be agree, got {flow.rule!r}")
         self._flow = flow
-        self._gates = flow_gates(linear_parts(flow), self.steps)
-        if self._gates_array.shape != self._gates.shape:
-            self._gates_array = wp.array(self._gates, dtype=self.real, device=self.device)
-        else:  # in place: a captured graph reads the numbers from here
-            self._gates_array.assign(self._gates.astype(numpy_type(self.real)))
+        gates = flow_gates(linear_parts(flow), self.steps).astype(numpy_type(self.real))
+        if len(gates) in self._gates_arrays:  # in place: a captured graph reads the numbers from here
+            self._gates_arrays[len(gates)].assign(gates)
+        else:
+            self._gates_arrays[len(gates)] = wp.array(gates, dtype=self.real, device=self.device)
 
     def __call__(self, x0: wp.array, parameters: wp.array | None = None) -> tuple[wp.array, wp.array]:
         """Return states (steps + 1, batch, D) and controls (steps, batch, K), recorded by an active tape.
@@ -114,18 +132,22 @@ class Rollout:
         numbers = _numbers(trajectory)
         if numbers is not None:
             arrays.append(numbers)
-        # the sums of M and R hang on the tape as adjoints of carriers, so that tape.zero() zeroes them too
-        if isinstance(self.flow, Combined):
-            arrays += [carrier for p in self.controller.parameters for carrier in _sums(p, self.flow)]
-        tape.record_func(lambda: self._run_backward(x0, trajectory), arrays)
+        # the sums of M and R hang on the tape as adjoints of carriers, so that tape.zero() zeroes them too; those of
+        # the published combination always, since the flow may become that one later
+        known = {COMBINED, self.flow} if isinstance(self.flow, Combined) else {COMBINED}
+        arrays += [c for flow in known for p in self.controller.parameters for c in _sums(p, flow)]
+        tape.record_func(lambda: self._run_backward(x0, trajectory, known), arrays)
 
-    def _run_backward(self, x0: wp.array, trajectory: Trajectory) -> None:
+    def _run_backward(self, x0: wp.array, trajectory: Trajectory, known: set[Combined]) -> None:
         """Add this pass's updates to the adjoints of parameters, of x0 and of the physical parameters."""
-        work, flows = self._workspace, len(self._gates)
+        if isinstance(self.flow, Combined) and self.flow not in known:
+            raise RuntimeError(f"the tape was recorded before the flow became {self.flow.name}: record it again")
+        work, flows = self._workspace, len(linear_parts(self.flow))
         gradients = [self.controller.gradients(work, f"gradient of flow {f}, ") for f in range(flows)]
         seeds = Seeds(trajectory.states.grad, trajectory.controls.grad)
         numbers = _numbers(trajectory)
-        gates = self._gates, self._gates_array
+        # all gates count as open here: a graph that is captured now may be replayed with others
+        gates = np.ones((flows, self.steps, 2)), self._gates_arrays[flows]
         adjoints = backward(
             self.system,
             self.controller,

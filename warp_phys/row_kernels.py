@@ -78,7 +78,8 @@ def combine_kernel(real: type, summing: bool) -> wp.Kernel:
     def keep_agreeing(base: real, other: real):
         zero = real(0.0)
         same = (base > zero and other > zero) or (base < zero and other < zero)
-        return wp.where(same, base, zero)
+        kept = wp.where(same, base, zero)
+        return wp.where(base != base or other != other, base + other, kept)  # a nan stays a nan
 
     @wp.kernel(module="unique", enable_backward=False)
     def combine_update(

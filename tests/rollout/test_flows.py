@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import warp as wp
 
 from tests.rollout import reference
 from tests.taylor import check_gradient
 from tests.toy import TwoControls
-from warp_phys import COMBINED, CartPole, Combined, Flow, agree
+from warp_phys import COMBINED, CartPole, Combined, Flow, agree, row_kernels
 from warp_phys.flow import resolve
 from warp_phys.interop.torch import Rollout
 
@@ -178,3 +179,18 @@ def test_named_flows():
     expected = np.array([1.0, 0.0, 3.0, 0.0, -1.0, 0.0])
     np.testing.assert_array_equal(agree(base, other), expected)
     np.testing.assert_array_equal(agree(torch.tensor(base), torch.tensor(other)).numpy(), expected)
+
+
+def test_a_nan_stays_a_nan(device):
+    """In numpy, in torch, and in the kernel of the pure-Warp path: an exploded R must not look like a quiet C."""
+    nan, inf = np.nan, np.inf
+    base = np.array([[1.0, nan, nan, 2.0, -inf, 0.0, nan]])
+    other = np.array([[nan, 1.0, nan, inf, -1.0, nan, 0.0]])
+    expected = np.array([[nan, nan, nan, 2.0, -inf, nan, nan]])
+    np.testing.assert_array_equal(agree(base, other), expected)
+    np.testing.assert_array_equal(agree(torch.tensor(base), torch.tensor(other)).numpy(), expected)
+    arrays = [wp.array(a, dtype=wp.float64, device=device) for a in (base, other, 0 * expected, 0 * expected)]
+    zeros = [wp.zeros((1, 7), dtype=wp.float64, device=device) for _ in range(3)]
+    kernel = row_kernels.combine_kernel(wp.float64, False)
+    wp.launch(kernel, dim=(1, 7), inputs=[*arrays[:2], *zeros], device=device)
+    np.testing.assert_array_equal(zeros[2].numpy(), expected)

@@ -250,6 +250,46 @@ def test_captured_graph_of_a_rollout(flow, device):
         np.testing.assert_array_equal(replayed, collect(controller, x0))
 
 
+@pytest.mark.parametrize(("captured", "replayed"), [("M", "R"), ("R", "M"), ("S", "N"), ("N", "S")])
+def test_captured_graph_follows_the_flow(captured, replayed, device):
+    """Captured where one gate is closed, replayed where it is open."""
+    system = SYSTEMS[0]
+    controller, x0 = make(system, device)
+    expected = phases(system, controller, x0, replayed)
+    rollout = Rollout(system, controller, STEPS, captured, on_divergence="ignore")
+    with wp.Tape() as tape:
+        loss = system.loss(*rollout(x0), "every", 0.1)
+    tape.backward(loss)
+    with wp.ScopedCapture(device=device) as capture:
+        tape.zero()
+        tape.backward(loss)
+    rollout.flow = replayed
+    wp.capture_launch(capture.graph)
+    assert relative(collect(controller, x0), expected) < 1e-12
+
+
+def test_a_flow_that_becomes_combined(device):
+    """Recorded with R, run backward with C: zeroing the tape zeroes the sums, too."""
+    system = SYSTEMS[0]
+    controller, x0 = make(system, device)
+    other = wp.array(system.sample(5, 7, np.float64), device=device)
+    rollout = Rollout(system, controller, 4 * STEPS, "C")
+    tapes = []
+    for flow, begin in (("C", x0), ("R", other), ("R", x0)):
+        rollout.flow = flow
+        with wp.Tape() as tape:
+            loss = system.loss(*rollout(begin))
+        tapes.append((tape, loss))
+    rollout.flow = "C"
+    results = []
+    for tape, loss in tapes:
+        tape.backward(loss)
+        results.append(np.concatenate([p.grad.numpy().ravel() for p in controller.parameters]))
+        tape.zero()
+    np.testing.assert_array_equal(results[2], results[0])
+    assert relative(results[1], results[0]) > 1e-3
+
+
 def test_write_once(device):
     """Warp's own check that no array that a tape has read is overwritten."""
     system = SYSTEMS[2]

@@ -31,6 +31,15 @@ class TorchController:
         self._key: tuple | None = None
         self._linears: tuple[list[torch.nn.Linear], str] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what points into memory."""
+        return {"module": self.module, "by_hand": self.by_hand, "_dense": None, "_key": None, "_linears": None}
+
+    def signature(self) -> tuple:
+        """What must not change between a forward pass and its backward pass, values apart."""
+        self.dense()
+        return self._key, [(id(p), p.data_ptr()) for p in self.trainable]
+
     @property
     def trainable(self) -> list[torch.nn.Parameter]:
         """The parameters that require gradients."""
@@ -55,13 +64,18 @@ class TorchController:
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""
         if self.by_hand and self.dense() is not None:
             assert self._linears is not None
-            return DenseLinearisation(*self._linears, wp.to_torch(x), kept)
+            return DenseLinearisation(*self._linears, wp.to_torch(x), kept, self.trainable)
+        for module in self.module.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ValueError("controller must not normalise over the batch in training: use controller.eval()")
         return TorchLinearisation(self, wp.to_torch(x))
 
     def fits(self, system: Any) -> bool:
         """Whether the module is dense layers that the fused kernel expresses."""
         dense = self.dense()
-        return dense is not None and dense.fits(system)
+        if dense is None or (dense.state_size, dense.control_size) != (system.state_size, system.control_size):
+            return False
+        return dense.fits(system)
 
     def unroll(
         self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool = False
@@ -101,9 +115,9 @@ class TorchController:
 
 def _dense_layers(module: torch.nn.Module) -> tuple[list[torch.nn.Linear], str] | None:
     """Return the linear layers and the activation between them, or None for any other module."""
-    if type(module).forward is not torch.nn.Sequential.forward or _has_hooks(module):
+    if type(module).forward is not torch.nn.Sequential.forward or _has_hooks(module) or _are_hooks_everywhere():
         return None
-    layers = list(module.children())
+    layers = list(module._modules.values())  # children() would leave out an activation that is used twice
     linears, between = [layer for layer in layers[::2] if _is_plain_linear(layer)], layers[1::2]
     if len(linears) != len(layers[::2]) or len(linears) != len(between) + 1 or any(_has_hooks(x) for x in layers):
         return None
@@ -113,8 +127,10 @@ def _dense_layers(module: torch.nn.Module) -> tuple[list[torch.nn.Linear], str] 
     return linears, names.pop()
 
 
-def _is_plain_linear(layer: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
+def _is_plain_linear(layer: torch.nn.Module | None) -> TypeGuard[torch.nn.Linear]:
     if type(layer) is not torch.nn.Linear or layer.bias is None:
+        return False
+    if not isinstance(layer.weight, torch.nn.Parameter) or not isinstance(layer.bias, torch.nn.Parameter):
         return False
     return layer.weight.is_contiguous() and layer.weight.dtype in _PRECISIONS
 
@@ -122,8 +138,17 @@ def _is_plain_linear(layer: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
 _PRECISIONS = (torch.float32, torch.float64)
 
 
-def _has_hooks(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
+def _has_hooks(module: torch.nn.Module | None) -> bool:
+    """Whether a module does more than its class says: hooks, or a `forward` of its own."""
+    return module is None or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
+
+
+def _are_hooks_everywhere() -> bool:
+    return any(getattr(torch.nn.modules.module, name, None) for name in _GLOBAL_HOOKS)
 
 
 class TorchLinearisation:

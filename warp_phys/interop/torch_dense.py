@@ -22,9 +22,18 @@ class DenseLinearisation:
     """Dense layers at N rows: activations h, slopes, and the adjoints of unit seeds before each activation."""
 
     def __init__(
-        self, linears: Sequence[torch.nn.Linear], name: str, x: torch.Tensor, kept: torch.Tensor | None = None
+        self,
+        linears: Sequence[torch.nn.Linear],
+        name: str,
+        x: torch.Tensor,
+        kept: torch.Tensor | None,
+        trainable: Sequence[torch.Tensor],
     ):
         self.linears = linears
+        self.starts, start = {}, 0
+        for parameter in trainable:
+            self.starts[id(parameter)] = start
+            start += parameter.numel()
         self.h, self.slopes = [x.detach()], []
         for i, layer in enumerate(linears[:-1]):
             if kept is None:
@@ -64,7 +73,7 @@ class DenseLinearisation:
             parts = []
             for layer, delta, h in zip(self.linears, self._deltas(flows[f]), self.h, strict=True):
                 parts += [(layer.weight, delta.T @ h), (layer.bias, delta.sum(0))]
-            _add(gradient, parts)
+            self._add(gradient, parts)
 
     def _contract_units(self, mu: torch.Tensor, gradients: Sequence[torch.Tensor]) -> None:
         """Contract all flows with one product a layer: with one control, Σ_n μ_n d_nᵀ [h_n, 1] = dᵀ [μ h, μ]."""
@@ -80,7 +89,7 @@ class DenseLinearisation:
         weights, biases = mu @ self.h[-1], mu.sum(1)
         for f, part in enumerate(parts):
             last = self.linears[-1]
-            _add(gradients[f], [*part, (last.weight, weights[f : f + 1]), (last.bias, biases[f : f + 1])])
+            self._add(gradients[f], [*part, (last.weight, weights[f : f + 1]), (last.bias, biases[f : f + 1])])
 
     def _deltas(self, mu: torch.Tensor) -> list[torch.Tensor]:
         """Return the adjoints before the activation of every layer, for adjoints mu (N, K) of the controls."""
@@ -88,6 +97,13 @@ class DenseLinearisation:
             return [mu]
         seed = (mu @ self.linears[-1].weight.detach()).mul_(self.slopes[-1])
         return [*self._through_hidden(seed, 1), mu]
+
+    def _add(self, gradient: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Add the gradients of those parameters that are trained to a flat tensor; a parameter may come twice."""
+        for parameter, value in parts:
+            start = self.starts.get(id(parameter))
+            if start is not None:
+                gradient[start : start + parameter.numel()].view(value.shape).add_(value)
 
     def _through_hidden(self, seed: torch.Tensor, repeat: int) -> list[torch.Tensor]:
         """Return the adjoints before every hidden activation, from that before the last; each row repeated."""
@@ -128,12 +144,3 @@ def as_array(tensor: torch.Tensor, dtype: Any = None) -> wp.array:
     array = wp.array(ptr=tensor.data_ptr(), dtype=real, shape=tuple(shape), device="cpu")
     array._tensor = tensor  # type: ignore[attr-defined]  # keeps the memory alive
     return array
-
-
-def _add(gradient: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Add the gradients of those parameters that are trained to a flat tensor."""
-    start = 0
-    for parameter, value in parts:
-        if parameter.requires_grad:
-            gradient[start : start + parameter.numel()].view(value.shape).add_(value)
-            start += parameter.numel()

@@ -149,6 +149,10 @@ class System(ABC):
             object.__setattr__(blank, field.name, value)
         return blank
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the fields alone: what is derived from them is found again."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     def check_numbers(self) -> None:
         """Raise a TypeError or ValueError if a physical parameter is not a finite number, or dt not positive."""
         for name in self.parameter_names:
@@ -237,8 +241,12 @@ class System(ABC):
         check_array("adj_x", adj_x, x.shape, x)
         check_array("adj_c", adj_c, c.shape, x)
         adj_p = self._no_structs(x) if adj_parameters is None else adj_parameters
-        if len(adj_p) not in (0, len(x)):
-            raise ValueError(f"adj_parameters must have shape ({len(x)},), got {adj_p.shape}")
+        if adj_parameters is not None:
+            self.check_parameters(adj_parameters, x, len(x), "adj_parameters")
+            if len(adj_parameters) != len(x):
+                raise ValueError(
+                    f"adj_parameters must have shape ({len(x)},), one adjoint per sample, got {adj_p.shape}"
+                )
         kernel = kernels.step_vjp_kernel(self.structure, x.dtype)
         inputs, outputs = [x, c, p, adj_y], [adj_x, adj_c, adj_p]
         wp.launch(kernel, dim=len(x), inputs=inputs, outputs=outputs, device=x.device, record_tape=False)
@@ -293,19 +301,19 @@ class System(ABC):
         """Return this system with other numbers."""
         return replace(self, **values)
 
-    def check_parameters(self, parameters: wp.array | None, like: wp.array, batch: int) -> wp.array:
+    def check_parameters(
+        self, parameters: wp.array | None, like: wp.array, batch: int, name: str = "parameters"
+    ) -> wp.array:
         """Return `parameters`, or the system's own on the device and in the precision of `like`."""
         if parameters is None:
             return _defaults(self, like.dtype, str(like.device))
         struct = self.types(like.dtype).Parameters
         if not isinstance(parameters, wp.array) or parameters.dtype is not struct:
-            raise TypeError(
-                f"parameters must come from {type(self).__name__}.parameter_array(dtype={like.dtype.__name__})"
-            )
+            raise TypeError(f"{name} must come from {type(self).__name__}.parameter_array(dtype={like.dtype.__name__})")
         if len(parameters) not in (1, batch):
-            raise ValueError(f"parameters must have length 1 or {batch} (the batch), got {len(parameters)}")
+            raise ValueError(f"{name} must have length 1 or {batch} (the batch), got {len(parameters)}")
         if parameters.device != like.device:
-            raise ValueError(f"parameters must be on device {like.device}, got {parameters.device}")
+            raise ValueError(f"{name} must be on device {like.device}, got {parameters.device}")
         return parameters
 
     def _check_step(self, x, c, y, y_name, parameters):

@@ -83,7 +83,7 @@ def _numpy_costs(system, states, times, parameters) -> np.ndarray:
     """Return the pointwise costs of numpy states, shape (times, batch)."""
     real = real_type(states.dtype)
     x = wp.array(np.ascontiguousarray(states), dtype=real, device="cpu", copy=False)
-    p = system.parameter_array(parameters, device="cpu", dtype=real)
+    p = system.check_parameters(system.parameter_array(parameters, device="cpu", dtype=real), x, x.shape[1])
     costs = wp.empty((len(times), x.shape[1]), dtype=real, device="cpu")
     chosen = chosen_array(times, "cpu")
     kernel = kernels.cost_kernel(system.structure, real)
@@ -94,7 +94,7 @@ def _numpy_costs(system, states, times, parameters) -> np.ndarray:
 def _warp_loss(system, states, controls, times, control_cost, parameters) -> wp.array:
     """Return the loss as a Warp array of one element; an active tape records it."""
     real, device = states.dtype, states.device
-    p = system.parameter_array(parameters, device=device, dtype=real)
+    p = system.check_parameters(system.parameter_array(parameters, device=device, dtype=real), states, states.shape[1])
     chosen = chosen_array(times, str(device))
     costs = wp.empty((len(times), states.shape[1]), dtype=real, device=device, requires_grad=True)
     total = wp.zeros(1, dtype=real, device=device, requires_grad=True)

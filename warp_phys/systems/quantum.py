@@ -108,8 +108,8 @@ class _Algebra(NamedTuple):
 def _algebra(system: Quantum, real: type) -> _Algebra:
     """Return the product with 1 + sign i B and its inverse; `system` is a structure, dt travels in p.
 
-    Complex numbers are pairs. The rows of 1 + sign i B are (sign i b, 1 + sign i d_j, sign i b) with b = −dt/(2 dx²) and
-    d_j = dt/dx² + (dt/2) c x_j.
+    Complex numbers are pairs. The rows of 1 + sign i B are (sign i b, 1 + sign i d_j, sign i b) with b = −dt/(2 dx²)
+    and d_j = dt/dx² + (dt/2) c x_j.
     """
     types = system.types(real)
     State, Parameters, size = types.State, types.Parameters, system.points
