@@ -7,13 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from controllers.networks import MLP, Linear
+    from controllers.networks import MLP, GridCNN, Linear
     from controllers.settings import Training
     from controllers.training import train
 
-__all__ = ["MLP", "Linear", "Training", "train"]
+__all__ = ["MLP", "GridCNN", "Linear", "Training", "train"]
 
-_HOMES = {"MLP": "networks", "Linear": "networks", "Training": "settings", "train": "training"}
+_HOMES = {
+    "MLP": "networks",
+    "GridCNN": "networks",
+    "Linear": "networks",
+    "Training": "settings",
+    "train": "training",
+}
 
 
 # Names load on first use: the command line program guards against Ctrl-C before it spends seconds importing torch.

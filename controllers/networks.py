@@ -86,6 +86,70 @@ class Linear(MLP):
         super().__init__(system, hidden=(), init=init, seed=seed)
 
 
+class GridCNN(torch.nn.Module):
+    """Convolutions over a grid of complex numbers, then a linear output; as published for quantum control.
+
+    A state [re ψ_1, im ψ_1, …] is a grid of N points with two channels. Two layers of `channels` convolutions follow,
+    kernel 3, stride 2, no padding, each with its activation; then all points are flattened, channels fastest.
+
+    Args:
+        system: Anything with `state_size` D = 2 N, N at least 7, and `control_size` K.
+        channels: Channels of both layers.
+        activation: One of tanh, relu, elu, silu, sigmoid.
+        init: As for `MLP`.
+        seed: As for `MLP`.
+
+    Raises:
+        ValueError: An argument is not one of the above, or the grid is too small for two layers.
+
+    Source: Schnell & Thuerey, ICLR 2024.
+
+    >>> from types import SimpleNamespace
+    >>> GridCNN(SimpleNamespace(state_size=64, control_size=1), seed=0).output.in_features
+    420
+    """
+
+    def __init__(
+        self,
+        system: Sized,
+        channels: int = 60,
+        activation: str = "tanh",
+        init: str = "glorot",
+        seed: int | None = None,
+    ) -> None:
+        check_network((channels,), activation, init)
+        if system.state_size % 2 or system.state_size < 2 * SMALLEST_GRID:
+            raise ValueError(f"system must have a grid of at least {SMALLEST_GRID} points, got {system}")
+        super().__init__()
+        points = ((system.state_size // 2 - 3) // 2 + 1 - 3) // 2 + 1
+        self.first = torch.nn.utils.skip_init(torch.nn.Conv1d, 2, channels, 3, stride=2)
+        self.second = torch.nn.utils.skip_init(torch.nn.Conv1d, channels, channels, 3, stride=2)
+        self.output = torch.nn.utils.skip_init(torch.nn.Linear, points * channels, system.control_size)
+        self.activation = ACTIVATIONS[activation]()
+        initialise([self.first, self.second, self.output], init, seed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the controls (B, K) of states (B, D)."""
+        grid = x.view(len(x), -1, 2).transpose(1, 2)
+        features = self.activation(self.second(self.activation(self.first(grid))))
+        return self.output(features.transpose(1, 2).flatten(1))
+
+
+SMALLEST_GRID = 7
+"""Points that two layers of kernel 3 and stride 2 need."""
+
+
+def make_network(
+    kind: str, system: Sized, hidden: Sequence[int], activation: str, init: str, seed: int | None
+) -> torch.nn.Module:
+    """Return a network of `NETWORKS`; "auto" is a GridCNN for a system on a grid, an MLP otherwise."""
+    if kind == "auto":
+        kind = "grid-cnn" if hasattr(system, "points") else "dense"
+    if kind == "dense":
+        return MLP(system, hidden, activation, init, seed)
+    return GridCNN(system, activation=activation, init=init, seed=seed)
+
+
 def check_network(hidden: Sequence[int], activation: str, init: str) -> None:
     """Raise ValueError where the arguments of a network cannot be met.
 
@@ -103,17 +167,19 @@ def check_network(hidden: Sequence[int], activation: str, init: str) -> None:
 
 
 @torch.no_grad()
-def initialise(layers: Sequence[torch.nn.Linear], init: str, seed: int | None) -> None:
-    """Set the weights of a chain of linear layers, see `MLP`."""
+def initialise(layers: Sequence[torch.nn.Linear | torch.nn.Conv1d], init: str, seed: int | None) -> None:
+    """Set the weights of a chain of linear layers and convolutions, see `MLP`."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for layer in layers:
         if init == "torch":
             # Kaiming with a = √5, which torch uses, comes to this bound for weights and biases alike.
-            bound = layer.in_features**-0.5
+            bound = layer.weight[0].numel() ** -0.5
             layer.weight.uniform_(-bound, bound, generator=generator)
-            layer.bias.uniform_(-bound, bound, generator=generator)
+            if layer.bias is not None:
+                layer.bias.uniform_(-bound, bound, generator=generator)
         else:
             torch.nn.init.xavier_uniform_(layer.weight, generator=generator)
-            layer.bias.zero_()
+            if layer.bias is not None:
+                layer.bias.zero_()
     if init == "zero-last":
         layers[-1].weight.zero_()

@@ -39,8 +39,10 @@ class Training:
     """Weight of the mean squared control in the loss."""
     flow: str = "combined"
     """Gradient flow by name or letter: regular R, modified M, stopped S, controller N, combined C."""
+    network: Literal["auto", "dense", "grid-cnn"] = "auto"
+    """Network: dense layers, convolutions over a grid, or auto: the latter for a system on a grid."""
     hidden: tuple[int, ...] = (100, 100)
-    """Widths of the controller's hidden layers; none for a linear controller."""
+    """Widths of the hidden layers of a dense network; none for a linear controller."""
     activation: str = "tanh"
     """Activation of the hidden layers: tanh, relu, elu, silu, sigmoid."""
     init: str = "glorot"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from controllers import checkpoint as files
-from controllers.networks import MLP
+from controllers.networks import make_network
 from controllers.ranks import Ranks
 from controllers.record import Record, plot_record, write_record
 from controllers.settings import Training, check_resume, derive_seeds
@@ -25,7 +25,7 @@ Stop = Callable[[], bool] | threading.Event
 class Trained:
     """What a training leaves behind."""
 
-    controller: MLP
+    controller: torch.nn.Module
     """The controller as it is after the last update."""
     records: list[Record] = field(default_factory=list)
     """One record per finished epoch."""
@@ -107,7 +107,9 @@ class Loop:
         self.device = torch.device(settings.device)
         dtype = getattr(torch, settings.precision)
         self.system = settings.make_system()
-        network = MLP(self.system, settings.hidden, settings.activation, settings.init, self.seeds.weights)
+        network = make_network(
+            settings.network, self.system, settings.hidden, settings.activation, settings.init, self.seeds.weights
+        )
         self.controller = network.to(self.device, dtype)
         self.parameters = list(self.controller.parameters())
         self.optimiser = torch.optim.Adam(

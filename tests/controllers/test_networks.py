@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from controllers import MLP, Linear
+from controllers import MLP, GridCNN, Linear
 
 SYSTEM = SimpleNamespace(state_size=6, control_size=2)
 
@@ -105,3 +105,32 @@ def test_slices_and_copies_work():
 def test_errors_name_the_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         MLP(SYSTEM, **arguments)
+
+
+def test_grid_cnn_is_the_published_network():
+    """Sizes of the published one for 32 points; channels fastest; the same function written out by hand."""
+    system = SimpleNamespace(state_size=64, control_size=1)
+    network = GridCNN(system, seed=0).double()
+    shapes = [tuple(parameter.shape) for parameter in network.parameters()]
+    assert shapes == [(60, 2, 3), (60,), (60, 60, 3), (60,), (1, 420), (1,)]
+    x = torch.randn(3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    grid = x.reshape(3, 32, 2)
+    for layer in (network.first, network.second):
+        windows = torch.stack([grid[:, i : i + 3] for i in range(0, grid.shape[1] - 2, 2)], dim=1)
+        grid = torch.tanh(torch.einsum("bpkc,ock->bpo", windows, layer.weight) + layer.bias)
+    expected = grid.reshape(3, -1) @ network.output.weight.T + network.output.bias
+    torch.testing.assert_close(network(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_grid_cnn_starts_with_glorot():
+    network = GridCNN(SimpleNamespace(state_size=64, control_size=1), seed=0)
+    for layer, fans in ((network.first, 3 * 2 + 3 * 60), (network.second, 3 * 60 + 3 * 60), (network.output, 421)):
+        bound = (6 / fans) ** 0.5
+        assert 0.9 * bound < float(layer.weight.detach().abs().max()) <= bound and not layer.bias.any()
+
+
+def test_grid_cnn_errors():
+    with pytest.raises(ValueError, match="a grid of at least 7 points"):
+        GridCNN(SimpleNamespace(state_size=12, control_size=1))
+    with pytest.raises(ValueError, match="activation must be one of"):
+        GridCNN(SimpleNamespace(state_size=64, control_size=1), activation="cosine")

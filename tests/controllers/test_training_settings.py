@@ -62,6 +62,7 @@ def test_command_line_has_a_flag_for_every_setting():
         "when": "every",
         "control_cost": 0.5,
         "flow": "modified",
+        "network": "dense",
         "hidden": (5, 6, 7),
         "activation": "relu",
         "init": "zero-last",

@@ -4,14 +4,21 @@ import pytest
 import warp as wp
 
 from tests.toy import TwoControls
-from warp_phys import CartPole, dense_kernels, gate_kernels, kernels, row_kernels
+from warp_phys import CartPole, Quantum, Repulsion, dense_kernels, gate_kernels, kernels, row_kernels
 from warp_phys.activations import ACTIVATIONS
 
 ARCHITECTURES = [80, 90]
 REALS = [wp.float32, wp.float64]
 
 # 18 poles: loops that Warp does not unroll
-SYSTEMS = [CartPole(poles=2), CartPole(poles=18), CartPole(poles=1, integrator="rk4"), TwoControls()]
+SYSTEMS = [
+    CartPole(poles=2),
+    CartPole(poles=18),
+    CartPole(poles=1, integrator="rk4"),
+    TwoControls(),
+    Repulsion(),
+    Quantum(),
+]
 OF_A_SYSTEM = [
     kernels.step_kernel,
     kernels.step_vjp_kernel,
