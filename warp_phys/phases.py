@@ -251,10 +251,8 @@ class _Pass:
         dim = (len(self.gates), batch)
         wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=device, record_tape=False)
         if adj_p is not None:
-            inputs = [per_step, adj_p]
-            wp.launch(
-                row_kernels.sum_over_time_kernel(real), dim=adj_p.shape, inputs=inputs, device=device, record_tape=False
-            )
+            kernel, inputs = row_kernels.sum_over_time_kernel(real), [per_step, adj_p]
+            wp.launch(kernel, dim=adj_p.shape, inputs=inputs, device=device, record_tape=False)
 
     def _walk(self, local: Trajectory, seeds: Seeds, lam, mu, adj_p, steps: range) -> None:
         """Phase 2 step by step, through the two verbs of a `Simulator` and the controller's own pull."""
@@ -275,11 +273,8 @@ class _Pass:
                 self.system.step_vjp(x, c, lam[f], dx[f], dc[f], *arguments)
                 if extra is not None:
                     launch(row_kernels.add_rows_kernel(real), dim=extra.shape, inputs=[extra, adj_p[f]])
-                launch(
-                    row_kernels.sum_rows_kernel(real),
-                    dim=(batch, mu.shape[3]),
-                    inputs=[dc[f], seeds.controls[n], mu[f, n]],
-                )
+                sums = [dc[f], seeds.controls[n], mu[f, n]]
+                launch(row_kernels.sum_rows_kernel(real), dim=(batch, mu.shape[3]), inputs=sums)
                 if self.gates[f, steps.start + n, 1] != 0.0:
                     linear = linear or self.controller.linearise(x, self.workspace)
                     linear.pull(mu[f, n], pulled[f])

@@ -228,7 +228,10 @@ class Rollout:
         want_rows: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
         """Run the flows backward; return the gradients of x0, of the parameter rows and of the trainable parameters."""
-        workspace = self._workspaces.pop() if self._workspaces else Workspace()
+        try:
+            workspace = self._workspaces.pop()
+        except IndexError:  # the first pass, or one within or beside another
+            workspace = Workspace()
         parts = linear_parts(self.flow)
         flows = distinct([*parts, *(part for flow in self.observe for part in linear_parts(resolve(flow)))])
         seeds_ = [_owned(seed, like, masked) for seed, like in zip(seeds, (states, controls), strict=True)]

@@ -125,17 +125,22 @@ class System(ABC):
     def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
         """Put a picture on matplotlib `axes`; return a function (state, control=None) that moves its artists."""
 
-    @property
+    @functools.cached_property
     def state_size(self) -> int:
         """Number D of state components."""
         return len(self.states)
 
-    @property
+    @functools.cached_property
     def control_size(self) -> int:
         """Number K of control components."""
         return len(self.controls)
 
-    @property
+    @functools.cached_property
+    def _columns(self) -> tuple[str, str]:
+        """What the columns of states and controls mean, for messages."""
+        return ", ".join(self.states), ", ".join(self.controls)
+
+    @functools.cached_property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the physical parameters, in the order of the parameter struct."""
         return tuple(field.name for field in fields(self) if field.type in (float, "float"))
@@ -259,9 +264,9 @@ class System(ABC):
             controls: Shape (steps, batch, K).
             parameters: As in `step`.
         """
-        check_array("states", states, (-1, -1, self.state_size), columns=", ".join(self.states))
+        check_array("states", states, (-1, -1, self.state_size), columns=self._columns[0])
         expected = (states.shape[0] - 1, states.shape[1], self.control_size)
-        check_array("controls", controls, expected, states, ", ".join(self.controls))
+        check_array("controls", controls, expected, states, self._columns[1])
         p = self.check_parameters(parameters, states, states.shape[1])
         kernel = kernels.trajectory_kernel(self.structure, states.dtype)
         inputs = [controls, p, states]
@@ -317,8 +322,8 @@ class System(ABC):
         return parameters
 
     def _check_step(self, x, c, y, y_name, parameters):
-        check_array("x", x, (-1, self.state_size), columns=", ".join(self.states))
-        check_array("c", c, (len(x), self.control_size), x, ", ".join(self.controls))
+        check_array("x", x, (-1, self.state_size), columns=self._columns[0])
+        check_array("c", c, (len(x), self.control_size), x, self._columns[1])
         check_array(y_name, y, x.shape, x)
         return x, c, y, self.check_parameters(parameters, x, len(x))
 
