@@ -1,6 +1,5 @@
 """The bridge to torch: rollouts whose backward pass is a flow of one's choice, attached to autograd."""
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,19 +7,18 @@ import numpy as np
 import torch
 import warp as wp
 
-from warp_phys import kernels
-from warp_phys.arrays import as_structs, check_parameter_names, shape_message
+from warp_phys.arrays import as_structs, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
 from warp_phys.interop.torch_controller import TorchController, TorchLinearisation
 from warp_phys.interop.torch_dense import as_array
+from warp_phys.interop.torch_loss import pointwise_cost, refuse_second_derivative, rows_of_parameters, torch_stream
 from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
 from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
 from warp_phys.systems.base import Simulator, System
-from warp_phys.systems.losses import chosen_array
 
 __all__ = ["Report", "Rollout", "pointwise_cost"]
 
@@ -132,7 +130,7 @@ class Rollout:
             Diverged: A state is not finite, and `on_divergence` is "raise".
         """
         x0 = self._initial_states(x0)
-        rows = _rows_of_parameters(self.system, parameters or {}, x0)
+        rows = rows_of_parameters(self.system, parameters or {}, x0)
         trainable = self._adapter.trainable
         if torch.is_grad_enabled() and (trainable or x0.requires_grad or (rows is not None and rows.requires_grad)):
             return _Unroll.apply(self, x0, rows, *trainable)
@@ -290,7 +288,7 @@ class _Unroll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, adj_states, adj_controls):
-        _refuse_second_derivative()
+        refuse_second_derivative()
         states, controls, rows, masked, *trainable = ctx.saved_tensors
         if ctx.rollout._adapter.signature() != ctx.signature:
             raise RuntimeError(
@@ -305,106 +303,6 @@ class _Unroll(torch.autograd.Function):
             states, controls, rows, masked, ctx.kept, trainable, seeds, want_rows
         )
         return None, adj_x0 if ctx.needs_input_grad[1] else None, adj_rows, *grads
-
-
-class _PointwiseCost(torch.autograd.Function):
-    """costs[i, b] = cost(states[times[i], b]); its backward pass writes into buffers of its own."""
-
-    @staticmethod
-    def forward(ctx, states, system, times, rows):
-        x = as_array(states.detach())
-        with torch_stream(states.device):
-            chosen = chosen_array(times, str(x.device))
-            p = system.check_parameters(None, x, 1)
-            if rows is not None:
-                p = as_structs(as_array(rows.detach().contiguous()), system.types(x.dtype).Parameters)
-            costs = states.new_empty((len(times), states.shape[1]))
-            kernel = kernels.cost_kernel(system.structure, x.dtype)
-            inputs, outputs = [x, chosen, p], [as_array(costs)]
-            wp.launch(
-                kernel, dim=tuple(costs.shape), inputs=inputs, outputs=outputs, device=x.device, record_tape=False
-            )
-        ctx.system, ctx.chosen, ctx.p = system, chosen, p
-        ctx.save_for_backward(states, rows)
-        return costs
-
-    @staticmethod
-    def backward(ctx, adj_costs):
-        _refuse_second_derivative()
-        states, rows = ctx.saved_tensors
-        adj_states = torch.zeros_like(states, memory_format=torch.contiguous_format)
-        structs = ctx.system.types(wp.dtype_from_torch(states.dtype)).Parameters
-        want_rows = rows is not None and ctx.needs_input_grad[3]
-        shape = (*adj_costs.shape, len(ctx.system.parameter_names)) if want_rows else (0, 0, 0)
-        adj_rows = states.new_empty(shape)
-        with torch_stream(states.device):
-            x = as_array(states.detach())
-            kernel = kernels.cost_vjp_kernel(ctx.system.structure, x.dtype)
-            inputs = [x, ctx.chosen, ctx.p, as_array(adj_costs.contiguous())]
-            outputs = [as_array(adj_states), as_structs(as_array(adj_rows), structs)]
-            dim = tuple(adj_costs.shape)
-            wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=x.device, record_tape=False)
-        if not want_rows:
-            return adj_states, None, None, None
-        per_sample = adj_rows.sum(dim=0)
-        return adj_states, None, None, per_sample.sum(dim=0, keepdim=True) if len(rows) == 1 else per_sample
-
-
-def pointwise_cost(
-    system: System, states: torch.Tensor, times: Sequence[int], parameters: Mapping[str, Any]
-) -> torch.Tensor:
-    """Return the pointwise cost at chosen times, shape (times, batch), attached to autograd.
-
-    Args:
-        system: The system.
-        states: Shape (steps + 1, batch, D), float32 or float64.
-        times: Distinct steps.
-        parameters: Physical parameters by name; torch tensors may require gradients.
-
-    Raises:
-        TypeError: States of another precision.
-    """
-    if states.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"states must hold torch.float32 or torch.float64, got {states.dtype}")
-    wp.init()
-    return _PointwiseCost.apply(states, system, times, _rows_of_parameters(system, parameters, states[0]))
-
-
-def _rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor | None:
-    """Return physical parameters as rows (1 or batch, number of parameters) for states `like`, (batch, D).
-
-    None stands for the system's own.
-
-    Raises:
-        ValueError: An unknown name, lengths that differ, numbers that are not finite.
-    """
-    if not values:
-        return None
-    names, columns = getattr(system, "parameter_names", ()), []
-    check_parameter_names(names, values)
-    for name in names:
-        value = values.get(name, getattr(system, name))
-        column = torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1)
-        if len(column) not in (1, len(like)):
-            raise ValueError(
-                f"parameter {name} must be a number or {len(like)} numbers, one per sample, got {len(column)}"
-            )
-        if not torch.isfinite(column).all():
-            raise ValueError(f"parameter {name} must be finite, got {value}")
-        columns.append(column)
-    return torch.stack(torch.broadcast_tensors(*columns), dim=1)
-
-
-def torch_stream(device: torch.device) -> contextlib.AbstractContextManager:
-    """Return a context in which Warp launches on torch's current stream of a CUDA device; on a CPU it does nothing."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return wp.ScopedStream(wp.stream_from_torch(device), sync_enter=False)
-
-
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError("a rollout and its loss can be differentiated once: create_graph=True is not supported")
 
 
 def _owned(seed: torch.Tensor | None, like: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ def loss(
     if isinstance(states, wp.array):
         return _warp_loss(system, states, controls, times, control_cost, parameters)
     if _is_torch(states):
-        from warp_phys.interop.torch import pointwise_cost  # noqa: PLC0415, the caller has imported torch already
+        from warp_phys.interop.torch_loss import pointwise_cost  # noqa: PLC0415, the caller has imported torch already
 
         costs = pointwise_cost(system, states, times, parameters)
     else:

@@ -1,0 +1,115 @@
+"""The loss of a trajectory as a node of torch's graph, and what the nodes of this bridge share."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import warp as wp
+
+from warp_phys import kernels
+from warp_phys.arrays import as_structs, check_parameter_names
+from warp_phys.interop.torch_dense import as_array
+from warp_phys.systems.base import System
+from warp_phys.systems.losses import chosen_array
+
+
+def pointwise_cost(
+    system: System, states: torch.Tensor, times: Sequence[int], parameters: Mapping[str, Any]
+) -> torch.Tensor:
+    """Return the pointwise cost at chosen times, shape (times, batch), attached to autograd.
+
+    Args:
+        system: The system.
+        states: Shape (steps + 1, batch, D), float32 or float64.
+        times: Distinct steps.
+        parameters: Physical parameters by name; torch tensors may require gradients.
+
+    Raises:
+        TypeError: States of another precision.
+    """
+    if states.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"states must hold torch.float32 or torch.float64, got {states.dtype}")
+    wp.init()
+    return _PointwiseCost.apply(states, system, times, rows_of_parameters(system, parameters, states[0]))
+
+
+class _PointwiseCost(torch.autograd.Function):
+    """costs[i, b] = cost(states[times[i], b]); its backward pass writes into buffers of its own."""
+
+    @staticmethod
+    def forward(ctx, states, system, times, rows):
+        x = as_array(states.detach())
+        with torch_stream(states.device):
+            chosen = chosen_array(times, str(x.device))
+            p = system.check_parameters(None, x, 1)
+            if rows is not None:
+                p = as_structs(as_array(rows.detach().contiguous()), system.types(x.dtype).Parameters)
+            costs = states.new_empty((len(times), states.shape[1]))
+            kernel = kernels.cost_kernel(system.structure, x.dtype)
+            inputs, outputs = [x, chosen, p], [as_array(costs)]
+            wp.launch(
+                kernel, dim=tuple(costs.shape), inputs=inputs, outputs=outputs, device=x.device, record_tape=False
+            )
+        ctx.system, ctx.chosen, ctx.p = system, chosen, p
+        ctx.save_for_backward(states, rows)
+        return costs
+
+    @staticmethod
+    def backward(ctx, adj_costs):
+        refuse_second_derivative()
+        states, rows = ctx.saved_tensors
+        adj_states = torch.zeros_like(states, memory_format=torch.contiguous_format)
+        structs = ctx.system.types(wp.dtype_from_torch(states.dtype)).Parameters
+        want_rows = rows is not None and ctx.needs_input_grad[3]
+        shape = (*adj_costs.shape, len(ctx.system.parameter_names)) if want_rows else (0, 0, 0)
+        adj_rows = states.new_empty(shape)
+        with torch_stream(states.device):
+            x = as_array(states.detach())
+            kernel = kernels.cost_vjp_kernel(ctx.system.structure, x.dtype)
+            inputs = [x, ctx.chosen, ctx.p, as_array(adj_costs.contiguous())]
+            outputs = [as_array(adj_states), as_structs(as_array(adj_rows), structs)]
+            dim = tuple(adj_costs.shape)
+            wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=x.device, record_tape=False)
+        if not want_rows:
+            return adj_states, None, None, None
+        per_sample = adj_rows.sum(dim=0)
+        return adj_states, None, None, per_sample.sum(dim=0, keepdim=True) if len(rows) == 1 else per_sample
+
+
+def rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor | None:
+    """Return physical parameters as rows (1 or batch, number of parameters) for states `like`, (batch, D).
+
+    None stands for the system's own.
+
+    Raises:
+        ValueError: An unknown name, lengths that differ, numbers that are not finite.
+    """
+    if not values:
+        return None
+    names, columns = getattr(system, "parameter_names", ()), []
+    check_parameter_names(names, values)
+    for name in names:
+        value = values.get(name, getattr(system, name))
+        column = torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1)
+        if len(column) not in (1, len(like)):
+            raise ValueError(
+                f"parameter {name} must be a number or {len(like)} numbers, one per sample, got {len(column)}"
+            )
+        if not torch.isfinite(column).all():
+            raise ValueError(f"parameter {name} must be finite, got {value}")
+        columns.append(column)
+    return torch.stack(torch.broadcast_tensors(*columns), dim=1)
+
+
+def torch_stream(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which Warp launches on torch's current stream of a CUDA device; on a CPU it does nothing."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return wp.ScopedStream(wp.stream_from_torch(device), sync_enter=False)
+
+
+def refuse_second_derivative() -> None:
+    """Raise a RuntimeError if autograd would differentiate what runs now."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a rollout and its loss can be differentiated once: create_graph=True is not supported")
