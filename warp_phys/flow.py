@@ -120,7 +120,7 @@ _NAMES: dict[Flow, tuple[str, str]] = {
 
 
 def agree(base: Any, other: Any) -> Any:
-    """Keep `base` where `other` has the same sign, else 0; where either is nan, nan.
+    """Keep `base` where `other` has the same sign, else 0; where their sum is nan, nan.
 
     Args:
         base: Update to follow, any shape; numpy, torch or JAX.
@@ -137,9 +137,9 @@ def agree(base: Any, other: Any) -> Any:
     if base.shape != other.shape:
         raise ValueError(f"base and other must have one shape, got {tuple(base.shape)} and {tuple(other.shape)}")
     library = _library(base)
-    kept = library.where(library.sign(base) == library.sign(other), base, library.zeros_like(base))
-    broken = library.isnan(base) | library.isnan(other)
-    return library.where(broken, library.full_like(base, math.nan), kept)
+    kept = library.where(library.sign(base) == library.sign(other), base, 0.0)
+    total = base + other
+    return library.where(total != total, total, kept)  # noqa: PLR0124, the test for nan
 
 
 def _library(array: Any) -> Any:

@@ -79,7 +79,8 @@ def combine_kernel(real: type, summing: bool) -> wp.Kernel:
         zero = real(0.0)
         same = (base > zero and other > zero) or (base < zero and other < zero)
         kept = wp.where(same, base, zero)
-        return wp.where(base != base or other != other, base + other, kept)  # a nan stays a nan
+        total = base + other
+        return wp.where(total != total, total, kept)  # a nan stays a nan
 
     @wp.kernel(module="unique", enable_backward=False)
     def combine_update(

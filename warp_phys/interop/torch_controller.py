@@ -37,8 +37,8 @@ class TorchController:
 
     def signature(self) -> tuple:
         """What must not change between a forward pass and its backward pass, values apart."""
-        self.dense()
-        return self._key, [(id(p), p.data_ptr()) for p in self.trainable]
+        kinds = tuple(map(type, self.module._modules.values()))
+        return kinds, [(id(p), p.data_ptr(), p.requires_grad) for p in self.module.parameters()]
 
     @property
     def trainable(self) -> list[torch.nn.Parameter]:

@@ -100,6 +100,9 @@ class DenseLinearisation:
 
     def _add(self, gradient: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Add the gradients of those parameters that are trained to a flat tensor; a parameter may come twice."""
+        if [id(parameter) for parameter, _ in parts] == list(self.starts):
+            gradient.add_(torch.cat([value.reshape(-1) for _, value in parts]))
+            return
         for parameter, value in parts:
             start = self.starts.get(id(parameter))
             if start is not None:
