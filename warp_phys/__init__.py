@@ -2,7 +2,7 @@
 
 from warp_phys.adjoint import gate
 from warp_phys.errors import Diverged
-from warp_phys.flow import COMBINED, CONTROLLER, MODIFIED, REGULAR, STOPPED, Combined, Flow, agree
+from warp_phys.flow import COMBINED, CONTROLLER, MODIFIED, REGULAR, STOPPED, Combined, Flow, agree, geometric, minmod
 from warp_phys.layers import Dense
 from warp_phys.rollout import Rollout
 from warp_phys.systems import SYSTEMS, CartPole, Quantum, Repulsion, Simulator, System
@@ -28,4 +28,6 @@ __all__ = [
     "System",
     "agree",
     "gate",
+    "geometric",
+    "minmod",
 ]

@@ -134,10 +134,57 @@ def agree(base: Any, other: Any) -> Any:
     >>> agree(np.array([1.0, -2.0, 3.0]), np.array([2.0, 1.0, 5.0]))
     array([1., 0., 3.])
     """
+    _check_shapes(base, other)
+    return _where_agreeing(base, other, base)
+
+
+def geometric(base: Any, other: Any) -> Any:
+    """Return the geometric mean of the two, with their sign, where they have the same sign, else 0.
+
+    Args:
+        base: One update, any shape; numpy, torch or JAX.
+        other: The other, shape of `base`.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    >>> geometric(np.array([1.0, -2.0, -3.0]), np.array([4.0, 1.0, -12.0]))
+    array([ 2.,  0., -6.])
+    """
+    _check_shapes(base, other)
+    library = _library(base)
+    # root by root: the product of two small updates would vanish in float32
+    size = library.sqrt(library.abs(base)) * library.sqrt(library.abs(other))
+    return _where_agreeing(base, other, library.sign(base) * size)
+
+
+def minmod(base: Any, other: Any) -> Any:
+    """Return the smaller of the two where they have the same sign, else 0.
+
+    Args:
+        base: One update, any shape; numpy, torch or JAX.
+        other: The other, shape of `base`.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    >>> minmod(np.array([1.0, -2.0, -3.0]), np.array([4.0, 1.0, -2.0]))
+    array([ 1.,  0., -2.])
+    """
+    _check_shapes(base, other)
+    library = _library(base)
+    return _where_agreeing(base, other, library.where(library.abs(base) < library.abs(other), base, other))
+
+
+def _check_shapes(base: Any, other: Any) -> None:
     if base.shape != other.shape:
         raise ValueError(f"base and other must have one shape, got {tuple(base.shape)} and {tuple(other.shape)}")
+
+
+def _where_agreeing(base: Any, other: Any, value: Any) -> Any:
+    """Return `value` where the signs agree, else 0; nan where the sum is nan."""
     library = _library(base)
-    kept = library.where(library.sign(base) == library.sign(other), base, 0.0)
+    kept = library.where(library.sign(base) == library.sign(other), value, 0.0)
     total = base + other
     return library.where(total != total, total, kept)  # noqa: PLR0124, the test for nan
 
@@ -173,9 +220,10 @@ class Combined:
 
     @property
     def name(self) -> str:
-        """Name in words."""
-        if self == COMBINED:
-            return "combined"
+        """Name in words: that by which `resolve` knows it, or the rule and the flows."""
+        for name, known in NAMED.items():
+            if self == known:
+                return name
         return f"{getattr(self.rule, '__name__', 'rule')}({self.base.name}; {self.other.name})"
 
     @property
@@ -193,8 +241,10 @@ NAMED: dict[str, Flow | Combined] = {
     "stopped": STOPPED,
     "controller": CONTROLLER,
     "combined": COMBINED,
+    "geometric": Combined(rule=geometric),
+    "minmod": Combined(rule=minmod),
 }
-"""The flows of the publication by name; their letters R, M, S, N and C work as well."""
+"""The flows by name. Those of the publication are also known by their letters R, M, S, N and C."""
 
 
 def resolve(flow: "str | Flow | Combined") -> Flow | Combined:
@@ -212,9 +262,9 @@ def resolve(flow: "str | Flow | Combined") -> Flow | Combined:
     if not isinstance(flow, str):
         raise TypeError(f"flow must be a name, a letter, a Flow or a Combined, got {flow!r}")
     for name, known in NAMED.items():
-        if flow == known.letter or flow.lower() == name:
+        if flow.lower() == name or (flow and flow == known.letter):
             return known
-    names = ", ".join(f"{name!r} ({known.letter})" for name, known in NAMED.items())
+    names = ", ".join(f"{name!r} ({known.letter})" if known.letter else repr(name) for name, known in NAMED.items())
     raise ValueError(f"flow {flow!r} is unknown; known are {names}, or give a Flow(physics, controller)")
 
 

@@ -10,7 +10,7 @@ import warp as wp
 from tests.rollout import reference
 from tests.taylor import check_gradient
 from tests.toy import TwoControls
-from warp_phys import COMBINED, CartPole, Combined, Flow, agree, row_kernels
+from warp_phys import COMBINED, CartPole, Combined, Flow, agree, geometric, minmod, row_kernels
 from warp_phys.flow import resolve
 from warp_phys.interop.torch import Rollout
 
@@ -179,6 +179,38 @@ def test_named_flows():
     expected = np.array([1.0, 0.0, 3.0, 0.0, -1.0, 0.0])
     np.testing.assert_array_equal(agree(base, other), expected)
     np.testing.assert_array_equal(agree(torch.tensor(base), torch.tensor(other)).numpy(), expected)
+
+
+@pytest.mark.parametrize("rule", [agree, geometric, minmod])
+def test_rules(rule):
+    """Zero where the signs differ, the sign of both elsewhere; between the two in size, without overflow."""
+    generator = np.random.default_rng(0)
+    base, other = (generator.standard_normal(1000) * 10.0 ** generator.uniform(-30, 30, 1000) for _ in range(2))
+    result = rule(base, other)
+    same = np.sign(base) == np.sign(other)
+    assert 400 < same.sum() < 600 and not result[~same].any()
+    np.testing.assert_array_equal(np.sign(result[same]), np.sign(base[same]))
+    low, high = np.sort(np.abs([base, other]), axis=0)
+    sizes = {"agree": np.abs(base), "geometric": np.sqrt(low) * np.sqrt(high), "minmod": low}[rule.__name__]
+    np.testing.assert_allclose(np.abs(result[same]), sizes[same], rtol=1e-12)
+    np.testing.assert_allclose(rule(torch.tensor(base), torch.tensor(other)).numpy(), result, rtol=1e-12)
+    in_float32 = rule(torch.tensor(base).float(), torch.tensor(other).float())
+    assert in_float32.dtype == torch.float32
+    np.testing.assert_allclose(in_float32.numpy(), result, rtol=1e-5)
+    assert np.isnan(rule(np.array([np.nan, 1.0]), np.array([1.0, np.nan]))).all()
+    with pytest.raises(ValueError, match="must have one shape"):
+        rule(np.zeros(2), np.zeros(3))
+
+
+@pytest.mark.parametrize("name", ["geometric", "minmod"])
+def test_other_rules_by_name(name, device):
+    system = CASES[1][0]
+    network, x0 = _network(system).to(device), _start(system, device)
+    base, other, got = (
+        _by_engine(Rollout(system, network, 5 * STEPS, flow), x0, "every", 0.1)[1][0] for flow in ("M", "R", name)
+    )
+    torch.testing.assert_close(got, resolve(name).rule(base, other), rtol=1e-12, atol=1e-300)
+    assert (got != base).any() and resolve(name).name == name and resolve(name).letter == ""
 
 
 def test_a_nan_stays_a_nan(device):
