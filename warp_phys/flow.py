@@ -61,11 +61,6 @@ class Flow:
         """Letter in the table of flows, or an empty string."""
         return _NAMES.get(self, ("", ""))[1]
 
-    @property
-    def uses_controller(self) -> bool:
-        """Whether any feedback passes through the controller, so that its input Jacobian is needed."""
-        return np.any(np.asarray(self.controller) != 0.0).item()
-
     def gates(self, steps: int) -> np.ndarray:
         """Return α and β for each step, shape (steps, 2).
 

@@ -25,7 +25,7 @@ CHUNK_ROWS = 2048
 """Rows (time steps × samples) that are linearised together: the activations of 100 units take 0.8 MB."""
 
 STEP_COST = 1e7
-"""Multiply-adds that a processor does in the time that one more call of a controller costs; see `parallel_in_time`."""
+"""Multiply-adds that stand for one more call of a controller, an estimate; see `parallel_in_time`."""
 
 
 class Linearisation(Protocol):

@@ -175,8 +175,11 @@ class Rollout:
         if len(grad) == 1:
             total = self._workspace.array("sum of adj_p", (flows, 1, size), self.real, self.device)
             total.zero_()
-            inputs = [per_sample.reshape((flows, batch, 1, size)), total]
-            wp.launch(row_kernels.sum_over_time_kernel(self.real), dim=total.shape, inputs=inputs, device=self.device)
+            kernel, inputs = (
+                row_kernels.sum_over_time_kernel(self.real),
+                [per_sample.reshape((flows, batch, 1, size)), total],
+            )
+            wp.launch(kernel, dim=total.shape, inputs=inputs, device=self.device, record_tape=False)
             per_sample = total
         self._accumulate([per_sample[f] for f in range(flows)], [], grad)
 

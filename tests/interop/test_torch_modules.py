@@ -130,6 +130,17 @@ def test_another_layer_of_a_wrong_size(device):
             rollout(start(device))
 
 
+def test_another_layer_over_the_same_memory(device):
+    """The values are the old ones, the parameters that are trained are new."""
+    net, x0 = network(device=device), start(device)
+    rollout = Rollout(SYSTEM, net, STEPS, "C")
+    expected = update(rollout, x0)
+    layer = torch.nn.Linear(6, 16)
+    layer.weight, layer.bias = (torch.nn.Parameter(p.data) for p in (net[0].weight, net[0].bias))
+    net[0] = layer
+    assert torch.equal(update(rollout, x0), expected)
+
+
 def test_a_converted_controller(device):
     net = network(device=device)
     rollout = Rollout(SYSTEM, net, STEPS)

@@ -18,7 +18,7 @@ def test_golden_files_are_there():
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden_step(path, device):
-    """Measured on a CPU: 1.2e-7 (cart-pole), 2.4e-7 (repulsion), 2.3e-7 (quantum) of the largest component."""
+    """Measured on a CPU, of the largest component: 2.0e-8 (cart-pole), 7.0e-8 (repulsion), 7.7e-7 (quantum)."""
     data = np.load(path)
     system = SYSTEMS[str(data["system"])](dt=float(data["dt"]), **json.loads(str(data["parameters"])))
     x, c = (wp.array(data[f"one_step.{name}"], device=device) for name in ("state", "control"))
@@ -26,8 +26,8 @@ def test_golden_step(path, device):
     system.step(x, c, y)
     scale = np.abs(data["one_step.next"]).max(axis=1, keepdims=True)
     assert (np.abs(y.numpy() - data["one_step.next"]) / scale).max() < 1e-6
-    if str(data["system"]) == "cartpole":
-        np.testing.assert_allclose(y.numpy(), data["one_step.next"], rtol=1e-6)
+    if str(data["system"]) != "quantum":
+        np.testing.assert_allclose(y.numpy(), data["one_step.next"], rtol=1e-6)  # measured 1.6e-7 and 7.9e-7
 
 
 @pytest.mark.parametrize("path", [path for path in GOLDEN if "quantum" in path.stem], ids=lambda path: path.stem)

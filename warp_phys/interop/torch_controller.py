@@ -109,7 +109,8 @@ class TorchController:
         if key != self._key:
             sizes = (linears[0].in_features, *(layer.out_features for layer in linears))
             arrays = [as_array(t.detach()) for t in tensors]
-            self._dense, self._key, self._linears = Dense(sizes, activation, arrays), key, layers
+            self._dense, self._key = Dense(sizes, activation, arrays), key
+        self._linears = layers  # other layers may hold the same memory
         return self._dense
 
 
