@@ -5,6 +5,8 @@ from typing import Protocol
 
 import torch
 
+from warp_phys.interop.torch_grid import FromGrid, ToGrid
+
 ACTIVATIONS: dict[str, type[torch.nn.Module]] = {
     "tanh": torch.nn.Tanh,
     "relu": torch.nn.ReLU,
@@ -86,11 +88,13 @@ class Linear(MLP):
         super().__init__(system, hidden=(), init=init, seed=seed)
 
 
-class GridCNN(torch.nn.Module):
+class GridCNN(torch.nn.Sequential):
     """Convolutions over a grid of complex numbers, then a linear output; as published for quantum control.
 
     A state [re ψ_1, im ψ_1, …] is a grid of N points with two channels. Two layers of `channels` convolutions follow,
     kernel 3, stride 2, no padding, each with its activation; then all points are flattened, channels fastest.
+
+    It is a plain chain of layers, so that the engine can run it inside its own kernels.
 
     Args:
         system: Anything with `state_size` D = 2 N, N at least 7, and `control_size` K.
@@ -105,8 +109,8 @@ class GridCNN(torch.nn.Module):
     Source: Schnell & Thuerey, ICLR 2024.
 
     >>> from types import SimpleNamespace
-    >>> GridCNN(SimpleNamespace(state_size=64, control_size=1), seed=0).output.in_features
-    420
+    >>> GridCNN(SimpleNamespace(state_size=64, control_size=1), seed=0)(torch.zeros(8, 64)).shape
+    torch.Size([8, 1])
     """
 
     def __init__(
@@ -120,19 +124,13 @@ class GridCNN(torch.nn.Module):
         check_network((channels,), activation, init)
         if system.state_size % 2 or system.state_size < 2 * SMALLEST_GRID:
             raise ValueError(f"system must have a grid of at least {SMALLEST_GRID} points, got {system}")
-        super().__init__()
         points = ((system.state_size // 2 - 3) // 2 + 1 - 3) // 2 + 1
-        self.first = torch.nn.utils.skip_init(torch.nn.Conv1d, 2, channels, 3, stride=2)
-        self.second = torch.nn.utils.skip_init(torch.nn.Conv1d, channels, channels, 3, stride=2)
-        self.output = torch.nn.utils.skip_init(torch.nn.Linear, points * channels, system.control_size)
-        self.activation = ACTIVATIONS[activation]()
-        initialise([self.first, self.second, self.output], init, seed)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the controls (B, K) of states (B, D)."""
-        grid = x.view(len(x), -1, 2).transpose(1, 2)
-        features = self.activation(self.second(self.activation(self.first(grid))))
-        return self.output(features.transpose(1, 2).flatten(1))
+        first = torch.nn.utils.skip_init(torch.nn.Conv1d, 2, channels, 3, stride=2)
+        second = torch.nn.utils.skip_init(torch.nn.Conv1d, channels, channels, 3, stride=2)
+        output = torch.nn.utils.skip_init(torch.nn.Linear, points * channels, system.control_size)
+        activate = ACTIVATIONS[activation]
+        super().__init__(ToGrid(2), first, activate(), second, activate(), FromGrid(), output)
+        initialise([first, second, output], init, seed)
 
 
 SMALLEST_GRID = 7

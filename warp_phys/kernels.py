@@ -59,7 +59,7 @@ def trajectory_kernel(structure: Any, real: type) -> wp.Kernel:
 
 
 @functools.cache
-def _weighted_step(structure: Any, real: type) -> Any:
+def weighted_step_function(structure: Any, real: type) -> Any:
     """⟨adj_y, S(x, c)⟩, whose gradient is the step's vector-Jacobian product."""
     types, step = structure.types(real), structure.functions(real).step
     State, Control, Parameters = types.State, types.Control, types.Parameters
@@ -74,7 +74,7 @@ def _weighted_step(structure: Any, real: type) -> Any:
 @functools.cache
 def step_vjp_kernel(structure: Any, real: type) -> wp.Kernel:
     """The vector-Jacobian products of one step: (∂S/∂x)ᵀ adj_y, (∂S/∂c)ᵀ adj_y and, if asked, (∂S/∂p)ᵀ adj_y."""
-    Parameters, weighted_step = structure.types(real).Parameters, _weighted_step(structure, real)
+    Parameters, weighted_step = structure.types(real).Parameters, weighted_step_function(structure, real)
     x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
     load_x, load_c, store_x, store_c = x_row.load, c_row.load, x_row.store, c_row.store
 
@@ -109,7 +109,7 @@ def sweep_kernel(structure: Any, real: type) -> wp.Kernel:
 
     A gate of zero is a cut, not a product: what lies behind it may be infinite.
     """
-    types, weighted_step = structure.types(real), _weighted_step(structure, real)
+    types, weighted_step = structure.types(real), weighted_step_function(structure, real)
     State, Control, Parameters = types.State, types.Control, types.Parameters
     x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
     load_x, load_c, store_x, store_c = x_row.load_at, c_row.load_at, x_row.store_at, c_row.store_at

@@ -11,6 +11,8 @@ from warp_phys.activations import ACTIVATIONS
 from warp_phys.adjoint import active_tape
 from warp_phys.arrays import check_array, numpy_type, real_type
 from warp_phys.errors import check_choice, check_count
+from warp_phys.native_kernels import dense_plan
+from warp_phys.network import Network
 
 FUSED_WIDTH = 256
 """Widest layer of the fused unrolling; a sample's activations must stay in the first-level cache."""
@@ -69,6 +71,9 @@ class Dense:
         self.device = self.parameters[0].device
         self._workspace = Workspace()
         self._packing: list[Any] = []
+        self._network: Network | None = None
+        if wp.get_device(self.device).is_cpu and all(array.is_contiguous for array in self.parameters):
+            self._network = Network(dense_plan(self.sizes, self.activation), self.real)
 
     def _check(self, parameters: Sequence[wp.array]) -> tuple[wp.array, ...]:
         shapes = _shapes(self.sizes)
@@ -117,12 +122,36 @@ class Dense:
 
     def fits(self, system: Any) -> bool:
         """Whether the whole unrolling with this system runs as one fused kernel."""
-        return hasattr(system, "functions") and kernels.padded_width(self.sizes) <= FUSED_WIDTH
+        return hasattr(system, "functions") and (self._network is not None or self._is_narrow())
+
+    def _is_narrow(self) -> bool:
+        return kernels.padded_width(self.sizes) <= FUSED_WIDTH
+
+    def sweeps(self, system: Any) -> bool:
+        """Whether `sweep` can run the whole backward pass: where `fits` holds, on a CPU."""
+        return self._network is not None and self.fits(system)
+
+    def sweep(
+        self, system: Any, trajectory: Any, seeds: Any, gates: wp.array, adj_x: wp.array,
+        gradients: Sequence[Sequence[wp.array]], workspace: Workspace,
+    ) -> None:  # fmt: skip
+        """Run all flows backward in one kernel: see `Network.sweep`; add the updates to `gradients`."""
+        network = self._packed_network()
+        packed = network.sweep(system, trajectory, seeds, gates, adj_x, workspace)
+        network.unpack(packed, [[array.ptr for array in arrays] for arrays in gradients], lasting=True)
+
+    def _packed_network(self) -> Network:
+        assert self._network is not None
+        self._network.pack([array.ptr for array in self.parameters])
+        return self._network
 
     def unroll(
         self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool = False
     ) -> Any:
         """Write states[1:] and controls from states[0], controller and physics in one kernel; keep nothing."""
+        if self._network is not None:
+            self._packed_network().unroll(system, states, controls, parameters, keep=False)
+            return
         self.unroll_into(system, states, controls, parameters, None)
 
     def unroll_into(

@@ -60,6 +60,15 @@ class Controller(Protocol):
     def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: Any, keep: bool = False) -> Any:
         """Write states[1:] and controls from states[0]; if `keep`, return what a backward pass could use, or None."""
 
+    def sweeps(self, system: Any) -> bool:
+        """Whether `sweep` can run the whole backward pass with this system as one kernel."""
+
+    def sweep(
+        self, system: Any, trajectory: Any, seeds: Any, gates: wp.array, adj_x: wp.array, gradients: Sequence[Any],
+        workspace: Workspace,
+    ) -> None:  # fmt: skip
+        """Take adj_x (flows, batch, D) from λ_T to λ_0, and add each flow's update of θ to its entry of gradients."""
+
 
 class WarpController(Controller, Protocol):
     """What a rollout in pure Warp needs besides: parameters θ as Warp arrays, and arrays for their gradients."""
@@ -156,6 +165,7 @@ def backward(
     want_parameters: bool = False,
     parallel: bool | None = None,
     check: Any = None,
+    fused: bool = False,
 ) -> Adjoints:
     """Run all flows backward; add each flow's update of θ to its entry of `gradients`.
 
@@ -171,19 +181,24 @@ def backward(
         want_parameters: Whether to find the adjoints of the physical parameters.
         parallel: Whether to linearise in parallel; None decides by `parallel_in_time`.
         check: Called with the linearisation and the stored controls (N, K) of every chunk, if given.
+        fused: Whether to run everything in one kernel, where the controller can and no physical parameter's adjoint
+            is wanted.
 
     Returns:
         The adjoints of x_0 and of the physical parameters.
     """
     steps, batch, _ = trajectory.controls.shape
     flows = len(gates)
-    if parallel is None:
-        parallel = parallel_in_time(system, controller, trajectory, flows)
-    pass_ = _Pass(system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check)
     real, device = trajectory.states.dtype, trajectory.states.device
     lam = workspace.array("lambda", (flows, batch, trajectory.states.shape[2]), real, device)
     for f in range(flows):
         wp.copy(lam[f], seeds.states[steps])
+    if fused and not want_parameters and controller.sweeps(system):
+        controller.sweep(system, trajectory, seeds, gates_array, lam, gradients, workspace)
+        return Adjoints(lam, None)
+    if parallel is None:
+        parallel = parallel_in_time(system, controller, trajectory, flows)
+    pass_ = _Pass(system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check)
     adj_p = pass_.parameter_adjoints(batch, real, device)
     for low in range(0, batch, CHUNK_ROWS):
         block = slice(low, min(low + CHUNK_ROWS, batch))

@@ -157,6 +157,7 @@ class Rollout:
             gradients,
             work,
             want_parameters=numbers is not None,
+            fused=self.backend == "fused",
         )
         for i, parameter in enumerate(self.controller.parameters):
             if parameter.requires_grad:
@@ -262,7 +263,7 @@ def choose_backend(backend: str, system: Any, controller: Controller, cuda: bool
     check_choice("backend", backend, BACKENDS)
     fits = controller.fits(system)
     if backend == "fused" and not fits:
-        raise ValueError("backend 'fused' needs a System and dense layers of moderate width; use 'general' or 'auto'")
+        raise ValueError("backend 'fused' needs a System and a controller of layers that the engine has; use 'general' or 'auto'")
     if backend == "auto":
         return "fused" if fits and not cuda else "general"
     return backend

@@ -35,7 +35,8 @@ class Rollout:
         steps: Number of time steps T.
         flow: A name, a letter, a `Flow` or a `Combined`.
         device: "cpu", "cuda", "cuda:1", …; that of the controller's parameters if None.
-        backend: "fused" (forward in one kernel: dense layers), "general" (any module) or "auto".
+        backend: "fused" (whole passes in one kernel, for the modules that `torch_plan.read_plan` reads), "general" (any
+            module) or "auto".
         on_divergence: "raise" raises `Diverged`; "mask" freezes the samples that diverge in their last finite state,
             gives them no say in the gradients and names them in `report.diverged`.
         reduce: Called with the flows' updates, shape (flows, parameters), before they are compared: sums them in place
@@ -68,7 +69,7 @@ class Rollout:
         """Numbers of the last backward pass."""
         self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "mask"))
         self.reduce = reduce
-        self._adapter = TorchController(controller)
+        self._adapter = TorchController(controller, system.state_size)
         # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
         self._workspaces: list[Workspace] = []
         self._gates: dict[tuple, tuple[np.ndarray, wp.array]] = {}
@@ -241,7 +242,7 @@ class Rollout:
             trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]), kept)
             adjoints = backward(
                 self.system, self._adapter, trajectory, Seeds(arrays[2], arrays[3]), gates, gates_array,
-                list(updates), workspace, want_rows, check=_check_pure,
+                list(updates), workspace, want_rows, check=_check_pure, fused=self.backend == "fused",
             )  # fmt: skip
             adj_x0 = wp.to_torch(adjoints.x0).clone()
             adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters).clone()

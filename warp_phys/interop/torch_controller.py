@@ -8,32 +8,27 @@ import warp as wp
 
 from warp_phys.dense_kernels import padded_width
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
+from warp_phys.interop.torch_plan import ACTIVATIONS, PRECISIONS, are_hooks_everywhere, has_hooks, read_plan
 from warp_phys.layers import Dense, Workspace
+from warp_phys.network import Network
 from warp_phys.phases import CHUNK_ROWS
-
-_ACTIVATIONS: dict[type, str] = {
-    torch.nn.Tanh: "tanh",
-    torch.nn.ReLU: "relu",
-    torch.nn.ELU: "elu",
-    torch.nn.SiLU: "silu",
-    torch.nn.Sigmoid: "sigmoid",
-}
-
 
 class TorchController:
     """A `torch.nn.Module` (B, D) → (B, K) behind the `Controller` protocol; arrays are exchanged without copies."""
 
-    def __init__(self, module: torch.nn.Module):
-        self.module = module
+    def __init__(self, module: torch.nn.Module, inputs: int):
+        self.module, self.inputs = module, inputs
         self.by_hand = True
         """Whether dense layers are linearised by hand rather than by autograd; the numbers are the same."""
         self._dense: Dense | None = None
         self._key: tuple | None = None
         self._linears: tuple[list[torch.nn.Linear], str] | None = None
+        self._network: Network | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory."""
-        return {"module": self.module, "by_hand": self.by_hand, "_dense": None, "_key": None, "_linears": None}
+        empty = {"_dense": None, "_key": None, "_linears": None, "_network": None}
+        return {"module": self.module, "inputs": self.inputs, "by_hand": self.by_hand, **empty}
 
     def signature(self) -> tuple:
         """What must not change between a forward pass and its backward pass, values apart."""
@@ -59,34 +54,40 @@ class TorchController:
             wp.to_torch(c).copy_(output)
 
     def linearise(
-        self, x: wp.array, workspace: Workspace, kept: torch.Tensor | None = None
+        self, x: wp.array, workspace: Workspace, kept: Any = None
     ) -> "TorchLinearisation | DenseLinearisation":
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""
         if self.by_hand and self.dense() is not None:
             assert self._linears is not None
-            return DenseLinearisation(*self._linears, wp.to_torch(x), kept, self.trainable)
+            hidden = kept if isinstance(kept, torch.Tensor) else None
+            return DenseLinearisation(*self._linears, wp.to_torch(x), hidden, self.trainable)
         for module in self.module.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError("controller must not normalise over the batch in training: use controller.eval()")
         return TorchLinearisation(self, wp.to_torch(x))
 
     def fits(self, system: Any) -> bool:
-        """Whether the module is dense layers that the fused kernel expresses."""
+        """Whether the module is layers that the fused kernels express."""
+        if not hasattr(system, "functions"):
+            return False
+        if self._on_cpu():
+            planned = read_plan(self.module, self.inputs)
+            return planned is not None and planned.plan.outputs == system.control_size
         dense = self.dense()
         if dense is None or (dense.state_size, dense.control_size) != (system.state_size, system.control_size):
             return False
         return dense.fits(system)
 
-    def unroll(
-        self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool = False
-    ) -> torch.Tensor | None:
+    def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool = False) -> Any:
         """Write states[1:] and controls from states[0] in one kernel.
 
         Returns:
-            The hidden activations, shape (hidden layers, steps, batch, padded width), if `keep` asks for them and they
-            are no more than a backward pass holds at a time anyway.
+            The activations, if `keep` asks for them: on a CPU what `sweep` takes; elsewhere those of the hidden layers,
+            shape (hidden layers, steps, batch, padded width), if they are no more than a backward pass holds anyway.
         """
-        dense = self._dense
+        if self._on_cpu():
+            return self._packed_network()[0].unroll(system, states, controls, parameters, keep)
+        dense = self.dense()
         assert dense is not None  # the caller has asked `fits`
         steps, batch, _ = controls.shape
         if not keep or steps * batch > CHUNK_ROWS or len(dense.sizes) == 2 or dense.activation not in OF_VALUE:
@@ -96,6 +97,39 @@ class TorchController:
         Row = wp.types.vector(length=width, dtype=dense.real)
         dense.unroll_into(system, states, controls, parameters, as_array(kept, Row))
         return kept
+
+    def sweeps(self, system: Any) -> bool:
+        """Whether `sweep` can run the whole backward pass: where `fits` holds, on a CPU."""
+        return self._on_cpu() and self.fits(system)
+
+    def sweep(
+        self, system: Any, trajectory: Any, seeds: Any, gates: wp.array, adj_x: wp.array, gradients: Sequence[Any],
+        workspace: Workspace,
+    ) -> None:  # fmt: skip
+        """Run all flows backward in one kernel: see `Network.sweep`; add the updates to the flat tensors `gradients`."""
+        network, tensors = self._packed_network()
+        packed = network.sweep(system, trajectory, seeds, gates, adj_x, workspace)
+        starts, start = {}, 0
+        for parameter in self.trainable:
+            starts[id(parameter)] = start * parameter.element_size()
+            start += parameter.numel()
+        targets = [[g.data_ptr() + starts[id(t)] if id(t) in starts else 0 for t in tensors] for g in gradients]
+        network.unpack(packed, targets)
+
+    def _on_cpu(self) -> bool:
+        parameter = next(self.module.parameters(), None)
+        return parameter is None or parameter.device.type == "cpu"
+
+    def _packed_network(self) -> tuple[Network, tuple[torch.Tensor | None, ...]]:
+        """Return the module as a network that has read its weights, and their tensors."""
+        planned = read_plan(self.module, self.inputs)
+        assert planned is not None  # the caller has asked `fits`
+        plan, tensors = planned
+        real = wp.dtype_from_torch(tensors[0].dtype)  # type: ignore[union-attr]
+        if self._network is None or (self._network.plan, self._network.real) != (plan, real):
+            self._network = Network(plan, real)
+        self._network.pack([0 if t is None else t.data_ptr() for t in tensors])
+        return self._network, tensors
 
     def dense(self) -> Dense | None:
         """Return the module as `Dense` layers over the same memory, or None if it is something else."""
@@ -116,13 +150,13 @@ class TorchController:
 
 def _dense_layers(module: torch.nn.Module) -> tuple[list[torch.nn.Linear], str] | None:
     """Return the linear layers and the activation between them, or None for any other module."""
-    if type(module).forward is not torch.nn.Sequential.forward or _has_hooks(module) or _are_hooks_everywhere():
+    if type(module).forward is not torch.nn.Sequential.forward or has_hooks(module) or are_hooks_everywhere():
         return None
     layers = list(module._modules.values())  # children() would leave out an activation that is used twice
     linears, between = [layer for layer in layers[::2] if _is_plain_linear(layer)], layers[1::2]
-    if len(linears) != len(layers[::2]) or len(linears) != len(between) + 1 or any(_has_hooks(x) for x in layers):
+    if len(linears) != len(layers[::2]) or len(linears) != len(between) + 1 or any(has_hooks(x) for x in layers):
         return None
-    names = {_ACTIVATIONS.get(type(layer), "") for layer in between} or {"identity"}
+    names = {ACTIVATIONS.get(type(layer), "") for layer in between} or {"identity"}
     if len(names) != 1 or "" in names or any(getattr(layer, "alpha", 1.0) != 1.0 for layer in between):
         return None
     return linears, names.pop()
@@ -133,23 +167,7 @@ def _is_plain_linear(layer: torch.nn.Module | None) -> TypeGuard[torch.nn.Linear
         return False
     if not isinstance(layer.weight, torch.nn.Parameter) or not isinstance(layer.bias, torch.nn.Parameter):
         return False
-    return layer.weight.is_contiguous() and layer.weight.dtype in _PRECISIONS
-
-
-_PRECISIONS = (torch.float32, torch.float64)
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-
-
-def _has_hooks(module: torch.nn.Module | None) -> bool:
-    """Whether a module does more than its class says: hooks, or a `forward` of its own."""
-    return module is None or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
-
-
-def _are_hooks_everywhere() -> bool:
-    return any(getattr(torch.nn.modules.module, name, None) for name in _GLOBAL_HOOKS)
+    return layer.weight.is_contiguous() and layer.weight.dtype in PRECISIONS
 
 
 class TorchLinearisation:

@@ -1,0 +1,149 @@
+"""Torch modules that the engine's own layers express: read as a `Plan`, without a copy of their weights."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from warp_phys.interop.torch_grid import FromGrid, ToGrid
+from warp_phys.native_kernels import Layer, Plan
+
+ACTIVATIONS: dict[type, str] = {
+    torch.nn.Tanh: "tanh",
+    torch.nn.ReLU: "relu",
+    torch.nn.ELU: "elu",
+    torch.nn.SiLU: "silu",
+    torch.nn.Sigmoid: "sigmoid",
+}
+"""The activations by torch module."""
+
+PRECISIONS = (torch.float32, torch.float64)
+
+WIDEST = 4096
+"""Most inputs or outputs of a layer: beyond it a matrix library is as good."""
+
+
+class Planned(NamedTuple):
+    """A module as layers."""
+
+    plan: Plan
+    tensors: tuple[torch.Tensor | None, ...]
+    """Weights and biases in turn; None for a bias that is not there."""
+
+
+class _Reader:
+    """Goes through the layers of a module and keeps the shape that the data have between them."""
+
+    def __init__(self, inputs: int):
+        self.inputs = self.order = inputs
+        self.grid: tuple[int, int] | None = None  # channels and points
+        self.size, self.channels = inputs, inputs  # of a row; how its numbers are ordered, see `Layer.channels`
+        self.layers: list[Layer] = []
+        self.tensors: list[torch.Tensor | None] = []
+
+    def read(self, module: torch.nn.Module) -> bool:
+        """Take up one layer; return False where it cannot be expressed."""
+        kind = type(module)
+        if kind in ACTIVATIONS:
+            return self._activate(ACTIVATIONS[kind], getattr(module, "alpha", 1.0))
+        if kind is torch.nn.Linear:
+            return self.grid is None and self._linear(module)
+        if kind is torch.nn.Conv1d:
+            return self.grid is not None and self._convolve(module)
+        if kind is ToGrid:
+            return self._to_grid(module.channels, self.size // module.channels)
+        if kind is torch.nn.Unflatten and not self.layers and (module.dim, len(module.unflattened_size)) == (1, 2):
+            self.order = module.unflattened_size[0]
+            return self._to_grid(*module.unflattened_size)
+        if kind is FromGrid and self.grid is not None:
+            self.grid = None
+            return True
+        if kind is torch.nn.Flatten and (module.start_dim, module.end_dim) in ((1, -1), (1, 2)):
+            if self.grid is not None:
+                self.channels, self.grid = self.grid[0], None
+            return bool(self.layers)
+        return False
+
+    def _activate(self, name: str, alpha: float) -> bool:
+        if not self.layers or self.layers[-1].activation != "identity" or alpha != 1.0:
+            return False
+        self.layers[-1] = self.layers[-1]._replace(activation=name)
+        return True
+
+    def _linear(self, module: Any) -> bool:
+        if module.in_features != self.size or not self._keep(module):
+            return False
+        self.layers.append(Layer(1, self.size, 0, module.out_features, "identity", self.channels))
+        self.size = self.channels = module.out_features
+        return True
+
+    def _convolve(self, module: Any) -> bool:
+        assert self.grid is not None
+        channels, points = self.grid
+        plain = (module.padding, module.dilation, module.groups) == ((0,), (1,), 1)
+        if not plain or module.in_channels != channels or not self._keep(module):
+            return False
+        (kernel,), (stride,) = module.kernel_size, module.stride
+        positions = (points - kernel) // stride + 1
+        if positions < 1:
+            return False
+        outputs = module.out_channels
+        self.layers.append(Layer(positions, kernel * channels, stride * channels, outputs, "identity", channels))
+        self.grid, self.size = (outputs, positions), positions * outputs
+        self.channels = self.size
+        return True
+
+    def _to_grid(self, channels: int, points: int) -> bool:
+        if self.grid is not None or self.channels != self.size or channels * points != self.size:
+            return False
+        self.grid = channels, points
+        return True
+
+    def _keep(self, module: Any) -> bool:
+        """Take up weight and bias, if they are plain parameters."""
+        weight, bias = module.weight, module.bias
+        for tensor in (weight, bias):
+            if tensor is None:
+                continue
+            if not isinstance(tensor, torch.nn.Parameter) or not tensor.is_contiguous():
+                return False
+            if tensor.dtype not in PRECISIONS or tensor.dtype != weight.dtype:
+                return False
+        if max(len(weight), weight[0].numel()) > WIDEST:
+            return False
+        self.tensors += [weight, bias]
+        return True
+
+
+def read_plan(module: torch.nn.Module, inputs: int) -> Planned | None:
+    """Return a `torch.nn.Sequential` as layers, or None for any other module.
+
+    The layers may be Linear, Conv1d, the activations, Flatten, Unflatten, `ToGrid` and `FromGrid`; the last one with
+    weights is a Linear. A module with hooks or a `forward` of its own is another module.
+
+    Args:
+        module: The module.
+        inputs: Numbers D of a state.
+    """
+    if type(module).forward is not torch.nn.Sequential.forward or has_hooks(module) or are_hooks_everywhere():
+        return None
+    reader = _Reader(inputs)
+    for layer in module._modules.values():  # children() would leave out an activation that is used twice
+        if layer is None or has_hooks(layer) or not reader.read(layer):
+            return None
+    if not reader.layers or reader.grid is not None or reader.channels != reader.size:
+        return None
+    return Planned(Plan(inputs, reader.order, tuple(reader.layers)), tuple(reader.tensors))
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
+def has_hooks(module: torch.nn.Module | None) -> bool:
+    """Whether a module does more than its class says: hooks, or a `forward` of its own."""
+    return module is None or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
+
+
+def are_hooks_everywhere() -> bool:
+    """Whether there are hooks on all modules of the process."""
+    return any(getattr(torch.nn.modules.module, name, None) for name in _GLOBAL_HOOKS)

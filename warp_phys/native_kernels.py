@@ -1,0 +1,468 @@
+"""Kernels of small networks on a CPU: a whole unrolling, or a whole backward pass, in one launch.
+
+A network is a `Plan` of layers, each a dense layer on windows of its input (`native/layers.h` says more). The C++ there
+holds the products of a layer; the kernels here put layers and physics together, for blocks of samples that stay in the
+cache. They run where the vectors of a CPU are; `dense_kernels` has what runs on any device.
+
+A row of a trajectory holds all levels of the network, input first, output last: `Plan.offsets`. Adjoints have the same
+layout. Where an activation does not tell its slope by its value, the slopes follow, `Plan.slopes` numbers behind.
+"""
+
+import functools
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import warp as wp
+
+from warp_phys.kernels import weighted_step_function
+from warp_phys.rows import row_functions
+
+SAMPLES = 8
+"""Samples of a block: they are unrolled together and share the weights that are loaded."""
+
+FEW = 8
+"""Most outputs of a last layer that is worth no register's width of outputs."""
+
+PAD = 16
+"""Widths of layers are padded to a multiple of this, as in native/layers.h."""
+
+CHUNK_NUMBERS = 16384
+"""Numbers of a flow's rows that a backward pass works on at a time: they stay in the second-level cache."""
+
+_CPP = {
+    "tanh": "hyperbolic_tangent", "relu": "relu", "elu": "elu", "silu": "silu", "sigmoid": "sigmoid",
+    "identity": "identity",
+}  # fmt: skip
+
+
+class Layer(NamedTuple):
+    """A dense layer on windows of its input row, all with the same weights, and its activation."""
+
+    positions: int
+    """Number of windows."""
+    window: int
+    """Numbers of a window."""
+    stride: int
+    """Numbers from one window to the next."""
+    outputs: int
+    """Outputs of a window."""
+    activation: str
+    """Name of the activation, one of `activations.ACTIVATIONS`."""
+    channels: int
+    """A window's number k stands for the weight (k mod channels) · (window / channels) + k / channels of an output."""
+
+
+class Plan(NamedTuple):
+    """A network: its layers, and how its input is ordered. Hashable: kernels are cached by it."""
+
+    inputs: int
+    """Numbers D of a state."""
+    channels: int
+    """Order of the input, as in `Layer.channels`; equal to `inputs` where it is read as it comes."""
+    layers: tuple[Layer, ...]
+    """The layers, the first one first."""
+
+    @property
+    def outputs(self) -> int:
+        """Numbers K of a control."""
+        return self.layers[-1].outputs
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one evaluation of one row."""
+        return sum(layer.positions * layer.window * layer.outputs for layer in self.layers)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each level starts in a row, input first, output last; the last entry is the length of all."""
+        sizes = [_padded(self.inputs), *((a.positions - 1) * a.outputs + _padded(a.outputs) for a in self.layers)]
+        for i, layer in enumerate(self.layers):
+            sizes[i] = max(sizes[i], (layer.positions - 1) * layer.stride + _padded(layer.window))
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + _padded(size))
+        return tuple(starts)
+
+    @property
+    def slopes(self) -> int:
+        """How far behind an activation its slope is kept; zero if no activation needs that."""
+        return self.offsets[-1] if any(layer.activation == "silu" for layer in self.layers) else 0
+
+    @property
+    def row(self) -> int:
+        """Numbers of a row."""
+        return self.offsets[-1] + self.slopes
+
+    def few(self, i: int) -> bool:
+        """Whether layer i has too few outputs for vectors of outputs."""
+        layer = self.layers[i]
+        return i > 0 and layer.positions == 1 and layer.outputs <= FEW
+
+    @property
+    def packed(self) -> tuple[int, ...]:
+        """Where each layer starts in the packed weights, and in gradients; the last entry is the length."""
+        starts = [0]
+        for i, layer in enumerate(self.layers):
+            columns = layer.outputs * _padded(layer.window) if self.few(i) else layer.window * _padded(layer.outputs)
+            starts.append(starts[-1] + _padded(layer.outputs) + columns)
+        return tuple(starts)
+
+    @property
+    def transposed(self) -> tuple[int, ...]:
+        """Where each layer's transposed weights start in their array; a layer of few outputs has none there."""
+        starts = [0]
+        for i, layer in enumerate(self.layers):
+            starts.append(starts[-1] + (0 if self.few(i) else layer.outputs * _padded(layer.window)))
+        return tuple(starts)
+
+    @property
+    def chunk(self) -> int:
+        """Rows that a backward pass takes at a time, if it can choose."""
+        return max(SAMPLES, min(64, CHUNK_NUMBERS // self.row))
+
+
+def dense_plan(sizes: Sequence[int], activation: str) -> Plan:
+    """Return dense layers of these sizes, D first and K last, with an activation after every layer but the last."""
+    last = len(sizes) - 2
+    layers = [
+        Layer(1, n, 0, m, activation if i < last else "identity", n)
+        for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+    ]
+    return Plan(sizes[0], sizes[0], tuple(layers))
+
+
+def _padded(n: int) -> int:
+    return -(-n // PAD) * PAD
+
+
+@functools.cache
+def _module_options() -> dict[str, Any]:
+    """Put the C++ of layers.h in front of a module's own code."""
+    source = files("warp_phys").joinpath("native", "layers.h").read_text(encoding="utf-8")
+    return {"extra_build_options": wp.ModuleBuildOptions(extra_cpu_preamble=source), "enable_backward": False}
+
+
+def _types(plan: Plan, real: type) -> list[str]:
+    """Return the C++ types of the layers."""
+    scalar = "double" if real is wp.float64 else "float"
+    return [
+        f"warp_phys::Layer<{scalar}, warp_phys::{_CPP[a.activation]}, "
+        f"{a.positions}, {a.window}, {a.stride}, {a.outputs}>"
+        for a in plan.layers
+    ]
+
+
+@functools.cache
+def _evaluate(plan: Plan, real: type) -> Any:
+    """Return the function that evaluates the network at rows of states and writes all levels."""
+    row, at, weights = plan.row, plan.offsets, plan.packed
+    order = f"k % {plan.channels} * {plan.inputs // plan.channels} + k / {plan.channels}"
+    lines = [
+        f"auto* row = rows.data + (long long)slot * {row};",
+        f"const auto* x = states.data + ((long long)n * batch + first) * {plan.inputs};",
+        f"for (int s = 0; s < count; ++s) for (int k = 0; k < {plan.inputs}; ++k)",
+        f"    row[s * {row} + k] = x[s * {plan.inputs} + {order}];",
+    ]
+    for i, layer in enumerate(_types(plan, real)):
+        verb = "forward_few" if plan.few(i) else "forward"
+        ends = f"row + {at[i]}, {row}, packed.data + {weights[i]}, row + {at[i + 1]}, {row}, {plan.slopes}"
+        lines.append(f"{layer}::{verb}(count, {ends});")
+
+    @wp.func_native("\n".join(lines))
+    def evaluate(
+        packed: wp.array[real],
+        states: wp.array3d[real],
+        batch: int,
+        n: int,
+        first: int,
+        count: int,
+        rows: wp.array[real],
+        slot: int,
+    ): ...
+
+    return evaluate
+
+
+@functools.cache
+def _pull(plan: Plan, real: type) -> Any:
+    """Return the function that takes adjoints of the output level back to every level before it."""
+    row, at, slopes = plan.row, plan.offsets, plan.slopes
+    lines = [
+        f"auto* d = deltas.data + (long long)delta_slot * {row};",
+        f"const auto* h = rows.data + (long long)slot * {row};",
+    ]
+    last = plan.layers[-1].activation
+    if last != "identity":
+        kept = slopes if last == "silu" else 0
+        lines += [
+            f"for (int s = 0; s < count; ++s) for (int k = 0; k < {plan.outputs}; ++k)",
+            f"    d[s * {row} + {at[-2]} + k] *= "
+            f"warp_phys::slope_at<warp_phys::{_CPP[last]}>(h[s * {row} + {at[-2] + kept} + k]);",
+        ]
+    for i, layer in reversed(list(enumerate(_types(plan, real)))):
+        weights = f"packed.data + {plan.packed[i] + _padded(plan.layers[i].outputs)}"
+        if not plan.few(i):
+            weights = f"transposed.data + {plan.transposed[i]}"
+        before = plan.layers[i - 1].activation if i else "identity"
+        kept = at[i] + (slopes if before == "silu" else 0)
+        call = f"{layer}::pull<warp_phys::{_CPP[before]}, {'true' if i else 'false'}>"
+        ends = f"d + {at[i + 1]}, {row}, {weights}, d + {at[i]}, {row}, h + {kept}, {row}"
+        lines.append(f"{'' if i else 'if (to_input) '}{call}(count, {ends});")
+
+    @wp.func_native("\n".join(lines))
+    def pull(
+        packed: wp.array[real],
+        transposed: wp.array[real],
+        rows: wp.array[real],
+        slot: int,
+        deltas: wp.array[real],
+        delta_slot: int,
+        count: int,
+        to_input: int,
+    ): ...
+
+    return pull
+
+
+@functools.cache
+def _contract(plan: Plan, real: type) -> Any:
+    """Return the function that adds the gradients of the weights over rows, in the packed layout."""
+    row, at, weights = plan.row, plan.offsets, plan.packed
+    lines = [
+        f"const auto* d = deltas.data + (long long)delta_slot * {row};",
+        f"const auto* x = rows.data + (long long)slot * {row};",
+        f"auto* g = gradients.data + (long long)gradient * {weights[-1]};",
+    ]
+    for i, layer in enumerate(_types(plan, real)):
+        verb = "contract_few" if plan.few(i) else "contract"
+        lines.append(f"{layer}::{verb}(count, x + {at[i]}, {row}, d + {at[i + 1]}, {row}, g + {weights[i]});")
+
+    @wp.func_native("\n".join(lines))
+    def contract(
+        rows: wp.array[real],
+        slot: int,
+        deltas: wp.array[real],
+        delta_slot: int,
+        count: int,
+        gradients: wp.array[real],
+        gradient: int,
+    ): ...
+
+    return contract
+
+
+@functools.cache
+def pack_kernel(plan: Plan, real: type) -> wp.Kernel:
+    """Write weights and biases, given by their addresses in turn, into the packed and the transposed layout.
+
+    A bias at address 0 is zero.
+    """
+    scalar, lines = "double" if real is wp.float64 else "float", []
+    for i, layer in enumerate(plan.layers):
+        width, out = _padded(layer.window), _padded(layer.outputs)
+        order = f"k % {layer.channels} * {layer.window // layer.channels} + k / {layer.channels}"
+        lines += [
+            "{",
+            f"const {scalar}* w = (const {scalar}*)addresses.data[{2 * i}];",
+            f"const {scalar}* b = (const {scalar}*)addresses.data[{2 * i + 1}];",
+            f"{scalar}* to = packed.data + {plan.packed[i]};",
+            f"for (int o = 0; o < {layer.outputs}; ++o) to[o] = b ? b[o] : 0;",
+            f"to += {out};",
+            f"{scalar}* back = {'to' if plan.few(i) else f'transposed.data + {plan.transposed[i]}'};",
+            f"for (int o = 0; o < {layer.outputs}; ++o) for (int k = 0; k < {layer.window}; ++k) {{",
+            f"    const {scalar} value = w[o * {layer.window} + {order}];",
+            f"    back[o * {width} + k] = value;",
+            "" if plan.few(i) else f"    to[k * {out} + o] = value;",
+            "}}",
+        ]
+
+    @wp.func_native("\n".join(lines))
+    def pack(addresses: wp.array2d[wp.uint64], packed: wp.array[real], transposed: wp.array[real]): ...
+
+    @wp.kernel(module="unique", module_options=_module_options())
+    def pack_layers(
+        # in
+        addresses: wp.array2d[wp.uint64],
+        # out
+        packed: wp.array[real],
+        transposed: wp.array[real],
+    ):
+        pack(addresses, packed, transposed)
+
+    return pack_layers
+
+
+@functools.cache
+def unpack_kernel(plan: Plan, real: type) -> wp.Kernel:
+    """Add packed gradients to those of weights and biases, given by their addresses in turn for every flow, or 0."""
+    scalar, lines = "double" if real is wp.float64 else "float", []
+    for i, layer in enumerate(plan.layers):
+        width, out = _padded(layer.window), _padded(layer.outputs)
+        order = f"k % {layer.channels} * {layer.window // layer.channels} + k / {layer.channels}"
+        source = f"g[{out} + o * {width} + k]" if plan.few(i) else f"g[{out} + k * {out} + o]"
+        lines += [
+            "{",
+            f"const {scalar}* g = gradients.data + (long long)flow * {plan.packed[-1]} + {plan.packed[i]};",
+            f"{scalar}* w = ({scalar}*)addresses.data[flow * {2 * len(plan.layers)} + {2 * i}];",
+            f"{scalar}* b = ({scalar}*)addresses.data[flow * {2 * len(plan.layers)} + {2 * i + 1}];",
+            f"if (w) for (int o = 0; o < {layer.outputs}; ++o) for (int k = 0; k < {layer.window}; ++k)",
+            f"    w[o * {layer.window} + {order}] += {source};",
+            f"if (b) for (int o = 0; o < {layer.outputs}; ++o) b[o] += g[o];",
+            "}",
+        ]
+
+    @wp.func_native("\n".join(lines))
+    def unpack(gradients: wp.array[real], flow: int, addresses: wp.array2d[wp.uint64]): ...
+
+    @wp.kernel(module="unique", module_options=_module_options())
+    def unpack_layers(
+        # in
+        gradients: wp.array[real],
+        addresses: wp.array2d[wp.uint64],
+    ):
+        unpack(gradients, wp.tid(), addresses)
+
+    return unpack_layers
+
+
+@functools.cache
+def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
+    """The whole forward unrolling, network and physics, all steps; one thread per block of `SAMPLES` samples.
+
+    The rows of a block's trajectory stand together, sample by sample within a time step, so that a backward pass finds
+    them side by side; without `keep` there is room for one time step of one block.
+    """
+    types, step, evaluate = structure.types(real), structure.functions(real).step, _evaluate(plan, real)
+    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
+    load_x, store_x, store_c = x_row.load_at, x_row.store_at, c_row.store_at
+    Control, Parameters = types.Control, types.Parameters
+    row, out = plan.row, plan.offsets[-2]
+
+    @wp.func
+    def load_output(rows: wp.array[real], start: int):
+        c = Control()
+        for k in range(wp.static(structure.control_size)):
+            c[k] = rows[start + k]
+        return c
+
+    @wp.kernel(module="unique", module_options=_module_options())
+    def unroll_blocks(
+        # in
+        packed: wp.array[real],
+        p: wp.array[Parameters],
+        keep: int,
+        # in and out: time step 0 is read, the others are written
+        states: wp.array3d[real],
+        # out
+        controls: wp.array3d[real],
+        rows: wp.array[real],
+    ):
+        batch = states.shape[1]
+        first = SAMPLES * wp.tid()
+        count = wp.min(SAMPLES, batch - first)
+        for n in range(controls.shape[0]):
+            slot = int(0)
+            if keep != 0:
+                slot = first * controls.shape[0] + n * count
+            evaluate(packed, states, batch, n, first, count, rows, slot)
+            for s in range(count):
+                b = first + s
+                c = load_output(rows, (slot + s) * row + out)
+                store_c(controls, n, b, c)
+                store_x(states, n + 1, b, step(load_x(states, n, b), c, p[b % p.shape[0]]))
+
+    return unroll_blocks
+
+
+@functools.cache
+def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
+    """The whole backward pass of all flows: adjoints from the last step to the first, and the gradients of the weights.
+
+    Per time step and flow, μ_n and λ_n as in `kernels.sweep_kernel`, the network's part by its own transposed layers;
+    after every chunk of time steps, while its rows are in the cache, their share of the gradients. One thread takes
+    all blocks of samples in turn, so the order of all sums is fixed.
+    """
+    types, weighted_step = structure.types(real), weighted_step_function(structure, real)
+    evaluate, pull, contract = _evaluate(plan, real), _pull(plan, real), _contract(plan, real)
+    State, Control, Parameters = types.State, types.Control, types.Parameters
+    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
+    load_x, load_c, store_x = x_row.load_at, c_row.load_at, x_row.store_at
+    row, out, inputs, channels = plan.row, plan.offsets[-2], plan.inputs, plan.channels
+
+    @wp.func
+    def store_adjoint(deltas: wp.array[real], start: int, mu: Control):
+        for k in range(wp.static(structure.control_size)):
+            deltas[start + k] = mu[k]
+
+    @wp.func
+    def load_input(deltas: wp.array[real], start: int):
+        x = State()
+        for k in range(wp.static(inputs)):
+            x[k % wp.static(channels) * wp.static(inputs // channels) + k // wp.static(channels)] = deltas[start + k]
+        return x
+
+    @wp.kernel(module="unique", module_options=_module_options())
+    def sweep_blocks(
+        # in
+        packed: wp.array[real],
+        transposed: wp.array[real],
+        p: wp.array[Parameters],
+        states: wp.array3d[real],
+        controls: wp.array3d[real],
+        loss_states: wp.array3d[real],
+        loss_controls: wp.array3d[real],
+        gates: wp.array3d[real],
+        chunk: int,
+        kept: int,
+        # in if `kept`, else scratch for a chunk
+        rows: wp.array[real],
+        # scratch: a chunk of rows per flow
+        deltas: wp.array[real],
+        # in and out
+        adj_x: wp.array3d[real],
+        gradients: wp.array[real],
+    ):
+        batch = states.shape[1]
+        steps = controls.shape[0]
+        flows = adj_x.shape[0]
+        for first in range(0, batch, SAMPLES):
+            count = wp.min(SAMPLES, batch - first)
+            stop = int(steps)
+            while stop > 0:
+                start = wp.max(0, stop - chunk)
+                base = int(0)
+                if kept != 0:
+                    base = first * steps + start * count
+                else:
+                    for n in range(start, stop):
+                        evaluate(packed, states, batch, n, first, count, rows, (n - start) * count)
+                for back in range(stop - start):
+                    n = stop - 1 - back
+                    slot = (n - start) * count
+                    for f in range(flows):
+                        alpha = gates[f, n, 0]
+                        beta = gates[f, n, 1]
+                        own_slot = f * chunk * SAMPLES + slot
+                        for s in range(count):
+                            b = first + s
+                            dx, dc, _dp, _dy = wp.grad(weighted_step)(
+                                load_x(states, n, b), load_c(controls, n, b), p[b % p.shape[0]], load_x(adj_x, f, b)
+                            )
+                            store_adjoint(deltas, (own_slot + s) * row + out, dc + load_c(loss_controls, n, b))
+                            lam = load_x(loss_states, n, b)
+                            if alpha != real(0.0):
+                                lam += alpha * dx
+                            store_x(adj_x, f, b, lam)
+                        to_input = wp.where(beta != real(0.0), 1, 0)
+                        pull(packed, transposed, rows, base + slot, deltas, own_slot, count, to_input)
+                        if to_input != 0:
+                            for s in range(count):
+                                pulled = load_input(deltas, (own_slot + s) * row)
+                                store_x(adj_x, f, first + s, load_x(adj_x, f, first + s) + beta * pulled)
+                for f in range(flows):
+                    contract(rows, base, deltas, f * chunk * SAMPLES, (stop - start) * count, gradients, f)
+                stop = start
+
+    return sweep_blocks
+
