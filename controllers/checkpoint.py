@@ -66,7 +66,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content.keys() == KEYS:
             return content
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, LookupError, ValueError):
         pass
     raise ValueError(f"out: {path} is not a checkpoint of this program")
 

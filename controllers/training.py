@@ -177,6 +177,19 @@ class Loop:
 
     def update(self, states: torch.Tensor, measure: bool) -> None:
         """One step of the optimiser: sums over parts and ranks first, then the flow's comparison, then clipping."""
+        if self.settings.accumulate == 1 and self.ranks.world == 1:
+            when, control_cost = self.settings.when, self.settings.control_cost
+            self.losses[self.minibatch] += self.rollout.value_and_grad(states, when, control_cost)
+        else:
+            self.accumulate(states)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if measure:
+            self.update_norm_squared = float(sum(gradient.square().sum() for gradient in gradients))
+        clip_gradients(gradients, self.settings.clip, self.settings.clip_at)
+        self.optimiser.step()
+
+    def accumulate(self, states: torch.Tensor) -> None:
+        """Leave the gradient of a minibatch that comes in parts, or that several ranks share."""
         self.optimiser.zero_grad(set_to_none=True)
         for part in states.tensor_split(self.settings.accumulate):
             rows = self.ranks.share(part)
@@ -184,11 +197,6 @@ class Loop:
             loss = self.loss(rows) * (len(rows) / len(states))
             loss.backward()
             self.losses[self.minibatch] += loss.detach()
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        if measure:
-            self.update_norm_squared = float(sum(gradient.square().sum() for gradient in gradients))
-        clip_gradients(gradients, self.settings.clip, self.settings.clip_at)
-        self.optimiser.step()
 
     def loss(self, initial_states: torch.Tensor) -> torch.Tensor:
         """Loss of the trajectories that the controller steers from here."""

@@ -138,8 +138,9 @@ def _padded(n: int) -> int:
 
 @functools.cache
 def _module_options() -> dict[str, Any]:
-    """Put the C++ of layers.h in front of a module's own code."""
-    source = files("warp_phys").joinpath("native", "layers.h").read_text(encoding="utf-8")
+    """Put the C++ of the folder `native` in front of a module's own code."""
+    folder = files("warp_phys").joinpath("native")
+    source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("layers.h", "quantum.h"))
     return {"extra_build_options": wp.ModuleBuildOptions(extra_cpu_preamble=source), "enable_backward": False}
 
 
@@ -327,24 +328,64 @@ def unpack_kernel(plan: Plan, real: type) -> wp.Kernel:
 
 
 @functools.cache
+def advance_function(structure: Any, real: type) -> Any:
+    """Return `advance(states, controls, p, n, first, count)`: states[n + 1] of a block of samples from states[n]."""
+    types, functions = structure.types(real), structure.functions(real)
+    if functions.advance is not None:
+        return functions.advance
+    Parameters, step = types.Parameters, functions.step
+    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
+    load_x, store_x, load_c = x_row.load_at, x_row.store_at, c_row.load_at
+
+    @wp.func
+    def advance(
+        states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int
+    ):
+        for b in range(first, first + count):
+            store_x(states, n + 1, b, step(load_x(states, n, b), load_c(controls, n, b), p[b % p.shape[0]]))
+
+    return advance
+
+
+@functools.cache
+def retreat_function(structure: Any, real: type) -> Any:
+    """Return `retreat(states, controls, p, n, first, count, adj_x, adj_c)`, the adjoint of `advance_function`.
+
+    For every flow f and sample b of the block, adj_x[f, b] becomes (∂S/∂x)ᵀ adj_x[f, b], and adj_c[f, b − first]
+    becomes (∂S/∂c)ᵀ adj_x[f, b]. states[n + 1] may be read: it holds the step's result.
+    """
+    types, functions = structure.types(real), structure.functions(real)
+    if functions.retreat is not None:
+        return functions.retreat
+    Parameters, weighted_step = types.Parameters, weighted_step_function(structure, real)
+    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
+    load_x, store_x, load_c, store_c = x_row.load_at, x_row.store_at, c_row.load_at, c_row.store_at
+
+    @wp.func
+    def retreat(
+        states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int,
+        adj_x: wp.array3d[real], adj_c: wp.array3d[real],
+    ):  # fmt: skip
+        for f in range(adj_x.shape[0]):
+            for b in range(first, first + count):
+                dx, dc, _dp, _dy = wp.grad(weighted_step)(
+                    load_x(states, n, b), load_c(controls, n, b), p[b % p.shape[0]], load_x(adj_x, f, b)
+                )
+                store_x(adj_x, f, b, dx)
+                store_c(adj_c, f, b - first, dc)
+
+    return retreat
+
+
+@functools.cache
 def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
     """The whole forward unrolling, network and physics, all steps; one thread per block of `SAMPLES` samples.
 
     The rows of a block's trajectory stand together, sample by sample within a time step, so that a backward pass finds
     them side by side; without `keep` there is room for one time step of one block.
     """
-    types, step, evaluate = structure.types(real), structure.functions(real).step, _evaluate(plan, real)
-    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
-    load_x, store_x, store_c = x_row.load_at, x_row.store_at, c_row.store_at
-    Control, Parameters = types.Control, types.Parameters
-    row, out = plan.row, plan.offsets[-2]
-
-    @wp.func
-    def load_output(rows: wp.array[real], start: int):
-        c = Control()
-        for k in range(wp.static(structure.control_size)):
-            c[k] = rows[start + k]
-        return c
+    types, advance, evaluate = structure.types(real), advance_function(structure, real), _evaluate(plan, real)
+    Parameters, row, out = types.Parameters, plan.row, plan.offsets[-2]
 
     @wp.kernel(module="unique", module_options=_module_options())
     def unroll_blocks(
@@ -367,10 +408,9 @@ def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
                 slot = first * controls.shape[0] + n * count
             evaluate(packed, states, batch, n, first, count, rows, slot)
             for s in range(count):
-                b = first + s
-                c = load_output(rows, (slot + s) * row + out)
-                store_c(controls, n, b, c)
-                store_x(states, n + 1, b, step(load_x(states, n, b), c, p[b % p.shape[0]]))
+                for k in range(controls.shape[2]):
+                    controls[n, first + s, k] = rows[(slot + s) * row + out + k]
+            advance(states, controls, p, n, first, count)
 
     return unroll_blocks
 
@@ -383,24 +423,10 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
     after every chunk of time steps, while its rows are in the cache, their share of the gradients. One thread takes
     all blocks of samples in turn, so the order of all sums is fixed.
     """
-    types, weighted_step = structure.types(real), weighted_step_function(structure, real)
-    evaluate, pull, contract = _evaluate(plan, real), _pull(plan, real), _contract(plan, real)
-    State, Control, Parameters = types.State, types.Control, types.Parameters
-    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
-    load_x, load_c, store_x = x_row.load_at, c_row.load_at, x_row.store_at
+    retreat, evaluate = retreat_function(structure, real), _evaluate(plan, real)
+    pull, contract = _pull(plan, real), _contract(plan, real)
+    Parameters = structure.types(real).Parameters
     row, out, inputs, channels = plan.row, plan.offsets[-2], plan.inputs, plan.channels
-
-    @wp.func
-    def store_adjoint(deltas: wp.array[real], start: int, mu: Control):
-        for k in range(wp.static(structure.control_size)):
-            deltas[start + k] = mu[k]
-
-    @wp.func
-    def load_input(deltas: wp.array[real], start: int):
-        x = State()
-        for k in range(wp.static(inputs)):
-            x[k % wp.static(channels) * wp.static(inputs // channels) + k // wp.static(channels)] = deltas[start + k]
-        return x
 
     @wp.kernel(module="unique", module_options=_module_options())
     def sweep_blocks(
@@ -419,6 +445,8 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
         rows: wp.array[real],
         # scratch: a chunk of rows per flow
         deltas: wp.array[real],
+        # scratch: (flows, SAMPLES, K)
+        adj_c: wp.array3d[real],
         # in and out
         adj_x: wp.array3d[real],
         gradients: wp.array[real],
@@ -440,26 +468,26 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
                 for back in range(stop - start):
                     n = stop - 1 - back
                     slot = (n - start) * count
+                    retreat(states, controls, p, n, first, count, adj_x, adj_c)
                     for f in range(flows):
                         alpha = gates[f, n, 0]
                         beta = gates[f, n, 1]
                         own_slot = f * chunk * SAMPLES + slot
                         for s in range(count):
-                            b = first + s
-                            dx, dc, _dp, _dy = wp.grad(weighted_step)(
-                                load_x(states, n, b), load_c(controls, n, b), p[b % p.shape[0]], load_x(adj_x, f, b)
-                            )
-                            store_adjoint(deltas, (own_slot + s) * row + out, dc + load_c(loss_controls, n, b))
-                            lam = load_x(loss_states, n, b)
-                            if alpha != real(0.0):
-                                lam += alpha * dx
-                            store_x(adj_x, f, b, lam)
+                            for k in range(controls.shape[2]):
+                                mu = adj_c[f, s, k] + loss_controls[n, first + s, k]
+                                deltas[(own_slot + s) * row + out + k] = mu
                         to_input = wp.where(beta != real(0.0), 1, 0)
                         pull(packed, transposed, rows, base + slot, deltas, own_slot, count, to_input)
-                        if to_input != 0:
-                            for s in range(count):
-                                pulled = load_input(deltas, (own_slot + s) * row)
-                                store_x(adj_x, f, first + s, load_x(adj_x, f, first + s) + beta * pulled)
+                        for s in range(count):
+                            for k in range(inputs):
+                                i = k % wp.static(channels) * wp.static(inputs // channels) + k // wp.static(channels)
+                                lam = loss_states[n, first + s, i]
+                                if alpha != real(0.0):
+                                    lam += alpha * adj_x[f, first + s, i]
+                                if to_input != 0:
+                                    lam += beta * deltas[(own_slot + s) * row + k]
+                                adj_x[f, first + s, i] = lam
                 for f in range(flows):
                     contract(rows, base, deltas, f * chunk * SAMPLES, (stop - start) * count, gradients, f)
                 stop = start

@@ -105,12 +105,13 @@ class Network:
         if not use:
             rows.writes += 1
         deltas = workspace.array("deltas", (flows * chunk * SAMPLES * plan.row,), real, "cpu")
+        adj_c = workspace.array("adj_c of a block", (flows, SAMPLES, plan.outputs), real, "cpu")
         gradients = workspace.array("packed gradients", (flows * plan.packed[-1],), real, "cpu")
         gradients.zero_()
         kernel = native.sweep_kernel(system.structure, plan, real)
         inputs = [
             self._packed, self._transposed, trajectory.parameters, trajectory.states, trajectory.controls,
-            seeds.states, seeds.controls, gates, chunk, int(use), rows.array, deltas, adj_x, gradients,
+            seeds.states, seeds.controls, gates, chunk, int(use), rows.array, deltas, adj_c, adj_x, gradients,
         ]  # fmt: skip
         wp.launch(kernel, 1, inputs, device="cpu", record_tape=False)
         self._return(rows)

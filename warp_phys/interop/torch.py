@@ -14,11 +14,16 @@ from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
 from warp_phys.interop.torch_controller import TorchController, TorchLinearisation
 from warp_phys.interop.torch_dense import as_array
+from warp_phys.interop.torch_direct import DirectPass, is_finite
 from warp_phys.interop.torch_loss import pointwise_cost, refuse_second_derivative, rows_of_parameters, torch_stream
 from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
 from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
 from warp_phys.systems.base import Simulator, System
+from warp_phys.systems.losses import chosen_times
+
+DIRECT_PASSES = 8
+"""Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
 
 __all__ = ["Report", "Rollout", "pointwise_cost"]
 
@@ -73,6 +78,7 @@ class Rollout:
         # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
         self._workspaces: list[Workspace] = []
         self._gates: dict[tuple, tuple[np.ndarray, wp.array]] = {}
+        self._direct: dict[tuple, DirectPass] = {}
         self.dtype, self.device = _precision_and_device(controller, device)
         check_sizes(system, self._adapter.dense() or controller)
         self._backend = check_choice("backend", backend, BACKENDS)
@@ -101,7 +107,7 @@ class Rollout:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory, so that copies and pickles are possible."""
-        return {**vars(self), "_workspaces": [], "_gates": {}, "report": Report()}
+        return {**vars(self), "_workspaces": [], "_gates": {}, "_direct": {}, "report": Report()}
 
     @property
     def flow(self) -> Flow | Combined:
@@ -136,6 +142,70 @@ class Rollout:
         if torch.is_grad_enabled() and (trainable or x0.requires_grad or (rows is not None and rows.requires_grad)):
             return _Unroll.apply(self, x0, rows, *trainable)
         return self._forward(x0, rows, keep=False)[:2]
+
+    def value_and_grad(
+        self, x0: Any, when: str | Sequence[int] = "final", control_cost: float = 0.0
+    ) -> torch.Tensor:
+        """Return the loss of `System.loss`, and leave the flow's update in the `.grad` of the controller's parameters.
+
+        The numbers are those of `loss = system.loss(*rollout(x0), …)` and `loss.backward()` after clearing the
+        gradients; what the gradients held is replaced. On the fused backend there is no graph of autograd in between
+        and all memory is kept from one call to the next, the gradients' too, which makes an update much cheaper.
+
+        Args:
+            x0: Initial states, shape (batch, D): torch, numpy or any DLPack array.
+            when: "final", "every", or the chosen steps.
+            control_cost: Factor of the mean squared control.
+
+        Returns:
+            The loss, a tensor of no dimensions, detached.
+
+        Raises:
+            TypeError, ValueError: As a call of the rollout and `System.loss` do.
+            Diverged: A state is not finite, and `on_divergence` is "raise".
+        """
+        x0 = self._initial_states(x0)
+        if self.device.type != "cpu" or not isinstance(self.system, System) or self.backend != "fused":
+            return self._value_and_grad_by_graph(x0, when, control_cost)
+        direct = self._direct_pass(len(x0), when, control_cost)
+        with torch.no_grad():
+            direct.forward(x0)
+            if not is_finite(direct.states):
+                if self.on_divergence == "raise":
+                    self._handle_divergence(direct.states, direct.controls)
+                return self._value_and_grad_by_graph(x0, when, control_cost)
+            loss = direct.loss()
+            direct.backward()
+            if self.reduce is not None:
+                self.reduce(direct.updates)
+            self.report = direct.leave(self.flow)
+        return loss
+
+    def _direct_pass(self, batch: int, when: str | Sequence[int], control_cost: float) -> DirectPass:
+        """Return the memory of a pass: kept as long as nothing changes but numbers."""
+        self._check_place()
+        parts = linear_parts(self.flow)
+        flows = distinct([*parts, *(part for flow in self.observe for part in linear_parts(resolve(flow)))])
+        times = chosen_times(when, self.steps)
+        key = (self.steps, batch, flows, times, float(control_cost), str(self._adapter.signature()))
+        if key not in self._direct:
+            if len(self._direct) >= DIRECT_PASSES:
+                self._direct.pop(next(iter(self._direct)))
+            shape = (self.steps, batch)
+            self._direct[key] = DirectPass(
+                self.system, self._adapter, shape, flows, times, float(control_cost), self.dtype
+            )
+        return self._direct[key]
+
+    def _value_and_grad_by_graph(self, x0: torch.Tensor, when: str | Sequence[int], control_cost: float) -> torch.Tensor:
+        """Do the same for any backend."""
+        for parameter in self._adapter.trainable:
+            parameter.grad = None
+        with torch.enable_grad():
+            states, controls = self(x0)
+            loss = self.system.loss(states, controls, when=when, control_cost=control_cost)  # type: ignore[attr-defined]
+            loss.backward()
+        return loss.detach()
 
     def _initial_states(self, x0: Any) -> torch.Tensor:
         """Return x0 as a tensor that fits, or raise."""

@@ -24,13 +24,16 @@ constexpr int PAD = 16;
 constexpr int padded(int n) { return (n + PAD - 1) / PAD * PAD; }
 
 template <typename T> struct Vector {
-    typedef T type __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+    typedef T type __attribute__((vector_size(VECTOR_BYTES)));
+    typedef T in_memory __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
     static constexpr int lanes = VECTOR_BYTES / int(sizeof(T));
 };
 template <typename T> using vector = typename Vector<T>::type;
 
-template <typename T> static inline vector<T> load(const T* p) { return *(const vector<T>*)p; }
-template <typename T> static inline void store(T* p, vector<T> v) { *(vector<T>*)p = v; }
+template <typename T> static inline vector<T> load(const T* p) {
+    return *(const typename Vector<T>::in_memory*)p;
+}
+template <typename T> static inline void store(T* p, vector<T> v) { *(typename Vector<T>::in_memory*)p = v; }
 
 // The widest panel of columns, and the rows of a block beside it: sums, weights and one factor fit in the registers.
 constexpr int PANEL = REGISTERS == 32 ? 7 : 3;
@@ -302,18 +305,20 @@ struct Layer {
         return first;
     }
 
+    // The last panel first: where windows' outputs stand side by side, its padding spills over the next window's first
+    // outputs, which are written afterwards.
     template <int FROM> static inline void forward_panels(
         int rows, const T* x, int x_pitch, const T* weights, T* y, int y_pitch, int slopes
     ) {
         if constexpr (FROM < NO) {
             constexpr int W = panel_width(NO), NV = NO - FROM < W ? NO - FROM : W, R = block_rows(NV);
+            forward_panels<FROM + NV>(rows, x, x_pitch, weights, y, y_pitch, slopes);
             const T* w = weights + FROM * L;
             T* to = y + FROM * L;
             int first = forward_rows<NV, R>(0, rows, x, x_pitch, w, to, y_pitch, slopes);
             if constexpr (R > 4) first = forward_rows<NV, 4>(first, rows, x, x_pitch, w, to, y_pitch, slopes);
             if constexpr (R > 2) first = forward_rows<NV, 2>(first, rows, x, x_pitch, w, to, y_pitch, slopes);
             if constexpr (R > 1) forward_rows<NV, 1>(first, rows, x, x_pitch, w, to, y_pitch, slopes);
-            forward_panels<FROM + NV>(rows, x, x_pitch, weights, y, y_pitch, slopes);
         }
     }
 

@@ -70,6 +70,10 @@ class SystemFunctions(NamedTuple):
     """`step(x: State, c: Control, p: Parameters) -> State`."""
     cost: Any
     """`cost(x: State, p: Parameters) -> real`, the pointwise cost of one sample at one time."""
+    advance: Any = None
+    """If given, the step of a block of samples, for a CPU: see `native_kernels.advance_function`."""
+    retreat: Any = None
+    """Its vector-Jacobian product, likewise: see `native_kernels.retreat_function`."""
 
 
 @functools.cache

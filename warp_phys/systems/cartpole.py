@@ -94,35 +94,48 @@ def _rate(system: CartPole, real: type) -> Any:
     Poles = wp.types.vector(length=system.poles, dtype=real)
 
     @wp.func
-    def pole_acceleration(theta: real, omega: real, f: real, p: Parameters):
-        sine = wp.sin(theta)
-        cosine = wp.cos(theta)
+    def sines(x: State):
+        out = Poles()
+        for i in range(wp.static(system.poles)):
+            out[i] = wp.sin(x[2 * i + 2])
+        return out
+
+    @wp.func
+    def cosines(x: State):
+        out = Poles()
+        for i in range(wp.static(system.poles)):
+            out[i] = wp.cos(x[2 * i + 2])
+        return out
+
+    @wp.func
+    def pole_acceleration(sine: real, cosine: real, omega: real, f: real, p: Parameters):
         push = (f + p.pole_mass * p.half_length * sine * omega * omega) / p.total_mass
         inertia = p.half_length * (real(4.0) / real(3.0) - p.pole_mass * cosine * cosine / p.total_mass)
         return (p.gravity * sine - cosine * push) / inertia
 
     @wp.func
-    def pole_accelerations(x: State, f: real, p: Parameters):
+    def pole_accelerations(x: State, sine: Poles, cosine: Poles, f: real, p: Parameters):
         out = Poles()
         for i in range(wp.static(system.poles)):
-            out[i] = pole_acceleration(x[2 * i + 2], x[2 * i + 3], f, p)
+            out[i] = pole_acceleration(sine[i], cosine[i], x[2 * i + 3], f, p)
         return out
 
     @wp.func
-    def reaction(x: State, acceleration: Poles):
+    def reaction(x: State, sine: Poles, cosine: Poles, acceleration: Poles):
         total = real(0.0)
         for i in range(wp.static(system.poles)):
-            theta = x[2 * i + 2]
             omega = x[2 * i + 3]
-            total += wp.sin(theta) * omega * omega - acceleration[i] * wp.cos(theta)
+            total += sine[i] * omega * omega - acceleration[i] * cosine[i]
         return total
 
     @wp.func
     def cart_pole_rate(x: State, c: Control, p: Parameters):
-        acceleration = pole_accelerations(x, c[0], p)
+        sine = sines(x)
+        cosine = cosines(x)
+        acceleration = pole_accelerations(x, sine, cosine, c[0], p)
         out = State()
         out[0] = x[1]
-        out[1] = (c[0] + p.pole_mass * p.half_length * reaction(x, acceleration)) / p.total_mass
+        out[1] = (c[0] + p.pole_mass * p.half_length * reaction(x, sine, cosine, acceleration)) / p.total_mass
         for i in range(wp.static(system.poles)):
             out[2 * i + 2] = x[2 * i + 3]
             out[2 * i + 3] = acceleration[i]
