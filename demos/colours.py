@@ -10,6 +10,8 @@ COLOURS = {
     "stopped": "#999999",  # grey
     "controller": "#CC79A7",  # reddish purple
     "combined": "#009E73",  # bluish green
+    "geometric": "#E69F00",  # orange
+    "minmod": "#56B4E9",  # sky blue
 }
 
 
