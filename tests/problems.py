@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tests.toy import TwoControls
-from warp_phys import CartPole, Quantum, Repulsion
+from warp_phys import CartPole, Polynomial, Quantum, Repulsion
 
 
 @dataclass(frozen=True)
@@ -50,4 +50,6 @@ PROBLEMS = [
     Problem(Quantum(points=2, target=1)),
     Problem(Quantum(points=5, target=3, dt=0.02)),
     Problem(Quantum(points=40, target=4)),
+    Problem(Polynomial()),
+    Problem(Polynomial(dt=0.3, start=0.5, target=-1.0)),
 ]

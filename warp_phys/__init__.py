@@ -5,7 +5,7 @@ from warp_phys.errors import Diverged
 from warp_phys.flow import COMBINED, CONTROLLER, MODIFIED, REGULAR, STOPPED, Combined, Flow, agree, geometric, minmod
 from warp_phys.layers import Dense
 from warp_phys.rollout import Rollout
-from warp_phys.systems import SYSTEMS, CartPole, Quantum, Repulsion, Simulator, System
+from warp_phys.systems import SYSTEMS, CartPole, Polynomial, Quantum, Repulsion, Simulator, System
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,7 @@ __all__ = [
     "Dense",
     "Diverged",
     "Flow",
+    "Polynomial",
     "Quantum",
     "Repulsion",
     "Rollout",

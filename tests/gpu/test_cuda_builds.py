@@ -4,7 +4,17 @@ import pytest
 import warp as wp
 
 from tests.toy import TwoControls
-from warp_phys import CartPole, Quantum, Repulsion, dense_kernels, gate_kernels, kernels, row_kernels
+from warp_phys import (
+    CartPole,
+    Polynomial,
+    Quantum,
+    Repulsion,
+    dense_kernels,
+    gate_kernels,
+    kernels,
+    landscape_kernels,
+    row_kernels,
+)
 from warp_phys.activations import ACTIVATIONS
 
 ARCHITECTURES = [80, 90]
@@ -18,6 +28,7 @@ SYSTEMS = [
     TwoControls(),
     Repulsion(),
     Quantum(),
+    Polynomial(),
 ]
 OF_A_SYSTEM = [
     kernels.step_kernel,
@@ -38,6 +49,7 @@ OF_A_PRECISION = [
     row_kernels.add_rows_kernel,
     row_kernels.sum_rows_kernel,
     row_kernels.gate_rows_kernel,
+    landscape_kernels.contract_kernel,
 ]
 
 
@@ -55,6 +67,7 @@ def _all_kernels():
             yield f"dense-{name}-{suffix}", lambda n=name, r=real: dense_kernels.dense_kernel(n, r)
             yield f"slope-{name}-{suffix}", lambda n=name, r=real: dense_kernels.dense_with_slope_kernel(n, r)
             yield f"lanes-{name}-{suffix}", lambda n=name, r=real: dense_kernels.activate_kernel(n, r)
+        yield f"landscape-{suffix}", lambda r=real: landscape_kernels.unroll_kernel(Polynomial().structure, r)
         yield f"pack-{suffix}", lambda r=real: dense_kernels.pack_kernel(112, r)
         for system in SYSTEMS:
             if real is wp.float64 and system == SYSTEMS[1]:
@@ -82,7 +95,7 @@ def test_kernel_compiles_for_cuda(name, make, tmp_path):
 
 def test_the_list_is_complete():
     """A kernel factory that is missing above fails here."""
-    modules = [dense_kernels, gate_kernels, kernels, row_kernels]
+    modules = [dense_kernels, gate_kernels, kernels, landscape_kernels, row_kernels]
     factories = {f"{m.__name__}.{name}" for m in modules for name in vars(m) if name.endswith("_kernel")}
     listed = {f"{f.__module__}.{f.__name__}" for f in (*OF_A_SYSTEM, *OF_A_PRECISION)}
     one_by_one = {
@@ -93,5 +106,6 @@ def test_the_list_is_complete():
         "warp_phys.dense_kernels.unroll_kernel",
         "warp_phys.dense_kernels.activate_kernel",
         "warp_phys.row_kernels.combine_kernel",
+        "warp_phys.landscape_kernels.unroll_kernel",
     }
     assert factories == listed | one_by_one

@@ -2,10 +2,26 @@
 
 from warp_phys.systems.base import Simulator, System, SystemFunctions, SystemTypes
 from warp_phys.systems.cartpole import CartPole
+from warp_phys.systems.polynomial import Polynomial
 from warp_phys.systems.quantum import Quantum
 from warp_phys.systems.repulsion import Repulsion
 
-SYSTEMS: dict[str, type[System]] = {"cartpole": CartPole, "repulsion": Repulsion, "quantum": Quantum}
+SYSTEMS: dict[str, type[System]] = {
+    "cartpole": CartPole,
+    "repulsion": Repulsion,
+    "quantum": Quantum,
+    "polynomial": Polynomial,
+}
 """The systems by name, as command lines and files know them."""
 
-__all__ = ["SYSTEMS", "CartPole", "Quantum", "Repulsion", "Simulator", "System", "SystemFunctions", "SystemTypes"]
+__all__ = [
+    "SYSTEMS",
+    "CartPole",
+    "Polynomial",
+    "Quantum",
+    "Repulsion",
+    "Simulator",
+    "System",
+    "SystemFunctions",
+    "SystemTypes",
+]
