@@ -51,8 +51,7 @@ class Network:
 
     def pack(self, weights: Sequence[int]) -> None:
         """Read the weights and biases, given by their addresses in turn; the memory must be the CPU's, contiguous."""
-        inputs, outputs = [self._addresses([weights])], [self._packed, self._transposed]
-        wp.launch(native.pack_kernel(self.plan, self.real), 1, inputs, outputs, device="cpu", record_tape=False)
+        self.pack_launch(self._addresses([weights]))
 
     def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool) -> Kept:
         """Write states[1:] and controls from states[0], with the weights packed last.
@@ -60,14 +59,10 @@ class Network:
         Returns:
             The activations of all rows if `keep` asks for them and there is room, for `sweep`; else of the last ones.
         """
-        steps, batch, _ = controls.shape
-        length = steps * batch * self.plan.row
-        keep = keep and length * self._packed.strides[0] <= KEPT_BYTES
-        rows = self._borrow(length if keep else SAMPLES * self.plan.row)
+        keep = keep and self.can_keep(controls)
+        rows = self._borrow(self.row_count(controls, keep))
         rows.writes += 1
-        inputs, outputs = [self._packed, parameters, int(keep), states], [controls, rows.array]
-        kernel, threads = native.unroll_kernel(system.structure, self.plan, self.real), -(-batch // SAMPLES)
-        wp.launch(kernel, threads, inputs, outputs, device="cpu", record_tape=False)
+        self.unroll_launch(system, states, controls, parameters, rows.array, keep)
         kept = Kept(rows)
         if not keep:
             self._return(rows)
@@ -96,24 +91,14 @@ class Network:
         Returns:
             The gradients of the weights in the packed layout, shape (flows · packed length).
         """
-        plan, real, flows = self.plan, self.real, len(adj_x)
-        steps, batch, _ = trajectory.controls.shape
-        chunk = min(steps, max(1, plan.chunk // min(batch, SAMPLES)))
         kept = trajectory.kept
         use = isinstance(kept, Kept) and kept.valid
-        rows = kept.rows if use else self._borrow(chunk * SAMPLES * plan.row)
+        rows = kept.rows if use else self._borrow(self.chunk(trajectory.controls) * SAMPLES * self.plan.row)
         if not use:
             rows.writes += 1
-        deltas = workspace.array("deltas", (flows * chunk * SAMPLES * plan.row,), real, "cpu")
-        adj_c = workspace.array("adj_c of a block", (flows, SAMPLES, plan.outputs), real, "cpu")
-        gradients = workspace.array("packed gradients", (flows * plan.packed[-1],), real, "cpu")
+        gradients = self.gradients(len(adj_x), workspace)
         gradients.zero_()
-        kernel = native.sweep_kernel(system.structure, plan, real)
-        inputs = [
-            self._packed, self._transposed, trajectory.parameters, trajectory.states, trajectory.controls,
-            seeds.states, seeds.controls, gates, chunk, int(use), rows.array, deltas, adj_c, adj_x, gradients,
-        ]  # fmt: skip
-        wp.launch(kernel, 1, inputs, device="cpu", record_tape=False)
+        self.sweep_launch(system, trajectory, seeds, gates, adj_x, rows.array, use, gradients, workspace)
         self._return(rows)
         return gradients
 
@@ -122,14 +107,77 @@ class Network:
 
         The addresses are kept for the life of the network if they are `lasting`: a captured graph reads them.
         """
-        inputs = [gradients, self._addresses(targets) if lasting else _address_array(targets)]
+        self.unpack_launch(gradients, self._addresses(targets) if lasting else address_array(targets))
+
+    def can_keep(self, controls: wp.array) -> bool:
+        """Whether there is room for the activations of all rows of a trajectory."""
+        return self.row_count(controls, keep=True) * self._packed.strides[0] <= KEPT_BYTES
+
+    def row_count(self, controls: wp.array, keep: bool) -> int:
+        """Return the length of the buffer that `unroll_launch` writes its rows to."""
+        return (controls.shape[0] * controls.shape[1] if keep else SAMPLES) * self.plan.row
+
+    def chunk(self, controls: wp.array) -> int:
+        """Return the number of time steps that a backward pass takes at a time."""
+        steps, batch, _ = controls.shape
+        return min(steps, max(1, self.plan.chunk // min(batch, SAMPLES)))
+
+    def gradients(self, flows: int, workspace: Any) -> wp.array:
+        """Return the workspace's array for the packed gradients of all flows; its contents are those of the last pass."""
+        return workspace.array("packed gradients", (flows * self.plan.packed[-1],), self.real, "cpu")
+
+    def pack_launch(self, addresses: wp.array, record: bool = False) -> Any:
+        """Launch the packing, or return the launch if it is to be recorded; so do the three below."""
+        inputs = [addresses, self._packed, self._transposed]
+        return _launch(native.pack_kernel(self.plan, self.real), 1, inputs, record)
+
+    def unroll_launch(
+        self,
+        system: Any,
+        states: wp.array,
+        controls: wp.array,
+        parameters: wp.array,
+        rows: wp.array,
+        keep: bool,
+        record: bool = False,
+    ) -> Any:
+        """Launch the unrolling."""
+        inputs = [self._packed, parameters, int(keep), states, controls, rows]
+        blocks = -(-controls.shape[1] // SAMPLES)
+        return _launch(native.unroll_kernel(system.structure, self.plan, self.real), blocks, inputs, record)
+
+    def sweep_launch(
+        self,
+        system: Any,
+        trajectory: Any,
+        seeds: Any,
+        gates: wp.array,
+        adj_x: wp.array,
+        rows: wp.array,
+        kept: bool,
+        gradients: wp.array,
+        workspace: Any,
+        record: bool = False,
+    ) -> Any:
+        """Launch the backward pass, which adds to `gradients`; `rows` holds the activations if they are `kept`."""
+        flows, chunk, plan = len(adj_x), self.chunk(trajectory.controls), self.plan
+        deltas = workspace.array("deltas", (flows * chunk * SAMPLES * plan.row,), self.real, "cpu")
+        adj_c = workspace.array("adj_c of a block", (flows, SAMPLES, plan.outputs), self.real, "cpu")
+        inputs = [
+            self._packed, self._transposed, trajectory.parameters, trajectory.states, trajectory.controls,
+            seeds.states, seeds.controls, gates, chunk, int(kept), rows, deltas, adj_c, adj_x, gradients,
+        ]  # fmt: skip
+        return _launch(native.sweep_kernel(system.structure, plan, self.real), 1, inputs, record)
+
+    def unpack_launch(self, gradients: wp.array, addresses: wp.array, record: bool = False) -> Any:
+        """Launch the unpacking."""
         kernel = native.unpack_kernel(self.plan, self.real)
-        wp.launch(kernel, len(targets), inputs, device="cpu", record_tape=False)
+        return _launch(kernel, len(addresses), [gradients, addresses], record)
 
     def _addresses(self, rows: Sequence[Sequence[int]]) -> wp.array:
         key = tuple(map(tuple, rows))
         if key not in self._lasting:
-            self._lasting[key] = _address_array(rows)
+            self._lasting[key] = address_array(rows)
         return self._lasting[key]
 
     def _borrow(self, length: int) -> Rows:
@@ -148,7 +196,10 @@ class Network:
             self._free[len(rows.array)].append(rows)
 
 
-def _address_array(rows: Sequence[Sequence[int]]) -> wp.array:
+def address_array(rows: Sequence[Sequence[int]]) -> wp.array:
+    """Return addresses as the kernels take them, shape (rows, addresses); the caller keeps the memory there alive."""
     return wp.array(np.array(rows, dtype=np.uint64), dtype=wp.uint64, device="cpu")
 
 
+def _launch(kernel: wp.Kernel, dim: int, inputs: Sequence[Any], record: bool) -> Any:
+    return wp.launch(kernel, dim=dim, inputs=inputs, device="cpu", record_tape=False, record_cmd=record)

@@ -263,7 +263,9 @@ def choose_backend(backend: str, system: Any, controller: Controller, cuda: bool
     check_choice("backend", backend, BACKENDS)
     fits = controller.fits(system)
     if backend == "fused" and not fits:
-        raise ValueError("backend 'fused' needs a System and a controller of layers that the engine has; use 'general' or 'auto'")
+        raise ValueError(
+            "backend 'fused' needs a System and a controller of layers that the engine has; use 'general' or 'auto'"
+        )
     if backend == "auto":
         return "fused" if fits and not cuda else "general"
     return backend

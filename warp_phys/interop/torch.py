@@ -143,9 +143,7 @@ class Rollout:
             return _Unroll.apply(self, x0, rows, *trainable)
         return self._forward(x0, rows, keep=False)[:2]
 
-    def value_and_grad(
-        self, x0: Any, when: str | Sequence[int] = "final", control_cost: float = 0.0
-    ) -> torch.Tensor:
+    def value_and_grad(self, x0: Any, when: str | Sequence[int] = "final", control_cost: float = 0.0) -> torch.Tensor:
         """Return the loss of `System.loss`, and leave the flow's update in the `.grad` of the controller's parameters.
 
         The numbers are those of `loss = system.loss(*rollout(x0), …)` and `loss.backward()` after clearing the
@@ -165,9 +163,9 @@ class Rollout:
             Diverged: A state is not finite, and `on_divergence` is "raise".
         """
         x0 = self._initial_states(x0)
-        if self.device.type != "cpu" or not isinstance(self.system, System) or self.backend != "fused":
-            return self._value_and_grad_by_graph(x0, when, control_cost)
         direct = self._direct_pass(len(x0), when, control_cost)
+        if direct is None:
+            return self._value_and_grad_by_graph(x0, when, control_cost)
         with torch.no_grad():
             direct.forward(x0)
             if not is_finite(direct.states):
@@ -181,23 +179,27 @@ class Rollout:
             self.report = direct.leave(self.flow)
         return loss
 
-    def _direct_pass(self, batch: int, when: str | Sequence[int], control_cost: float) -> DirectPass:
-        """Return the memory of a pass: kept as long as nothing changes but numbers."""
-        self._check_place()
-        parts = linear_parts(self.flow)
-        flows = distinct([*parts, *(part for flow in self.observe for part in linear_parts(resolve(flow)))])
-        times = chosen_times(when, self.steps)
-        key = (self.steps, batch, flows, times, float(control_cost), str(self._adapter.signature()))
+    def _direct_pass(self, batch: int, when: str | Sequence[int], control_cost: float) -> DirectPass | None:
+        """Return the memory of a pass, kept as long as nothing changes but numbers; None where it is not possible."""
+        fingerprint = self._adapter.fingerprint() if self.device.type == "cpu" else None
+        if fingerprint is None:
+            return None
+        when = when if isinstance(when, str) else tuple(when)
+        key = (self.steps, batch, self._flow, tuple(self.observe), when, control_cost, fingerprint)
         if key not in self._direct:
+            self._check_place()
+            if not isinstance(self.system, System) or self.backend != "fused":
+                return None
+            flows = distinct([part for flow in (self.flow, *self.observe) for part in linear_parts(resolve(flow))])
+            times, shape = chosen_times(when, self.steps), (self.steps, batch)
             if len(self._direct) >= DIRECT_PASSES:
                 self._direct.pop(next(iter(self._direct)))
-            shape = (self.steps, batch)
-            self._direct[key] = DirectPass(
-                self.system, self._adapter, shape, flows, times, float(control_cost), self.dtype
-            )
+            self._direct[key] = DirectPass(self.system, self._adapter, shape, flows, times, control_cost, self.dtype)
         return self._direct[key]
 
-    def _value_and_grad_by_graph(self, x0: torch.Tensor, when: str | Sequence[int], control_cost: float) -> torch.Tensor:
+    def _value_and_grad_by_graph(
+        self, x0: torch.Tensor, when: str | Sequence[int], control_cost: float
+    ) -> torch.Tensor:
         """Do the same for any backend."""
         for parameter in self._adapter.trainable:
             parameter.grad = None

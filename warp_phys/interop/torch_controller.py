@@ -13,6 +13,7 @@ from warp_phys.layers import Dense, Workspace
 from warp_phys.network import Network
 from warp_phys.phases import CHUNK_ROWS
 
+
 class TorchController:
     """A `torch.nn.Module` (B, D) → (B, K) behind the `Controller` protocol; arrays are exchanged without copies."""
 
@@ -78,7 +79,9 @@ class TorchController:
             return False
         return dense.fits(system)
 
-    def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool = False) -> Any:
+    def unroll(
+        self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool = False
+    ) -> Any:
         """Write states[1:] and controls from states[0] in one kernel.
 
         Returns:
@@ -109,12 +112,36 @@ class TorchController:
         """Run all flows backward in one kernel: see `Network.sweep`; add the updates to the flat tensors `gradients`."""
         network, tensors = self._packed_network()
         packed = network.sweep(system, trajectory, seeds, gates, adj_x, workspace)
+        network.unpack(packed, self.targets(tensors, gradients))
+
+    def targets(self, tensors: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor]) -> list[list[int]]:
+        """Return where the gradients of weights and biases go in flat tensors, one per flow: addresses, or 0."""
         starts, start = {}, 0
         for parameter in self.trainable:
             starts[id(parameter)] = start * parameter.element_size()
             start += parameter.numel()
-        targets = [[g.data_ptr() + starts[id(t)] if id(t) in starts else 0 for t in tensors] for g in gradients]
-        network.unpack(packed, targets)
+        return [[g.data_ptr() + starts[id(t)] if id(t) in starts else 0 for t in tensors] for g in gradients]
+
+    def fingerprint(self) -> tuple | None:
+        """What the plan of the module depends on, and the addresses of its parameters; None if hooks forbid a plan.
+
+        Far cheaper than reading the plan again.
+        """
+        if has_hooks(self.module) or are_hooks_everywhere():
+            return None
+        parts: list[Any] = [type(self.module)]
+        for layer in self.module._modules.values():
+            if has_hooks(layer):
+                return None
+            assert layer is not None
+            parts += [id(layer), type(layer)]
+            for value in vars(layer).values():
+                if type(value) in (int, float, str, tuple):
+                    parts.append(value)
+            for p in layer._parameters.values():
+                if p is not None:
+                    parts += [id(p), p.data_ptr(), p.shape, p.requires_grad]
+        return tuple(parts)
 
     def _on_cpu(self) -> bool:
         parameter = next(self.module.parameters(), None)
@@ -122,13 +149,18 @@ class TorchController:
 
     def _packed_network(self) -> tuple[Network, tuple[torch.Tensor | None, ...]]:
         """Return the module as a network that has read its weights, and their tensors."""
+        network, tensors = self.network()
+        network.pack(addresses_of(tensors))
+        return network, tensors
+
+    def network(self) -> tuple[Network, tuple[torch.Tensor | None, ...]]:
+        """Return the module as a network, and the tensors of its weights and biases in turn; `fits` must hold."""
         planned = read_plan(self.module, self.inputs)
-        assert planned is not None  # the caller has asked `fits`
+        assert planned is not None
         plan, tensors = planned
         real = wp.dtype_from_torch(tensors[0].dtype)  # type: ignore[union-attr]
         if self._network is None or (self._network.plan, self._network.real) != (plan, real):
             self._network = Network(plan, real)
-        self._network.pack([0 if t is None else t.data_ptr() for t in tensors])
         return self._network, tensors
 
     def dense(self) -> Dense | None:
@@ -146,6 +178,11 @@ class TorchController:
             self._dense, self._key = Dense(sizes, activation, arrays), key
         self._linears = layers  # other layers may hold the same memory
         return self._dense
+
+
+def addresses_of(tensors: Sequence[torch.Tensor | None]) -> list[int]:
+    """Return the addresses of tensors; 0 for one that is not there."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _dense_layers(module: torch.nn.Module) -> tuple[list[torch.nn.Linear], str] | None:

@@ -11,9 +11,11 @@ from warp_phys import kernels
 from warp_phys.flow import Combined, Flow
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import split
-from warp_phys.interop.torch_controller import TorchController
+from warp_phys.interop.torch_controller import TorchController, addresses_of
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.layers import Workspace
+from warp_phys.native_kernels import SAMPLES
+from warp_phys.network import address_array
 from warp_phys.phases import Seeds, Trajectory, flow_gates
 from warp_phys.systems.losses import chosen_array
 
@@ -23,7 +25,7 @@ class DirectPass:
 
     Args:
         system: The system.
-        adapter: The controller, whose `fits` and `sweeps` hold.
+        adapter: The controller, whose `fits` and `sweeps` hold; its parameters must stay where they are.
         shape: Steps and batch.
         flows: The flows that run; the first ones are those of the update.
         times: Steps at which the pointwise cost counts.
@@ -43,7 +45,7 @@ class DirectPass:
     ):
         steps, batch = shape
         real = wp.dtype_from_torch(dtype)
-        self.system, self.adapter, self.flows, self.control_cost = system, adapter, tuple(flows), control_cost
+        self.flows, self.control_cost = tuple(flows), control_cost
         self.states = torch.zeros((steps + 1, batch, system.state_size), dtype=dtype)
         self.controls = torch.zeros((steps, batch, system.control_size), dtype=dtype)
         self.adj_states, self.adj_controls = torch.zeros_like(self.states), torch.zeros_like(self.controls)
@@ -55,27 +57,48 @@ class DirectPass:
         self.grad = torch.zeros(size, dtype=dtype)
         self.grads = split(self.grad, self.trainable)
         self.per_sample = 1.0 / (self.costs.numel() if system.time_average else batch)
-        self._workspace = Workspace()
-        self._x, self._c = as_array(self.states), as_array(self.controls)
-        self._seeds = Seeds(as_array(self.adj_states), as_array(self.adj_controls))
-        self._lam, self._rows = as_array(self.lam), list(self.updates)
-        self._gates = wp.array(flow_gates(self.flows, steps), dtype=real, device="cpu")
-        self._own = system.check_parameters(None, self._x, 1)
-        weights = as_array(torch.full_like(self.costs, self.per_sample))
-        chosen = chosen_array(times, "cpu")
-        self._cost = self._record(
-            kernels.cost_kernel(system.structure, real), [self._x, chosen, self._own, as_array(self.costs)]
+        self._record_cost(system, times)
+        self._record_passes(system, adapter)
+
+    def _record_cost(self, system: Any, times: tuple[int, ...]) -> None:
+        """Record the launches of the cost and of its derivative."""
+        x, costs, chosen = as_array(self.states), as_array(self.costs), chosen_array(times, "cpu")
+        own, weights = system.check_parameters(None, x, 1), as_array(torch.full_like(self.costs, self.per_sample))
+        record = {"dim": costs.shape, "device": "cpu", "record_tape": False, "record_cmd": True}
+        self._cost = wp.launch(kernels.cost_kernel(system.structure, x.dtype), inputs=[x, chosen, own, costs], **record)
+        nothing = system._no_structs(x).reshape((0, 0))
+        inputs = [x, chosen, own, weights, as_array(self.adj_states), nothing]
+        self._cost_vjp = wp.launch(kernels.cost_vjp_kernel(system.structure, x.dtype), inputs=inputs, **record)
+        self._held = [own, weights, chosen, nothing]  # a recorded launch does not keep its arrays alive
+
+    def _record_passes(self, system: Any, adapter: TorchController) -> None:
+        """Record the launches of the forward and of the backward pass."""
+        network, tensors = adapter.network()
+        x, c, lam = as_array(self.states), as_array(self.controls), as_array(self.lam)
+        own, steps, workspace = system.check_parameters(None, x, 1), len(self.controls), Workspace()
+        keep = network.can_keep(c)
+        rows = network.row_count(c, keep=True) if keep else network.chunk(c) * SAMPLES * network.plan.row
+        buffer = wp.zeros(rows, dtype=x.dtype, device="cpu")
+        trajectory, seeds = Trajectory(x, c, own), Seeds(as_array(self.adj_states), as_array(self.adj_controls))
+        gates = wp.array(flow_gates(self.flows, steps), dtype=x.dtype, device="cpu")
+        gradients = network.gradients(len(self.flows), workspace)
+        sources, targets = (
+            address_array(rows) for rows in ([addresses_of(tensors)], adapter.targets(tensors, list(self.updates)))
         )
-        self._cost_vjp = self._record(
-            kernels.cost_vjp_kernel(system.structure, real),
-            [self._x, chosen, self._own, weights, self._seeds.states, system._no_structs(self._x).reshape((0, 0))],
+        self._pack = network.pack_launch(sources, record=True)
+        self._unroll = network.unroll_launch(system, x, c, own, buffer, keep, record=True)
+        self._sweep = network.sweep_launch(
+            system, trajectory, seeds, gates, lam, buffer, keep, gradients, workspace, record=True
         )
-        self._kept: Any = None
+        self._unpack = network.unpack_launch(gradients, targets, record=True)
+        self._gradients = wp.to_torch(gradients)
+        self._held += [network, adapter, x, c, lam, own, workspace, buffer, seeds, gates, sources, targets]
 
     def forward(self, x0: torch.Tensor) -> None:
         """Write states and controls."""
         self.states[0] = x0
-        self._kept = self.adapter.unroll(self.system, self._x, self._c, self._own, keep=True)
+        self._pack.launch()
+        self._unroll.launch()
 
     def loss(self) -> torch.Tensor:
         """Return the loss of the states and controls that `forward` left."""
@@ -85,18 +108,16 @@ class DirectPass:
             value += self.control_cost * self.controls.square().mean()
         return value
 
-    def backward(self) -> torch.Tensor:
-        """Return every flow's update, shape (flows, parameters); overwritten by the next call."""
+    def backward(self) -> None:
+        """Leave every flow's update in `updates`, shape (flows, parameters)."""
         self._cost_vjp.launch()
         if self.control_cost:
             torch.mul(self.controls, 2.0 * self.control_cost / self.controls.numel(), out=self.adj_controls)
         self.lam.copy_(self.adj_states[-1])
         self.updates.zero_()
-        trajectory = Trajectory(self._x, self._c, self._own, self._kept)
-        self.adapter.sweep(
-            self.system, trajectory, self._seeds, self._gates, self._lam, self._rows, self._workspace
-        )  # fmt: skip
-        return self.updates
+        self._gradients.zero_()
+        self._sweep.launch()
+        self._unpack.launch()
 
     def leave(self, flow: Flow | Combined) -> Report:
         """Put the flow's update into the `.grad` of the parameters; return what the pass tells about itself."""

@@ -40,7 +40,7 @@ class _Reader:
         self.layers: list[Layer] = []
         self.tensors: list[torch.Tensor | None] = []
 
-    def read(self, module: torch.nn.Module) -> bool:
+    def read(self, module: Any) -> bool:
         """Take up one layer; return False where it cannot be expressed."""
         kind = type(module)
         if kind in ACTIVATIONS:
@@ -50,7 +50,7 @@ class _Reader:
         if kind is torch.nn.Conv1d:
             return self.grid is not None and self._convolve(module)
         if kind is ToGrid:
-            return self._to_grid(module.channels, self.size // module.channels)
+            return self._to_grid(module.channels, self.size // max(1, module.channels))
         if kind is torch.nn.Unflatten and not self.layers and (module.dim, len(module.unflattened_size)) == (1, 2):
             self.order = module.unflattened_size[0]
             return self._to_grid(*module.unflattened_size)
@@ -70,23 +70,24 @@ class _Reader:
         return True
 
     def _linear(self, module: Any) -> bool:
-        if module.in_features != self.size or not self._keep(module):
+        if not self._keep(module, dimensions=2) or module.weight.shape[1] != self.size:
             return False
-        self.layers.append(Layer(1, self.size, 0, module.out_features, "identity", self.channels))
-        self.size = self.channels = module.out_features
+        outputs = len(module.weight)
+        self.layers.append(Layer(1, self.size, 0, outputs, "identity", self.channels))
+        self.size = self.channels = outputs
         return True
 
     def _convolve(self, module: Any) -> bool:
         assert self.grid is not None
         channels, points = self.grid
         plain = (module.padding, module.dilation, module.groups) == ((0,), (1,), 1)
-        if not plain or module.in_channels != channels or not self._keep(module):
+        if not plain or not self._keep(module, dimensions=3) or module.weight.shape[1] != channels:
             return False
-        (kernel,), (stride,) = module.kernel_size, module.stride
+        outputs, _, kernel = module.weight.shape
+        (stride,) = module.stride
         positions = (points - kernel) // stride + 1
         if positions < 1:
             return False
-        outputs = module.out_channels
         self.layers.append(Layer(positions, kernel * channels, stride * channels, outputs, "identity", channels))
         self.grid, self.size = (outputs, positions), positions * outputs
         self.channels = self.size
@@ -98,17 +99,22 @@ class _Reader:
         self.grid = channels, points
         return True
 
-    def _keep(self, module: Any) -> bool:
-        """Take up weight and bias, if they are plain parameters."""
+    def _keep(self, module: Any, dimensions: int) -> bool:
+        """Take up weight and bias, if they are plain parameters, of the precision and on the device of all others.
+
+        Shapes are those of the tensors: they may be others than the module was made with.
+        """
         weight, bias = module.weight, module.bias
-        for tensor in (weight, bias):
-            if tensor is None:
-                continue
+        for tensor in (weight,) if bias is None else (weight, bias):
             if not isinstance(tensor, torch.nn.Parameter) or not tensor.is_contiguous():
                 return False
-            if tensor.dtype not in PRECISIONS or tensor.dtype != weight.dtype:
+            like = self.tensors[0] if self.tensors else weight
+            if tensor.dtype not in PRECISIONS or (tensor.dtype, tensor.device) != (like.dtype, like.device):
                 return False
-        if max(len(weight), weight[0].numel()) > WIDEST:
+        if weight.ndim != dimensions or (bias is not None and bias.shape != weight.shape[:1]):
+            return False
+        outputs, window = len(weight), weight.shape[1:].numel()
+        if min(outputs, window) < 1 or max(outputs, window) > WIDEST:
             return False
         self.tensors += [weight, bias]
         return True
@@ -118,7 +124,7 @@ def read_plan(module: torch.nn.Module, inputs: int) -> Planned | None:
     """Return a `torch.nn.Sequential` as layers, or None for any other module.
 
     The layers may be Linear, Conv1d, the activations, Flatten, Unflatten, `ToGrid` and `FromGrid`; the last one with
-    weights is a Linear. A module with hooks or a `forward` of its own is another module.
+    weights has one window, as a Linear has. A module with hooks or a `forward` of its own is another module.
 
     Args:
         module: The module.
@@ -130,7 +136,7 @@ def read_plan(module: torch.nn.Module, inputs: int) -> Planned | None:
     for layer in module._modules.values():  # children() would leave out an activation that is used twice
         if layer is None or has_hooks(layer) or not reader.read(layer):
             return None
-    if not reader.layers or reader.grid is not None or reader.channels != reader.size:
+    if not reader.layers or reader.grid is not None or reader.layers[-1].positions > 1:
         return None
     return Planned(Plan(inputs, reader.order, tuple(reader.layers)), tuple(reader.tensors))
 
