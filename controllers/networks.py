@@ -29,7 +29,16 @@ class Sized(Protocol):
         """Numbers in one control, K."""
 
 
-class MLP(torch.nn.Sequential):
+class Chain(torch.nn.Sequential):
+    """A sequence of layers whose constructor takes other arguments; a slice of it is a plain sequence."""
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
+        # torch builds a slice with the constructor of the subclass.
+        layers = list(self)
+        return torch.nn.Sequential(*layers[index]) if isinstance(index, slice) else layers[index]
+
+
+class MLP(Chain):
     """Dense network c = Wₙ a(… a(W₁ x + b₁) …) + bₙ with activation a and a linear output.
 
     It is a plain chain Linear, activation, …, Linear, so that the engine can run it inside its own kernels.
@@ -69,11 +78,6 @@ class MLP(torch.nn.Sequential):
         super().__init__(*layers[:-1])
         initialise([layer for layer in self if isinstance(layer, torch.nn.Linear)], init, seed)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
-        # torch builds a slice with the constructor of the subclass, which takes other arguments here.
-        layers = list(self)
-        return torch.nn.Sequential(*layers[index]) if isinstance(index, slice) else layers[index]
-
 
 class Linear(MLP):
     """Linear controller c = W x + b: an `MLP` without hidden layers.
@@ -88,7 +92,7 @@ class Linear(MLP):
         super().__init__(system, hidden=(), init=init, seed=seed)
 
 
-class GridCNN(torch.nn.Sequential):
+class GridCNN(Chain):
     """Convolutions over a grid of complex numbers, then a linear output; as published for quantum control.
 
     A state [re ψ_1, im ψ_1, …] is a grid of N points with two channels. Two layers of `channels` convolutions follow,

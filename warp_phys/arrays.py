@@ -1,5 +1,6 @@
 """Arrays at the boundary: what comes in is checked here, once, before any kernel runs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,6 +113,20 @@ def alias(array: wp.array, dtype: Any, shape: Sequence[int], strides: Sequence[i
     view: wp.array = wp.array(ptr=array.ptr, dtype=dtype, **layout)
     view._source = array  # type: ignore[attr-defined]
     return view
+
+
+CACHE_LINE = 64
+"""Bytes that a CPU loads together; a vector that lies across two lines costs two loads."""
+
+
+def aligned_zeros(shape: Sequence[int], dtype: Any, device: Any) -> wp.array:
+    """Return zeros that start at a cache line if they are numbers on a CPU."""
+    if not wp.get_device(device).is_cpu or dtype not in _NUMPY_TYPES:
+        return wp.zeros(tuple(shape), dtype=dtype, device=device)
+    count, size = math.prod(shape), np.dtype(_NUMPY_TYPES[dtype]).itemsize
+    raw = wp.zeros(count + CACHE_LINE // size, dtype=dtype, device=device)
+    skip = -raw.ptr % CACHE_LINE // size
+    return alias(raw[skip : skip + count], dtype, shape)
 
 
 def as_structs(rows: wp.array, struct: Any) -> wp.array:

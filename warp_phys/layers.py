@@ -9,7 +9,7 @@ import warp as wp
 from warp_phys import dense_kernels as kernels
 from warp_phys.activations import ACTIVATIONS
 from warp_phys.adjoint import active_tape
-from warp_phys.arrays import check_array, numpy_type, real_type
+from warp_phys.arrays import aligned_zeros, check_array, numpy_type, real_type
 from warp_phys.errors import check_choice, check_count
 from warp_phys.native_kernels import dense_plan
 from warp_phys.network import Network
@@ -28,7 +28,7 @@ class Workspace:
         """Return the array of this name, shape and type; its contents are what was written last."""
         key = (name, tuple(shape), dtype, str(device))
         if key not in self._arrays:
-            self._arrays[key] = wp.zeros(key[1], dtype=dtype, device=device)
+            self._arrays[key] = aligned_zeros(key[1], dtype, device)
         return self._arrays[key]
 
 

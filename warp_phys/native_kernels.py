@@ -21,6 +21,9 @@ from warp_phys.rows import row_functions
 SAMPLES = 8
 """Samples of a block: they are unrolled together and share the weights that are loaded."""
 
+HEADERS = ("layers.h", "lanes.h", "cartpole.h", "repulsion.h", "quantum.h")
+"""The C++ that stands in front of the kernels' own."""
+
 FEW = 8
 """Most outputs of a last layer that is worth no register's width of outputs."""
 
@@ -140,7 +143,7 @@ def _padded(n: int) -> int:
 def _module_options() -> dict[str, Any]:
     """Put the C++ of the folder `native` in front of a module's own code."""
     folder = files("warp_phys").joinpath("native")
-    source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("layers.h", "quantum.h"))
+    source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in HEADERS)
     return {"extra_build_options": wp.ModuleBuildOptions(extra_cpu_preamble=source), "enable_backward": False}
 
 

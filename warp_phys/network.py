@@ -7,31 +7,29 @@ import numpy as np
 import warp as wp
 
 from warp_phys import native_kernels as native
+from warp_phys.arrays import aligned_zeros
 from warp_phys.native_kernels import SAMPLES, Plan
 
 KEPT_BYTES = 48 * 2**20
-"""Most memory for the activations of a forward pass; a longer one computes them again on its way back."""
+"""Most memory for the activations of a forward pass; a longer one computes them again on its way back.
+
+Buffers that wait for a later pass take as much again at most.
+"""
 
 
 class Rows:
     """A buffer for the rows of a trajectory, and a count of the passes that have written to it."""
 
     def __init__(self, length: int, real: type):
-        self.array = wp.zeros(length, dtype=real, device="cpu")
+        self.array = aligned_zeros((length,), real, "cpu")
         self.writes = 0
-        self.lent = True
 
 
 class Kept:
-    """The rows that one forward pass left, as long as no other pass has taken the buffer."""
+    """The rows that one forward pass left: its own until a backward pass gives their buffer back."""
 
-    def __init__(self, rows: Rows):
-        self.rows, self.write = rows, rows.writes
-
-    @property
-    def valid(self) -> bool:
-        """Whether the rows are still those of that forward pass."""
-        return self.rows.writes == self.write
+    def __init__(self, network: "Network", rows: Rows):
+        self.network, self.rows, self.write, self.owned = network, rows, rows.writes, True
 
 
 class Network:
@@ -44,30 +42,33 @@ class Network:
 
     def __init__(self, plan: Plan, real: type):
         self.plan, self.real = plan, real
-        self._packed = wp.zeros(plan.packed[-1], dtype=real, device="cpu")
-        self._transposed = wp.zeros(max(1, plan.transposed[-1]), dtype=real, device="cpu")
-        self._free: dict[int, list[Rows]] = {}
+        self._packed = aligned_zeros((plan.packed[-1],), real, "cpu")
+        self._transposed = aligned_zeros((max(1, plan.transposed[-1]),), real, "cpu")
+        self._scratch: dict[int, list[Rows]] = {}  # by length, for good: a captured graph goes on using it
+        self._idle: list[Rows] = []  # what forward passes had kept
         self._lasting: dict[tuple, wp.array] = {}
+        self._deltas = f"deltas of {plan}"
 
     def pack(self, weights: Sequence[int]) -> None:
         """Read the weights and biases, given by their addresses in turn; the memory must be the CPU's, contiguous."""
         self.pack_launch(self._addresses([weights]))
 
-    def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool) -> Kept:
+    def unroll(
+        self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool
+    ) -> Kept | None:
         """Write states[1:] and controls from states[0], with the weights packed last.
 
         Returns:
-            The activations of all rows if `keep` asks for them and there is room, for `sweep`; else of the last ones.
+            The activations of all rows if `keep` asks for them and there is room, for `sweep`.
         """
         keep = keep and self.can_keep(controls)
-        rows = self._borrow(self.row_count(controls, keep))
-        rows.writes += 1
+        length = self.row_count(controls, keep)
+        rows = self._borrow_kept(length) if keep else self._borrow(length)
         self.unroll_launch(system, states, controls, parameters, rows.array, keep)
-        kept = Kept(rows)
-        if not keep:
-            self._return(rows)
-            rows.writes += 1
-        return kept
+        if keep:
+            return Kept(self, rows)
+        self._return(rows)
+        return None
 
     def sweep(
         self,
@@ -91,15 +92,15 @@ class Network:
         Returns:
             The gradients of the weights in the packed layout, shape (flows · packed length).
         """
-        kept = trajectory.kept
-        use = isinstance(kept, Kept) and kept.valid
-        rows = kept.rows if use else self._borrow(self.chunk(trajectory.controls) * SAMPLES * self.plan.row)
-        if not use:
-            rows.writes += 1
+        kept = self._take(trajectory.kept)
+        rows = kept or self._borrow(self.chunk(trajectory.controls) * SAMPLES * self.plan.row)
         gradients = self.gradients(len(adj_x), workspace)
         gradients.zero_()
-        self.sweep_launch(system, trajectory, seeds, gates, adj_x, rows.array, use, gradients, workspace)
-        self._return(rows)
+        self.sweep_launch(system, trajectory, seeds, gates, adj_x, rows.array, kept is not None, gradients, workspace)
+        if kept is None:
+            self._return(rows)
+        else:
+            self._set_aside(rows)
         return gradients
 
     def unpack(self, gradients: wp.array, targets: Sequence[Sequence[int]], lasting: bool = False) -> None:
@@ -123,7 +124,7 @@ class Network:
         return min(steps, max(1, self.plan.chunk // min(batch, SAMPLES)))
 
     def gradients(self, flows: int, workspace: Any) -> wp.array:
-        """Return the workspace's array for the packed gradients of all flows; its contents are those of the last pass."""
+        """Return the workspace's array for the packed gradients of all flows; it holds those of the last pass."""
         return workspace.array("packed gradients", (flows * self.plan.packed[-1],), self.real, "cpu")
 
     def pack_launch(self, addresses: wp.array, record: bool = False) -> Any:
@@ -161,7 +162,8 @@ class Network:
     ) -> Any:
         """Launch the backward pass, which adds to `gradients`; `rows` holds the activations if they are `kept`."""
         flows, chunk, plan = len(adj_x), self.chunk(trajectory.controls), self.plan
-        deltas = workspace.array("deltas", (flows * chunk * SAMPLES * plan.row,), self.real, "cpu")
+        # of this plan alone: the adjoints of numbers that no window reads are never written, and must stay zero
+        deltas = workspace.array(self._deltas, (flows * chunk * SAMPLES * plan.row,), self.real, "cpu")
         adj_c = workspace.array("adj_c of a block", (flows, SAMPLES, plan.outputs), self.real, "cpu")
         inputs = [
             self._packed, self._transposed, trajectory.parameters, trajectory.states, trajectory.controls,
@@ -180,20 +182,53 @@ class Network:
             self._lasting[key] = address_array(rows)
         return self._lasting[key]
 
+    # A pass takes a buffer off a list and puts it back: passes in several threads, or in one another, do not share.
+
     def _borrow(self, length: int) -> Rows:
-        """Return a buffer that nobody holds; its contents are what was written last, or zero."""
+        """Return scratch memory that nobody holds; its contents are what was written last, or zero."""
         try:
-            rows = self._free.setdefault(length, []).pop()
+            return self._scratch.setdefault(length, []).pop()
         except IndexError:
-            rows = Rows(length, self.real)
-        rows.lent = True
-        return rows
+            return Rows(length, self.real)
 
     def _return(self, rows: Rows) -> None:
-        """Take a buffer back; a second backward pass of one forward pass has nothing to give back."""
-        if rows.lent:
-            rows.lent = False
-            self._free[len(rows.array)].append(rows)
+        self._scratch[len(rows.array)].append(rows)
+
+    def _borrow_kept(self, length: int) -> Rows:
+        """Return a buffer of at least that length, for a forward pass that is about to write to it."""
+        fitting = sorted((rows for rows in list(self._idle) if len(rows.array) >= length), key=lambda r: len(r.array))
+        rows = next((rows for rows in fitting if self._pick(rows)), None) or Rows(length, self.real)
+        rows.writes += 1
+        return rows
+
+    def _set_aside(self, rows: Rows) -> None:
+        """Put a buffer back for later passes; where too many wait, those that have waited longest go."""
+        self._idle.append(rows)
+        waiting = list(self._idle)
+        while sum(len(rows.array) for rows in waiting) * self._packed.strides[0] > KEPT_BYTES:
+            self._pick(waiting.pop(0))
+
+    def _pick(self, rows: Rows) -> bool:
+        """Take a buffer off the list of those that wait; return whether it was still there."""
+        try:
+            self._idle.remove(rows)
+        except ValueError:
+            return False
+        return True
+
+    def _take(self, kept: Any) -> Rows | None:
+        """Return the rows of a forward pass, or None if there are none or another pass has had their buffer."""
+        if not isinstance(kept, Kept) or kept.network is not self:
+            return None
+        if kept.owned:
+            kept.owned = False
+            return kept.rows
+        if not self._pick(kept.rows):
+            return None
+        if kept.rows.writes != kept.write:
+            self._idle.append(kept.rows)
+            return None
+        return kept.rows
 
 
 def address_array(rows: Sequence[Sequence[int]]) -> wp.array:

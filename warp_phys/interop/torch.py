@@ -74,6 +74,7 @@ class Rollout:
         """Numbers of the last backward pass."""
         self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "mask"))
         self.reduce = reduce
+        check_sizes(system, controller)
         self._adapter = TorchController(controller, system.state_size)
         # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
         self._workspaces: list[Workspace] = []
@@ -184,7 +185,7 @@ class Rollout:
         fingerprint = self._adapter.fingerprint() if self.device.type == "cpu" else None
         if fingerprint is None:
             return None
-        when = when if isinstance(when, str) else tuple(when)
+        when, control_cost = when if isinstance(when, str) else tuple(when), float(control_cost)
         key = (self.steps, batch, self._flow, tuple(self.observe), when, control_cost, fingerprint)
         if key not in self._direct:
             self._check_place()
@@ -201,12 +202,13 @@ class Rollout:
         self, x0: torch.Tensor, when: str | Sequence[int], control_cost: float
     ) -> torch.Tensor:
         """Do the same for any backend."""
-        for parameter in self._adapter.trainable:
+        for parameter in self.controller.parameters():
             parameter.grad = None
         with torch.enable_grad():
-            states, controls = self(x0)
+            states, controls = self(x0.detach())
             loss = self.system.loss(states, controls, when=when, control_cost=control_cost)  # type: ignore[attr-defined]
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
         return loss.detach()
 
     def _initial_states(self, x0: Any) -> torch.Tensor:
@@ -355,14 +357,16 @@ class _Unroll(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
         ctx.rollout, ctx.kept, ctx.signature = rollout, kept, rollout._adapter.signature()
-        # the parameters are saved so that torch notices a change between forward and backward
-        ctx.save_for_backward(states, controls, rows, masked, *trainable)
+        # the parameters are saved so that torch notices a change between forward and backward, in frozen ones too
+        ctx.trainable, frozen = len(trainable), [p for p in rollout.controller.parameters() if not p.requires_grad]
+        ctx.save_for_backward(states, controls, rows, masked, *trainable, *frozen)
         return states, controls
 
     @staticmethod
     def backward(ctx, adj_states, adj_controls):
         refuse_second_derivative()
-        states, controls, rows, masked, *trainable = ctx.saved_tensors
+        states, controls, rows, masked, *parameters = ctx.saved_tensors
+        trainable = parameters[: ctx.trainable]
         if ctx.rollout._adapter.signature() != ctx.signature:
             raise RuntimeError(
                 "the controller has changed since the forward pass (layers, frozen parameters, or their memory): "

@@ -109,7 +109,7 @@ class TorchController:
         self, system: Any, trajectory: Any, seeds: Any, gates: wp.array, adj_x: wp.array, gradients: Sequence[Any],
         workspace: Workspace,
     ) -> None:  # fmt: skip
-        """Run all flows backward in one kernel: see `Network.sweep`; add the updates to the flat tensors `gradients`."""
+        """Run all flows backward in one kernel, see `Network.sweep`; add the updates to the flat `gradients`."""
         network, tensors = self._packed_network()
         packed = network.sweep(system, trajectory, seeds, gates, adj_x, workspace)
         network.unpack(packed, self.targets(tensors, gradients))
@@ -140,7 +140,7 @@ class TorchController:
                     parts.append(value)
             for p in layer._parameters.values():
                 if p is not None:
-                    parts += [id(p), p.data_ptr(), p.shape, p.requires_grad]
+                    parts += [id(p), p.data_ptr(), p.shape, p.stride(), p.dtype, p.requires_grad]
         return tuple(parts)
 
     def _on_cpu(self) -> bool:

@@ -8,7 +8,8 @@ import torch
 import warp as wp
 
 from warp_phys import kernels
-from warp_phys.flow import Combined, Flow
+from warp_phys.arrays import aligned_zeros
+from warp_phys.flow import Combined, Flow, linear_parts
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import split
 from warp_phys.interop.torch_controller import TorchController, addresses_of
@@ -44,7 +45,6 @@ class DirectPass:
         dtype: torch.dtype,
     ):
         steps, batch = shape
-        real = wp.dtype_from_torch(dtype)
         self.flows, self.control_cost = tuple(flows), control_cost
         self.states = torch.zeros((steps + 1, batch, system.state_size), dtype=dtype)
         self.controls = torch.zeros((steps, batch, system.control_size), dtype=dtype)
@@ -52,6 +52,7 @@ class DirectPass:
         self.lam = torch.zeros((len(flows), batch, system.state_size), dtype=dtype)
         self.costs = torch.zeros((len(times), batch), dtype=dtype)
         self.trainable = adapter.trainable
+        self.frozen = [p for p in adapter.module.parameters() if not p.requires_grad]
         size = sum(p.numel() for p in self.trainable)
         self.updates = torch.zeros((len(flows), size), dtype=dtype)
         self.grad = torch.zeros(size, dtype=dtype)
@@ -78,7 +79,7 @@ class DirectPass:
         own, steps, workspace = system.check_parameters(None, x, 1), len(self.controls), Workspace()
         keep = network.can_keep(c)
         rows = network.row_count(c, keep=True) if keep else network.chunk(c) * SAMPLES * network.plan.row
-        buffer = wp.zeros(rows, dtype=x.dtype, device="cpu")
+        buffer = aligned_zeros((rows,), x.dtype, "cpu")
         trajectory, seeds = Trajectory(x, c, own), Seeds(as_array(self.adj_states), as_array(self.adj_controls))
         gates = wp.array(flow_gates(self.flows, steps), dtype=x.dtype, device="cpu")
         gradients = network.gradients(len(self.flows), workspace)
@@ -121,17 +122,15 @@ class DirectPass:
 
     def leave(self, flow: Flow | Combined) -> Report:
         """Put the flow's update into the `.grad` of the parameters; return what the pass tells about itself."""
-        if isinstance(flow, Combined):
-            self.grad.copy_(flow.rule(self.updates[0], self.updates[1]))
-        else:
-            self.grad.copy_(self.updates[0])
+        updates = self.updates.clone()  # the report's own: it is read later, when other passes have run
+        parts = [updates[self.flows.index(part)] for part in linear_parts(flow)]
+        update = flow.rule(*parts) if isinstance(flow, Combined) else parts[0]
+        self.grad.copy_(update)
         for parameter, grad in zip(self.trainable, self.grads, strict=True):
             parameter.grad = grad
-        return Report(self.flows, self.updates.clone(), tuple(self.grads))
-
-    def _record(self, kernel: wp.Kernel, arguments: Sequence[Any]) -> Any:
-        dim = tuple(self.costs.shape)
-        return wp.launch(kernel, dim=dim, inputs=arguments, device="cpu", record_tape=False, record_cmd=True)
+        for parameter in self.frozen:
+            parameter.grad = None
+        return Report(self.flows, updates, tuple(split(update, self.trainable)))
 
 
 def is_finite(states: torch.Tensor) -> bool:

@@ -49,19 +49,24 @@ class _Reader:
             return self.grid is None and self._linear(module)
         if kind is torch.nn.Conv1d:
             return self.grid is not None and self._convolve(module)
+        return self._reshape(module)
+
+    def _reshape(self, module: Any) -> bool:
+        """Take up a layer without numbers of its own, which only orders those of the data."""
+        kind = type(module)
         if kind is ToGrid:
             return self._to_grid(module.channels, self.size // max(1, module.channels))
         if kind is torch.nn.Unflatten and not self.layers and (module.dim, len(module.unflattened_size)) == (1, 2):
             self.order = module.unflattened_size[0]
             return self._to_grid(*module.unflattened_size)
-        if kind is FromGrid and self.grid is not None:
-            self.grid = None
-            return True
         if kind is torch.nn.Flatten and (module.start_dim, module.end_dim) in ((1, -1), (1, 2)):
             if self.grid is not None:
                 self.channels, self.grid = self.grid[0], None
             return bool(self.layers)
-        return False
+        if kind is not FromGrid or self.grid is None:
+            return False
+        self.grid = None
+        return True
 
     def _activate(self, name: str, alpha: float) -> bool:
         if not self.layers or self.layers[-1].activation != "identity" or alpha != 1.0:
@@ -105,10 +110,10 @@ class _Reader:
         Shapes are those of the tensors: they may be others than the module was made with.
         """
         weight, bias = module.weight, module.bias
+        like: Any = self.tensors[0] if self.tensors else weight
         for tensor in (weight,) if bias is None else (weight, bias):
             if not isinstance(tensor, torch.nn.Parameter) or not tensor.is_contiguous():
                 return False
-            like = self.tensors[0] if self.tensors else weight
             if tensor.dtype not in PRECISIONS or (tensor.dtype, tensor.device) != (like.dtype, like.device):
                 return False
         if weight.ndim != dimensions or (bias is not None and bias.shape != weight.shape[:1]):

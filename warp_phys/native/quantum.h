@@ -1,127 +1,89 @@
-// Crank-Nicolson steps of eight wave functions at a time, one in each lane of a vector: see systems/quantum.py.
+// Crank-Nicolson steps of eight wave functions at a time: see systems/quantum.py for the equations.
 
 namespace warp_phys {
 
-template <typename T, int N>
-struct Quantum {
-    static constexpr int L = 8;
-    typedef T lanes __attribute__((vector_size(L * sizeof(T))));
+template <typename T, int N> struct Quantum {
+    static constexpr int D = 2 * N, K = 1;
+    static constexpr bool READS_NEXT = true;
+    typedef lanes<T> V;
 
-    // Rows (re, im, re, im, ...) of up to eight samples; lanes without a sample repeat the last one.
-    static inline void read(const T* rows, int count, lanes* re, lanes* im) {
-        for (int s = 0; s < L; ++s) {
-            const T* row = rows + (s < count ? s : count - 1) * 2 * N;
-            for (int j = 0; j < N; ++j) {
-                re[j][s] = row[2 * j];
-                im[j][s] = row[2 * j + 1];
-            }
-        }
-    }
-
-    static inline void write(T* rows, int count, const lanes* re, const lanes* im) {
-        for (int s = 0; s < count; ++s)
-            for (int j = 0; j < N; ++j) {
-                rows[s * 2 * N + 2 * j] = re[j][s];
-                rows[s * 2 * N + 2 * j + 1] = im[j][s];
-            }
-    }
-
-    // B = tridiagonal: `base + j tilt` at point j = 1 ... N, and `beside` next to the diagonal.
+    // B is tridiagonal: base + j tilt at point j = 1 ... N, and `beside` next to the diagonal. The factors of
+    // 1 + sign iB are the inverse pivots w and r = off w, with off = sign i beside. Every pivot has a real part of at
+    // least 1, so no rows are exchanged. Complex numbers stand as re, im in turn, as in a state.
     struct Operator {
-        lanes base, tilt, beside;
+        V base, tilt, beside;
+        T sign;
+        V r[2 * N], w[2 * N];
 
-        Operator(lanes dt, lanes c) {
+        Operator(V dt, V c, T side) : sign(side) {
+#pragma clang fp contract(fast)
             const T dx = T(2) / T(N + 1);
             base = dt / (dx * dx);
             tilt = T(0.5) * dt * c * dx;
             beside = T(-0.5) * dt / (dx * dx);
-        }
-
-        // out = (1 + sign iB) psi
-        inline void apply(T sign, const lanes* re, const lanes* im, lanes* out_re, lanes* out_im) const {
-#pragma clang fp contract(fast)
+            const V off = sign * beside;
+            V re = V{}, im = V{};
             for (int j = 0; j < N; ++j) {
-                const lanes d = base + tilt * T(j + 1);
-                const lanes zero = lanes{};
-                const lanes side_re = (j > 0 ? re[j - 1] : zero) + (j < N - 1 ? re[j + 1] : zero);
-                const lanes side_im = (j > 0 ? im[j - 1] : zero) + (j < N - 1 ? im[j + 1] : zero);
-                out_re[j] = re[j] - sign * (d * im[j] + beside * side_im);
-                out_im[j] = im[j] + sign * (d * re[j] + beside * side_re);
+                const V pivot_re = T(1) + off * im, pivot_im = sign * (base + tilt * T(j + 1)) - off * re;
+                const V inverse = T(1) / (pivot_re * pivot_re + pivot_im * pivot_im);
+                w[2 * j] = pivot_re * inverse;
+                w[2 * j + 1] = -pivot_im * inverse;
+                r[2 * j] = re = -off * w[2 * j + 1];
+                r[2 * j + 1] = im = off * w[2 * j];
             }
         }
 
-        // The factors of 1 + sign iB: inverse pivots w, and r = off w with off = sign i beside. Every pivot has a real
-        // part of at least 1, so no exchange of rows is needed.
-        inline void factor(T sign, lanes* r_re, lanes* r_im, lanes* w_re, lanes* w_im) const {
+        // out = (1 - sign iB) psi
+        inline void apply_conjugate(const V* psi, V* out) const {
 #pragma clang fp contract(fast)
-            const lanes off = sign * beside;
-            lanes re = lanes{}, im = lanes{};
             for (int j = 0; j < N; ++j) {
-                const lanes pivot_re = T(1) + off * im, pivot_im = sign * (base + tilt * T(j + 1)) - off * re;
-                const lanes inverse = T(1) / (pivot_re * pivot_re + pivot_im * pivot_im);
-                w_re[j] = pivot_re * inverse;
-                w_im[j] = -pivot_im * inverse;
-                re = -off * w_im[j];
-                im = off * w_re[j];
-                r_re[j] = re;
-                r_im[j] = im;
+                const V d = base + tilt * T(j + 1), zero = V{};
+                const V side_re = (j > 0 ? psi[2 * j - 2] : zero) + (j < N - 1 ? psi[2 * j + 2] : zero);
+                const V side_im = (j > 0 ? psi[2 * j - 1] : zero) + (j < N - 1 ? psi[2 * j + 3] : zero);
+                out[2 * j] = psi[2 * j] + sign * (d * psi[2 * j + 1] + beside * side_im);
+                out[2 * j + 1] = psi[2 * j + 1] - sign * (d * psi[2 * j] + beside * side_re);
             }
         }
 
-        // (re, im) becomes the solution for that right-hand side.
-        inline void solve(
-            T sign, const lanes* r_re, const lanes* r_im, const lanes* w_re, const lanes* w_im, lanes* re, lanes* im
-        ) const {
+        // psi becomes (1 + sign iB)^-1 psi
+        inline void solve(V* psi) const {
 #pragma clang fp contract(fast)
-            const lanes off = sign * beside;
-            lanes y_re = lanes{}, y_im = lanes{};
+            const V off = sign * beside;
+            V re = V{}, im = V{};
             for (int j = 0; j < N; ++j) {
-                const lanes u = re[j] + off * y_im, v = im[j] - off * y_re;
-                re[j] = y_re = u * w_re[j] - v * w_im[j];
-                im[j] = y_im = u * w_im[j] + v * w_re[j];
+                const V u = psi[2 * j] + off * im, v = psi[2 * j + 1] - off * re;
+                psi[2 * j] = re = u * w[2 * j] - v * w[2 * j + 1];
+                psi[2 * j + 1] = im = u * w[2 * j + 1] + v * w[2 * j];
             }
             for (int j = N - 2; j >= 0; --j) {
-                re[j] = re[j] - (r_re[j] * re[j + 1] - r_im[j] * im[j + 1]);
-                im[j] = im[j] - (r_re[j] * im[j + 1] + r_im[j] * re[j + 1]);
+                psi[2 * j] -= r[2 * j] * psi[2 * j + 2] - r[2 * j + 1] * psi[2 * j + 3];
+                psi[2 * j + 1] -= r[2 * j] * psi[2 * j + 3] + r[2 * j + 1] * psi[2 * j + 2];
             }
         }
     };
 
-    // y = (1 + iB)^-1 (1 - iB) x
-    static inline void step(int count, const T* x, lanes dt, lanes c, T* y) {
-        lanes re[N], im[N], psi_re[N], psi_im[N], r_re[N], r_im[N], w_re[N], w_im[N];
-        const Operator b(dt, c);
-        read(x, count, re, im);
-        b.apply(T(-1), re, im, psi_re, psi_im);
-        b.factor(T(1), r_re, r_im, w_re, w_im);
-        b.solve(T(1), r_re, r_im, w_re, w_im, psi_re, psi_im);
-        write(y, count, psi_re, psi_im);
+    static inline void step(const V* x, const V* c, const V* p, V* y) {
+        const Operator forward(p[0], c[0], T(1));
+        forward.apply_conjugate(x, y);
+        forward.solve(y);
     }
 
-    // For each flow, lambda becomes (1 + iB) mu with (1 - iB) mu = lambda, and dc = (dt / 2) Im sum x_j conj(mu_j) (x + y)_j.
-    static inline void pull(
-        int count, int flows, const T* x, const T* y, lanes dt, lanes c, T* lambda, long long flow_pitch, T* dc, int dc_pitch
-    ) {
+    Operator backward;
+    V dt, total[2 * N];
+
+    Quantum(const V* x, const V* c, const V* p, const V* y) : backward(p[0], c[0], T(-1)), dt(p[0]) {
+        for (int j = 0; j < 2 * N; ++j) total[j] = x[j] + y[j];
+    }
+
+    // mu = (1 - iB)^-1 lambda, lambda becomes (1 + iB) mu, and the control's adjoint (dt / 2) Im sum x_j conj(mu_j) total_j.
+    inline void pull(V* lambda, V* adj_c) const {
 #pragma clang fp contract(fast)
-        lanes re[N], im[N], other_re[N], other_im[N], r_re[N], r_im[N], w_re[N], w_im[N], mu_re[N], mu_im[N];
-        const Operator b(dt, c);
-        read(x, count, re, im);
-        read(y, count, other_re, other_im);
-        for (int j = 0; j < N; ++j) {
-            re[j] += other_re[j];
-            im[j] += other_im[j];
-        }
-        b.factor(T(-1), r_re, r_im, w_re, w_im);
-        for (int f = 0; f < flows; ++f) {
-            read(lambda + f * flow_pitch, count, mu_re, mu_im);
-            b.solve(T(-1), r_re, r_im, w_re, w_im, mu_re, mu_im);
-            b.apply(T(1), mu_re, mu_im, other_re, other_im);
-            write(lambda + f * flow_pitch, count, other_re, other_im);
-            lanes sum = lanes{};
-            for (int j = 0; j < N; ++j) sum += T(j + 1) * (mu_re[j] * im[j] - mu_im[j] * re[j]);
-            sum *= T(0.5) * dt * (T(2) / T(N + 1));
-            for (int s = 0; s < count; ++s) dc[f * dc_pitch + s] = sum[s];
-        }
+        V mu[2 * N], sum = V{};
+        for (int j = 0; j < 2 * N; ++j) mu[j] = lambda[j];
+        backward.solve(mu);
+        backward.apply_conjugate(mu, lambda);
+        for (int j = 0; j < N; ++j) sum += T(j + 1) * (mu[2 * j] * total[2 * j + 1] - mu[2 * j + 1] * total[2 * j]);
+        adj_c[0] = T(0.5) * dt * sum * (T(2) / T(N + 1));
     }
 };
 

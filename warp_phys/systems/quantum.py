@@ -10,6 +10,7 @@ import warp as wp
 
 from warp_phys.arrays import numpy_type, real_type
 from warp_phys.errors import check_count
+from warp_phys.native_blocks import block_functions
 from warp_phys.systems.base import System, SystemFunctions
 
 
@@ -78,7 +79,8 @@ class Quantum(System):
 
     def functions(self, real: type) -> SystemFunctions:
         """Return the Warp functions in one precision."""
-        return SystemFunctions(_step(self, real), _cost(self, real), *_blocks(self, real))
+        blocks = block_functions(self, "Quantum", (self.points,), real)
+        return SystemFunctions(_step(self, real), _cost(self, real), *blocks)
 
     def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
         """Return random superpositions of eigenstates 1 and 2, shape (batch, D).
@@ -211,41 +213,6 @@ def _step(system: Quantum, real: type) -> Any:
         wp.adjoint[p].dt += wp.dot(mu, apply(total, c[0], p, real(-1.0)) - total) / p.dt
 
     return crank_nicolson
-
-
-@functools.cache
-def _blocks(system: Quantum, real: type) -> tuple[Any, Any]:
-    """Return the step and its vector-Jacobian product for blocks of samples on a CPU, in C++: native/quantum.h."""
-    Parameters, size = system.types(real).Parameters, system.points
-    struct = f"warp_phys::Quantum<{'double' if real is wp.float64 else 'float'}, {size}>"
-    lanes = f"""
-        const long long at = (long long)n * states.shape[1] + first;
-        {struct}::lanes dt, c;
-        for (int s = 0; s < {struct}::L; ++s) {{
-            const int b = first + (s < count ? s : count - 1);
-            dt[s] = p.data[b % p.shape[0]].dt;
-            c[s] = controls.data[(long long)n * states.shape[1] + b];
-        }}
-        const auto* x = states.data + at * {2 * size};
-        auto* y = states.data + (at + states.shape[1]) * {2 * size};
-    """
-
-    @wp.func_native(f"{lanes} {struct}::step(count, x, dt, c, y);")
-    def advance(
-        states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int
-    ): ...
-
-    @wp.func_native(f"""{lanes}
-        {struct}::pull(
-            count, adj_x.shape[0], x, y, dt, c, adj_x.data + (long long)first * {2 * size},
-            (long long)adj_x.shape[1] * {2 * size}, adj_c.data, adj_c.shape[1]
-        );""")
-    def retreat(
-        states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int,
-        adj_x: wp.array3d[real], adj_c: wp.array3d[real],
-    ): ...  # fmt: skip
-
-    return advance, retreat
 
 
 @functools.cache

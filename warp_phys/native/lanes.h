@@ -1,0 +1,96 @@
+// Physics of eight samples at a time, one in each lane of a vector: what native_blocks.py puts into kernels.
+//
+// A system is a struct with the numbers D of a state and K of a control, whether it READS_NEXT state, `step`, and a
+// constructor that linearises a step, after which `pull` takes the adjoint of its result to those of state and control.
+
+namespace warp_phys {
+
+constexpr int LANES = 8;
+
+template <typename T> struct Lane { typedef T type __attribute__((vector_size(LANES * sizeof(T)))); };
+template <typename T> using lanes = typename Lane<T>::type;
+
+// Rows of up to eight samples, `pitch` numbers apart, to lanes; lanes without a sample repeat the last one.
+template <int N, typename T> static inline void read_lanes(const T* rows, long long pitch, int count, lanes<T>* out) {
+    for (int s = 0; s < LANES; ++s) {
+        const T* row = rows + (s < count ? s : count - 1) * pitch;
+        for (int j = 0; j < N; ++j) out[j][s] = row[j];
+    }
+}
+
+template <int N, typename T> static inline void write_lanes(T* rows, long long pitch, int count, const lanes<T>* in) {
+    for (int s = 0; s < count; ++s)
+        for (int j = 0; j < N; ++j) rows[s * pitch + j] = in[j][s];
+}
+
+template <typename T, typename S> struct Block {
+    static inline void advance(int count, const T* x, const T* c, const lanes<T>* p, T* y) {
+        lanes<T> state[S::D], control[S::K], next[S::D];
+        read_lanes<S::D, T>(x, S::D, count, state);
+        read_lanes<S::K, T>(c, S::K, count, control);
+        S::step(state, control, p, next);
+        write_lanes<S::D, T>(y, S::D, count, next);
+    }
+
+    // For each flow, adj_x becomes its product with the Jacobian of the step by x, adj_c that by c.
+    static inline void retreat(
+        int count, int flows, const T* x, const T* c, const lanes<T>* p, const T* y, T* adj_x, long long flow_pitch, T* adj_c
+    ) {
+        lanes<T> state[S::D], control[S::K], next[S::D], lambda[S::D], mu[S::K];
+        read_lanes<S::D, T>(x, S::D, count, state);
+        read_lanes<S::K, T>(c, S::K, count, control);
+        if constexpr (S::READS_NEXT) read_lanes<S::D, T>(y, S::D, count, next);
+        const S linear(state, control, p, next);
+        for (int f = 0; f < flows; ++f) {
+            read_lanes<S::D, T>(adj_x + f * flow_pitch, S::D, count, lambda);
+            linear.pull(lambda, mu);
+            write_lanes<S::D, T>(adj_x + f * flow_pitch, S::D, count, lambda);
+            write_lanes<S::K, T>(adj_c + f * LANES * S::K, S::K, count, mu);
+        }
+    }
+};
+
+// Sine and cosine: the quadrant by pi/2 in three parts, then minimax polynomials on [-pi/4, pi/4].
+static inline void sine_cosine(lanes<float> x, lanes<float>& sine, lanes<float>& cosine) {
+#pragma clang fp contract(fast)
+    typedef int integers __attribute__((vector_size(LANES * sizeof(int))));
+    const lanes<float> n = __builtin_elementwise_rint(x * 0.636619772f);
+    float largest = 0.0f;
+    for (int s = 0; s < LANES; ++s) largest = __builtin_fmaxf(largest, __builtin_fabsf(x[s]));
+    if (!(largest < 8192.0f)) {  // the parts have no more digits; nor has an infinite angle a sine
+        for (int s = 0; s < LANES; ++s) {
+            sine[s] = ::sinf(x[s]);
+            cosine[s] = ::cosf(x[s]);
+        }
+        return;
+    }
+    lanes<float> r = x - n * 1.5703125f;
+    r = r - n * 4.837512969970703125e-4f;
+    r = r - n * 7.54978995489188e-8f;
+    const lanes<float> q = r * r;
+    const lanes<float> s = r + r * q * (-1.6666654611e-1f + q * (8.3321608736e-3f + q * -1.9515295891e-4f));
+    const lanes<float> c =
+        1.0f - 0.5f * q + q * q * (4.166664568298827e-2f + q * (-1.388731625493765e-3f + q * 2.443315711809948e-5f));
+    const integers quadrant = __builtin_convertvector(n, integers);
+    const lanes<float> odd_sine = (quadrant & 1) != 0 ? c : s, odd_cosine = (quadrant & 1) != 0 ? s : c;
+    sine = (quadrant & 2) != 0 ? -odd_sine : odd_sine;
+    cosine = ((quadrant + 1) & 2) != 0 ? -odd_cosine : odd_cosine;
+}
+
+static inline void sine_cosine(lanes<double> x, lanes<double>& sine, lanes<double>& cosine) {
+    for (int s = 0; s < LANES; ++s) {
+        sine[s] = ::sin(x[s]);
+        cosine[s] = ::cos(x[s]);
+    }
+}
+
+static inline lanes<float> square_root(lanes<float> x) {
+    for (int s = 0; s < LANES; ++s) x[s] = __builtin_sqrtf(x[s]);
+    return x;
+}
+static inline lanes<double> square_root(lanes<double> x) {
+    for (int s = 0; s < LANES; ++s) x[s] = __builtin_sqrt(x[s]);
+    return x;
+}
+
+}  // namespace warp_phys
