@@ -186,16 +186,24 @@ def cost_kernel(structure: Any, real: type) -> wp.Kernel:
 
 
 @functools.cache
-def cost_vjp_kernel(structure: Any, real: type) -> wp.Kernel:
-    """Adjoint of `cost_kernel`: writes adj_states at the chosen times only, and adj_p if asked."""
+def weighted_cost_function(structure: Any, real: type) -> Any:
+    """adj_cost cost(x), whose gradient is the cost's vector-Jacobian product."""
     types, cost = structure.types(real), structure.functions(real).cost
     State, Parameters = types.State, types.Parameters
-    x_row = row_functions(structure.state_size, real)
-    load_x, store_x = x_row.load_at, x_row.store_at
 
     @wp.func
     def weighted_cost(x: State, p: Parameters, adj_cost: real):
         return cost(x, p) * adj_cost
+
+    return weighted_cost
+
+
+@functools.cache
+def cost_vjp_kernel(structure: Any, real: type) -> wp.Kernel:
+    """Adjoint of `cost_kernel`: writes adj_states at the chosen times only, and adj_p if asked."""
+    Parameters, weighted_cost = structure.types(real).Parameters, weighted_cost_function(structure, real)
+    x_row = row_functions(structure.state_size, real)
+    load_x, store_x = x_row.load_at, x_row.store_at
 
     @wp.kernel(module="unique", enable_backward=False)
     def cost_vjp_rows(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import warp as wp
 
-from warp_phys.kernels import weighted_step_function
+from warp_phys.kernels import weighted_cost_function, weighted_step_function
 from warp_phys.rows import row_functions
 
 SAMPLES = 8
@@ -392,9 +392,10 @@ def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
 
     @wp.kernel(module="unique", module_options=_module_options())
     def unroll_blocks(
-        # in
+        # in; the first sample
         packed: wp.array[real],
         p: wp.array[Parameters],
+        begin: int,
         keep: int,
         # in and out: time step 0 is read, the others are written
         states: wp.array3d[real],
@@ -403,7 +404,7 @@ def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
         rows: wp.array[real],
     ):
         batch = states.shape[1]
-        first = SAMPLES * wp.tid()
+        first = begin + SAMPLES * wp.tid()
         count = wp.min(SAMPLES, batch - first)
         for n in range(controls.shape[0]):
             slot = int(0)
@@ -419,15 +420,44 @@ def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
 
 
 @functools.cache
+def _seed_function(structure: Any, real: type) -> Any:
+    """Return the function that writes ∂L/∂x_n of a block: as given, or from the system's own cost at chosen steps."""
+    Parameters, weighted_cost = structure.types(real).Parameters, weighted_cost_function(structure, real)
+    x_row = row_functions(structure.state_size, real)
+    load_x, store_x = x_row.load_at, x_row.store
+
+    @wp.func
+    def seed_block(
+        states: wp.array3d[real], p: wp.array[Parameters], loss_states: wp.array3d[real], chosen: wp.array[int],
+        weight: real, n: int, first: int, count: int, seeds: wp.array2d[real],
+    ):  # fmt: skip
+        for s in range(count):
+            b = first + s
+            if chosen.shape[0] == 0:
+                for i in range(seeds.shape[1]):
+                    seeds[s, i] = loss_states[n, b, i]
+            elif chosen[n] == 0:
+                for i in range(seeds.shape[1]):
+                    seeds[s, i] = real(0.0)
+            else:
+                dx, _dp, _dw = wp.grad(weighted_cost)(load_x(states, n, b), p[b % p.shape[0]], weight)
+                store_x(seeds, s, dx)
+
+    return seed_block
+
+
+@functools.cache
 def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
     """The whole backward pass of all flows: adjoints from the last step to the first, and the gradients of the weights.
 
     Per time step and flow, μ_n and λ_n as in `kernels.sweep_kernel`, the network's part by its own transposed layers;
     after every chunk of time steps, while its rows are in the cache, their share of the gradients. One thread takes
-    all blocks of samples in turn, so the order of all sums is fixed.
+    its blocks of samples in turn, so the order of all sums is fixed. The loss comes as its derivatives, or, where
+    `chosen` has a number for every step, as the system's own cost at the steps whose number is not 0, times
+    `cost_weight`, and the squared controls times `control_weight`.
     """
     retreat, evaluate = retreat_function(structure, real), _evaluate(plan, real)
-    pull, contract = _pull(plan, real), _contract(plan, real)
+    pull, contract, seed_block = _pull(plan, real), _contract(plan, real), _seed_function(structure, real)
     Parameters = structure.types(real).Parameters
     row, out, inputs, channels = plan.row, plan.offsets[-2], plan.inputs, plan.channels
 
@@ -441,24 +471,35 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
         controls: wp.array3d[real],
         loss_states: wp.array3d[real],
         loss_controls: wp.array3d[real],
+        chosen: wp.array[int],
+        cost_weight: real,
+        control_weight: real,
         gates: wp.array3d[real],
+        begin: int,
+        end: int,
         chunk: int,
         kept: int,
         # in if `kept`, else scratch for a chunk
         rows: wp.array[real],
-        # scratch: a chunk of rows per flow
+        # scratch: a chunk of rows per flow, (flows, SAMPLES, K), (SAMPLES, D)
         deltas: wp.array[real],
-        # scratch: (flows, SAMPLES, K)
         adj_c: wp.array3d[real],
-        # in and out
+        seeds: wp.array2d[real],
+        # out: λ_0
         adj_x: wp.array3d[real],
+        # in and out
         gradients: wp.array[real],
     ):
         batch = states.shape[1]
         steps = controls.shape[0]
         flows = adj_x.shape[0]
-        for first in range(0, batch, SAMPLES):
-            count = wp.min(SAMPLES, batch - first)
+        for first in range(begin, end, SAMPLES):
+            count = wp.min(SAMPLES, end - first)
+            seed_block(states, p, loss_states, chosen, cost_weight, steps, first, count, seeds)
+            for f in range(flows):
+                for s in range(count):
+                    for i in range(inputs):
+                        adj_x[f, first + s, i] = seeds[s, i]
             stop = int(steps)
             while stop > 0:
                 start = wp.max(0, stop - chunk)
@@ -472,20 +513,25 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
                     n = stop - 1 - back
                     slot = (n - start) * count
                     retreat(states, controls, p, n, first, count, adj_x, adj_c)
+                    seed_block(states, p, loss_states, chosen, cost_weight, n, first, count, seeds)
                     for f in range(flows):
                         alpha = gates[f, n, 0]
                         beta = gates[f, n, 1]
                         own_slot = f * chunk * SAMPLES + slot
                         for s in range(count):
                             for k in range(controls.shape[2]):
-                                mu = adj_c[f, s, k] + loss_controls[n, first + s, k]
+                                mu = adj_c[f, s, k]
+                                if chosen.shape[0] == 0:
+                                    mu += loss_controls[n, first + s, k]
+                                else:
+                                    mu += real(2.0) * control_weight * controls[n, first + s, k]
                                 deltas[(own_slot + s) * row + out + k] = mu
                         to_input = wp.where(beta != real(0.0), 1, 0)
                         pull(packed, transposed, rows, base + slot, deltas, own_slot, count, to_input)
                         for s in range(count):
                             for k in range(inputs):
                                 i = k % wp.static(channels) * wp.static(inputs // channels) + k // wp.static(channels)
-                                lam = loss_states[n, first + s, i]
+                                lam = seeds[s, i]
                                 if alpha != real(0.0):
                                     lam += alpha * adj_x[f, first + s, i]
                                 if to_input != 0:
@@ -496,4 +542,3 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
                 stop = start
 
     return sweep_blocks
-

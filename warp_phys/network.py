@@ -1,7 +1,11 @@
 """Small networks on a CPU, whole unrollings and whole backward passes at a time: the host side of `native_kernels`."""
 
+import functools
+import os
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import warp as wp
@@ -15,6 +19,21 @@ KEPT_BYTES = 48 * 2**20
 
 Buffers that wait for a later pass take as much again at most.
 """
+
+
+WORKER_BLOCKS = 4
+"""Fewest blocks of samples for which another thread is worth its while."""
+
+
+class OwnLoss(NamedTuple):
+    """The loss of a system, for `Network.sweep_launches`: differentiated where it is needed, never stored."""
+
+    chosen: wp.array
+    """A number for every step 0 … T, not 0 where the pointwise cost counts; int32."""
+    cost_weight: float
+    """Factor of the cost of a sample at a step."""
+    control_weight: float
+    """Factor of the square of a control."""
 
 
 class Rows:
@@ -42,6 +61,8 @@ class Network:
 
     def __init__(self, plan: Plan, real: type):
         self.plan, self.real = plan, real
+        self.threads = 1
+        """Most threads that share a batch; the order of sums depends on it, from `WORKER_BLOCKS` blocks a thread on."""
         self._packed = aligned_zeros((plan.packed[-1],), real, "cpu")
         self._transposed = aligned_zeros((max(1, plan.transposed[-1]),), real, "cpu")
         self._scratch: dict[int, list[Rows]] = {}  # by length, for good: a captured graph goes on using it
@@ -51,7 +72,7 @@ class Network:
 
     def pack(self, weights: Sequence[int]) -> None:
         """Read the weights and biases, given by their addresses in turn; the memory must be the CPU's, contiguous."""
-        self.pack_launch(self._addresses([weights]))
+        self.pack_launch(self._addresses([weights])).launch()
 
     def unroll(
         self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool
@@ -64,7 +85,7 @@ class Network:
         keep = keep and self.can_keep(controls)
         length = self.row_count(controls, keep)
         rows = self._borrow_kept(length) if keep else self._borrow(length)
-        self.unroll_launch(system, states, controls, parameters, rows.array, keep)
+        run(self.unroll_launches(system, states, controls, parameters, rows.array, keep))
         if keep:
             return Kept(self, rows)
         self._return(rows)
@@ -90,13 +111,17 @@ class Network:
             workspace: Keeps the scratch arrays.
 
         Returns:
-            The gradients of the weights in the packed layout, shape (flows · packed length).
+            The gradients of the weights in the packed layout, for `unpack`.
         """
         kept = self._take(trajectory.kept)
-        rows = kept or self._borrow(self.chunk(trajectory.controls) * SAMPLES * self.plan.row)
-        gradients = self.gradients(len(adj_x), workspace)
+        rows = kept or self._borrow(self.scratch_count(trajectory.controls))
+        gradients = self.gradients(len(adj_x), trajectory.controls.shape[1], workspace)
         gradients.zero_()
-        self.sweep_launch(system, trajectory, seeds, gates, adj_x, rows.array, kept is not None, gradients, workspace)
+        run(
+            self.sweep_launches(
+                system, trajectory, seeds, gates, adj_x, rows.array, kept is not None, gradients, workspace
+            )
+        )
         if kept is None:
             self._return(rows)
         else:
@@ -108,73 +133,98 @@ class Network:
 
         The addresses are kept for the life of the network if they are `lasting`: a captured graph reads them.
         """
-        self.unpack_launch(gradients, self._addresses(targets) if lasting else address_array(targets))
+        for launch in self.unpack_launches(gradients, self._addresses(targets) if lasting else address_array(targets)):
+            launch.launch()
 
     def can_keep(self, controls: wp.array) -> bool:
         """Whether there is room for the activations of all rows of a trajectory."""
         return self.row_count(controls, keep=True) * self._packed.strides[0] <= KEPT_BYTES
 
     def row_count(self, controls: wp.array, keep: bool) -> int:
-        """Return the length of the buffer that `unroll_launch` writes its rows to."""
-        return (controls.shape[0] * controls.shape[1] if keep else SAMPLES) * self.plan.row
+        """Return the length of the buffer that an unrolling writes its rows to."""
+        steps, batch, _ = controls.shape
+        return (steps * batch if keep else SAMPLES * len(self.shares(batch))) * self.plan.row
+
+    def scratch_count(self, controls: wp.array) -> int:
+        """Return the length of the buffer in which a backward pass computes activations again."""
+        return self.chunk(controls) * SAMPLES * len(self.shares(controls.shape[1])) * self.plan.row
 
     def chunk(self, controls: wp.array) -> int:
         """Return the number of time steps that a backward pass takes at a time."""
         steps, batch, _ = controls.shape
         return min(steps, max(1, self.plan.chunk // min(batch, SAMPLES)))
 
-    def gradients(self, flows: int, workspace: Any) -> wp.array:
-        """Return the workspace's array for the packed gradients of all flows; it holds those of the last pass."""
-        return workspace.array("packed gradients", (flows * self.plan.packed[-1],), self.real, "cpu")
+    def shares(self, batch: int) -> list[tuple[int, int]]:
+        """Return the first sample of every thread's share of a batch, and the one after its last."""
+        blocks = -(-batch // SAMPLES)
+        workers = max(1, min(self.threads, blocks // WORKER_BLOCKS))
+        bounds = [SAMPLES * (i * blocks // workers) for i in range(workers)] + [batch]
+        return list(pairwise(bounds))
 
-    def pack_launch(self, addresses: wp.array, record: bool = False) -> Any:
-        """Launch the packing, or return the launch if it is to be recorded; so do the three below."""
-        inputs = [addresses, self._packed, self._transposed]
-        return _launch(native.pack_kernel(self.plan, self.real), 1, inputs, record)
+    def gradients(self, flows: int, batch: int, workspace: Any) -> wp.array:
+        """Return the workspace's array for the packed gradients, shape (threads, flows · packed length)."""
+        return workspace.array(
+            "packed gradients", (len(self.shares(batch)), flows * self.plan.packed[-1]), self.real, "cpu"
+        )
 
-    def unroll_launch(
-        self,
-        system: Any,
-        states: wp.array,
-        controls: wp.array,
-        parameters: wp.array,
-        rows: wp.array,
-        keep: bool,
-        record: bool = False,
-    ) -> Any:
-        """Launch the unrolling."""
-        inputs = [self._packed, parameters, int(keep), states, controls, rows]
-        blocks = -(-controls.shape[1] // SAMPLES)
-        return _launch(native.unroll_kernel(system.structure, self.plan, self.real), blocks, inputs, record)
+    # What follows returns launches to be run, so that they can be kept and run many times.
 
-    def sweep_launch(
+    def pack_launch(self, addresses: wp.array) -> Any:
+        """Return the launch that reads the weights."""
+        return _record(native.pack_kernel(self.plan, self.real), 1, [addresses, self._packed, self._transposed])
+
+    def unroll_launches(
+        self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, rows: wp.array, keep: bool
+    ) -> list[Any]:
+        """Return the launches of the unrolling, one per thread."""
+        kernel, launches = native.unroll_kernel(system.structure, self.plan, self.real), []
+        shares = self.shares(controls.shape[1])
+        for i, (begin, end) in enumerate(shares):
+            own = rows if keep else _share(rows, i, len(shares))
+            inputs = [self._packed, parameters, begin, int(keep), states, controls, own]
+            launches.append(_record(kernel, -(-(end - begin) // SAMPLES), inputs))
+        return launches
+
+    def sweep_launches(
         self,
         system: Any,
         trajectory: Any,
-        seeds: Any,
+        loss: Any,
         gates: wp.array,
         adj_x: wp.array,
         rows: wp.array,
         kept: bool,
         gradients: wp.array,
         workspace: Any,
-        record: bool = False,
-    ) -> Any:
-        """Launch the backward pass, which adds to `gradients`; `rows` holds the activations if they are `kept`."""
-        flows, chunk, plan = len(adj_x), self.chunk(trajectory.controls), self.plan
-        # of this plan alone: the adjoints of numbers that no window reads are never written, and must stay zero
-        deltas = workspace.array(self._deltas, (flows * chunk * SAMPLES * plan.row,), self.real, "cpu")
-        adj_c = workspace.array("adj_c of a block", (flows, SAMPLES, plan.outputs), self.real, "cpu")
-        inputs = [
-            self._packed, self._transposed, trajectory.parameters, trajectory.states, trajectory.controls,
-            seeds.states, seeds.controls, gates, chunk, int(kept), rows, deltas, adj_c, adj_x, gradients,
-        ]  # fmt: skip
-        return _launch(native.sweep_kernel(system.structure, plan, self.real), 1, inputs, record)
+    ) -> list[Any]:
+        """Return the launches of the backward pass, one per thread.
 
-    def unpack_launch(self, gradients: wp.array, addresses: wp.array, record: bool = False) -> Any:
-        """Launch the unpacking."""
+        They add to `gradients`; `rows` holds the activations if they are `kept`; `loss` is `Seeds` or an `OwnLoss`.
+        """
+        flows, chunk, plan, real = len(adj_x), self.chunk(trajectory.controls), self.plan, self.real
+        kernel, launches = native.sweep_kernel(system.structure, plan, real), []
+        nothing = workspace.array("nothing", (0, 0, 0), real, "cpu")
+        derivatives = [nothing, nothing, loss.chosen, loss.cost_weight, loss.control_weight] if isinstance(
+            loss, OwnLoss
+        ) else [loss.states, loss.controls, workspace.array("none chosen", (0,), wp.int32, "cpu"), 0.0, 0.0]  # fmt: skip
+        shares = self.shares(trajectory.controls.shape[1])
+        for i, (begin, end) in enumerate(shares):
+            # of this plan alone: the adjoints of numbers that no window reads are never written, and must stay zero
+            deltas = workspace.array(f"{self._deltas}, {i}", (flows * chunk * SAMPLES * plan.row,), real, "cpu")
+            adj_c = workspace.array(f"adj_c of a block, {i}", (flows, SAMPLES, plan.outputs), real, "cpu")
+            seeds = workspace.array(f"seeds of a block, {i}", (SAMPLES, plan.inputs), real, "cpu")
+            inputs = [
+                self._packed, self._transposed, trajectory.parameters, trajectory.states, trajectory.controls,
+                *derivatives, gates, begin, end, chunk, int(kept), rows if kept else _share(rows, i, len(shares)),
+                deltas, adj_c, seeds, adj_x, gradients[i],
+            ]  # fmt: skip
+            launches.append(_record(kernel, 1, inputs))
+        return launches
+
+    def unpack_launches(self, gradients: wp.array, addresses: wp.array) -> list[Any]:
+        """Return the launches of the unpacking, to be run one after the other: the threads' shares are added."""
         kernel = native.unpack_kernel(self.plan, self.real)
-        return _launch(kernel, len(addresses), [gradients, addresses], record)
+        return [_record(kernel, len(addresses), [gradients[i], addresses]) for i in range(len(gradients))]
 
     def _addresses(self, rows: Sequence[Sequence[int]]) -> wp.array:
         key = tuple(map(tuple, rows))
@@ -236,5 +286,27 @@ def address_array(rows: Sequence[Sequence[int]]) -> wp.array:
     return wp.array(np.array(rows, dtype=np.uint64), dtype=wp.uint64, device="cpu")
 
 
-def _launch(kernel: wp.Kernel, dim: int, inputs: Sequence[Any], record: bool) -> Any:
-    return wp.launch(kernel, dim=dim, inputs=inputs, device="cpu", record_tape=False, record_cmd=record)
+def run(launches: Sequence[Any]) -> None:
+    """Run launches at the same time, each in a thread of its own; a launch lets other Python threads run."""
+    others = [_pool().submit(launch.launch) for launch in launches[1:]]
+    launches[0].launch()
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="warp_phys")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork has no threads but its own
+
+
+def _share(rows: wp.array, i: int, count: int) -> wp.array:
+    """Return part i of `count` equal parts."""
+    length = len(rows) // count
+    return rows[i * length : (i + 1) * length]
+
+
+def _record(kernel: wp.Kernel, dim: int, inputs: Sequence[Any]) -> Any:
+    return wp.launch(kernel, dim=dim, inputs=inputs, device="cpu", record_tape=False, record_cmd=True)

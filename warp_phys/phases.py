@@ -67,7 +67,7 @@ class Controller(Protocol):
         self, system: Any, trajectory: Any, seeds: Any, gates: wp.array, adj_x: wp.array, gradients: Sequence[Any],
         workspace: Workspace,
     ) -> None:  # fmt: skip
-        """Take adj_x (flows, batch, D) from λ_T to λ_0, and add each flow's update of θ to its entry of gradients."""
+        """Write λ_0 to adj_x (flows, batch, D), and add each flow's update of θ to its entry of gradients."""
 
 
 class WarpController(Controller, Protocol):
@@ -191,11 +191,11 @@ def backward(
     flows = len(gates)
     real, device = trajectory.states.dtype, trajectory.states.device
     lam = workspace.array("lambda", (flows, batch, trajectory.states.shape[2]), real, device)
-    for f in range(flows):
-        wp.copy(lam[f], seeds.states[steps])
     if fused and not want_parameters and controller.sweeps(system):
         controller.sweep(system, trajectory, seeds, gates_array, lam, gradients, workspace)
         return Adjoints(lam, None)
+    for f in range(flows):
+        wp.copy(lam[f], seeds.states[steps])
     if parallel is None:
         parallel = parallel_in_time(system, controller, trajectory, flows)
     pass_ = _Pass(system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check)

@@ -186,7 +186,8 @@ class Rollout:
         if fingerprint is None:
             return None
         when, control_cost = when if isinstance(when, str) else tuple(when), float(control_cost)
-        key = (self.steps, batch, self._flow, tuple(self.observe), when, control_cost, fingerprint)
+        threads = torch.get_num_threads()
+        key = (self.steps, batch, self._flow, tuple(self.observe), when, control_cost, threads, fingerprint)
         if key not in self._direct:
             self._check_place()
             if not isinstance(self.system, System) or self.backend != "fused":

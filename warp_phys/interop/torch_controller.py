@@ -161,6 +161,7 @@ class TorchController:
         real = wp.dtype_from_torch(tensors[0].dtype)  # type: ignore[union-attr]
         if self._network is None or (self._network.plan, self._network.real) != (plan, real):
             self._network = Network(plan, real)
+        self._network.threads = torch.get_num_threads()
         return self._network, tensors
 
     def dense(self) -> Dense | None:

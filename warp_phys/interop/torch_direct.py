@@ -15,9 +15,8 @@ from warp_phys.interop.sums import split
 from warp_phys.interop.torch_controller import TorchController, addresses_of
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.layers import Workspace
-from warp_phys.native_kernels import SAMPLES
-from warp_phys.network import address_array
-from warp_phys.phases import Seeds, Trajectory, flow_gates
+from warp_phys.network import OwnLoss, address_array, run
+from warp_phys.phases import Trajectory, flow_gates
 from warp_phys.systems.losses import chosen_array
 
 
@@ -48,7 +47,6 @@ class DirectPass:
         self.flows, self.control_cost = tuple(flows), control_cost
         self.states = torch.zeros((steps + 1, batch, system.state_size), dtype=dtype)
         self.controls = torch.zeros((steps, batch, system.control_size), dtype=dtype)
-        self.adj_states, self.adj_controls = torch.zeros_like(self.states), torch.zeros_like(self.controls)
         self.lam = torch.zeros((len(flows), batch, system.state_size), dtype=dtype)
         self.costs = torch.zeros((len(times), batch), dtype=dtype)
         self.trainable = adapter.trainable
@@ -62,44 +60,45 @@ class DirectPass:
         self._record_passes(system, adapter)
 
     def _record_cost(self, system: Any, times: tuple[int, ...]) -> None:
-        """Record the launches of the cost and of its derivative."""
+        """Record the launch of the cost."""
         x, costs, chosen = as_array(self.states), as_array(self.costs), chosen_array(times, "cpu")
-        own, weights = system.check_parameters(None, x, 1), as_array(torch.full_like(self.costs, self.per_sample))
-        record = {"dim": costs.shape, "device": "cpu", "record_tape": False, "record_cmd": True}
-        self._cost = wp.launch(kernels.cost_kernel(system.structure, x.dtype), inputs=[x, chosen, own, costs], **record)
-        nothing = system._no_structs(x).reshape((0, 0))
-        inputs = [x, chosen, own, weights, as_array(self.adj_states), nothing]
-        self._cost_vjp = wp.launch(kernels.cost_vjp_kernel(system.structure, x.dtype), inputs=inputs, **record)
-        self._held = [own, weights, chosen, nothing]  # a recorded launch does not keep its arrays alive
+        own, kernel = system.check_parameters(None, x, 1), kernels.cost_kernel(system.structure, x.dtype)
+        self._cost = wp.launch(
+            kernel, costs.shape, [x, chosen, own, costs], device="cpu", record_tape=False, record_cmd=True
+        )
+        self._held = [own, chosen]  # a recorded launch does not keep its arrays alive
+        counts = np.zeros(len(self.states), dtype=np.int32)
+        counts[list(times)] = 1
+        control_weight = self.control_cost / self.controls.numel()
+        self._loss = OwnLoss(wp.array(counts, dtype=wp.int32, device="cpu"), self.per_sample, control_weight)
 
     def _record_passes(self, system: Any, adapter: TorchController) -> None:
         """Record the launches of the forward and of the backward pass."""
         network, tensors = adapter.network()
         x, c, lam = as_array(self.states), as_array(self.controls), as_array(self.lam)
-        own, steps, workspace = system.check_parameters(None, x, 1), len(self.controls), Workspace()
+        own, workspace, (steps, batch, _) = system.check_parameters(None, x, 1), Workspace(), c.shape
         keep = network.can_keep(c)
-        rows = network.row_count(c, keep=True) if keep else network.chunk(c) * SAMPLES * network.plan.row
-        buffer = aligned_zeros((rows,), x.dtype, "cpu")
-        trajectory, seeds = Trajectory(x, c, own), Seeds(as_array(self.adj_states), as_array(self.adj_controls))
+        rows = aligned_zeros(
+            (network.row_count(c, keep=True) if keep else network.scratch_count(c),), x.dtype, "cpu"
+        )
         gates = wp.array(flow_gates(self.flows, steps), dtype=x.dtype, device="cpu")
-        gradients = network.gradients(len(self.flows), workspace)
-        sources, targets = (
-            address_array(rows) for rows in ([addresses_of(tensors)], adapter.targets(tensors, list(self.updates)))
+        gradients = network.gradients(len(self.flows), batch, workspace)
+        sources = address_array([addresses_of(tensors)])
+        targets = address_array(adapter.targets(tensors, list(self.updates)))
+        self._pack = network.pack_launch(sources)
+        self._unroll = network.unroll_launches(system, x, c, own, rows, keep)
+        self._sweep = network.sweep_launches(
+            system, Trajectory(x, c, own), self._loss, gates, lam, rows, keep, gradients, workspace
         )
-        self._pack = network.pack_launch(sources, record=True)
-        self._unroll = network.unroll_launch(system, x, c, own, buffer, keep, record=True)
-        self._sweep = network.sweep_launch(
-            system, trajectory, seeds, gates, lam, buffer, keep, gradients, workspace, record=True
-        )
-        self._unpack = network.unpack_launch(gradients, targets, record=True)
+        self._unpack = network.unpack_launches(gradients, targets)
         self._gradients = wp.to_torch(gradients)
-        self._held += [network, adapter, x, c, lam, own, workspace, buffer, seeds, gates, sources, targets]
+        self._held += [network, adapter, x, c, lam, own, workspace, rows, gates, sources, targets]
 
     def forward(self, x0: torch.Tensor) -> None:
         """Write states and controls."""
         self.states[0] = x0
         self._pack.launch()
-        self._unroll.launch()
+        run(self._unroll)
 
     def loss(self) -> torch.Tensor:
         """Return the loss of the states and controls that `forward` left."""
@@ -111,14 +110,11 @@ class DirectPass:
 
     def backward(self) -> None:
         """Leave every flow's update in `updates`, shape (flows, parameters)."""
-        self._cost_vjp.launch()
-        if self.control_cost:
-            torch.mul(self.controls, 2.0 * self.control_cost / self.controls.numel(), out=self.adj_controls)
-        self.lam.copy_(self.adj_states[-1])
         self.updates.zero_()
         self._gradients.zero_()
-        self._sweep.launch()
-        self._unpack.launch()
+        run(self._sweep)
+        for launch in self._unpack:
+            launch.launch()
 
     def leave(self, flow: Flow | Combined) -> Report:
         """Put the flow's update into the `.grad` of the parameters; return what the pass tells about itself."""
