@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-quick clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m demos.swingup
@@ -19,6 +19,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Against JAX and torch, see docs/benchmarks.md; flags: make bench BENCH="--system cartpole --batch 8".
+bench: $(VENV)/.bench-installed
+	$(BIN)/python -m tests.benchmarks $(BENCH)
+
+bench-quick: $(VENV)/.installed
+	$(BIN)/python -m tests.benchmarks --quick
+
+$(VENV)/.bench-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	touch $@
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "warp_phys needs Python 3.11 or newer, got " + sys.version)'

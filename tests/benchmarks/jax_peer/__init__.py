@@ -1,0 +1,1 @@
+"""The same updates in JAX: as its users write them, and tuned by hand."""
