@@ -84,7 +84,7 @@ def test_mixed_precision_controller():
 def test_forced_fusion_of_what_cannot_be_fused():
     module = torch.nn.Sequential(torch.nn.Linear(10, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 1))
     assert Rollout(SYSTEM, module, 5).backend == "general"
-    with raises(ValueError, "backend 'fused' needs a System and dense layers of moderate width"):
+    with raises(ValueError, "backend 'fused' needs a System and a controller of layers that the engine has"):
         Rollout(SYSTEM, module, 5, backend="fused")
 
 

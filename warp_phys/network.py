@@ -203,10 +203,12 @@ class Network:
         """
         flows, chunk, plan, real = len(adj_x), self.chunk(trajectory.controls), self.plan, self.real
         kernel, launches = native.sweep_kernel(system.structure, plan, real), []
-        nothing = workspace.array("nothing", (0, 0, 0), real, "cpu")
-        derivatives = [nothing, nothing, loss.chosen, loss.cost_weight, loss.control_weight] if isinstance(
-            loss, OwnLoss
-        ) else [loss.states, loss.controls, workspace.array("none chosen", (0,), wp.int32, "cpu"), 0.0, 0.0]  # fmt: skip
+        if isinstance(loss, OwnLoss):
+            nothing = workspace.array("nothing", (0, 0, 0), real, "cpu")
+            derivatives = [nothing, nothing, *loss]
+        else:
+            none_chosen = workspace.array("none chosen", (0,), wp.int32, "cpu")
+            derivatives = [loss.states, loss.controls, none_chosen, 0.0, 0.0]
         shares = self.shares(trajectory.controls.shape[1])
         for i, (begin, end) in enumerate(shares):
             # of this plan alone: the adjoints of numbers that no window reads are never written, and must stay zero

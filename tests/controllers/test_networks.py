@@ -115,16 +115,18 @@ def test_grid_cnn_is_the_published_network():
     assert shapes == [(60, 2, 3), (60,), (60, 60, 3), (60,), (1, 420), (1,)]
     x = torch.randn(3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     grid = x.reshape(3, 32, 2)
-    for layer in (network.first, network.second):
+    _, first, _, second, _, _, output = network
+    for layer in (first, second):
         windows = torch.stack([grid[:, i : i + 3] for i in range(0, grid.shape[1] - 2, 2)], dim=1)
         grid = torch.tanh(torch.einsum("bpkc,ock->bpo", windows, layer.weight) + layer.bias)
-    expected = grid.reshape(3, -1) @ network.output.weight.T + network.output.bias
+    expected = grid.reshape(3, -1) @ output.weight.T + output.bias
     torch.testing.assert_close(network(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_grid_cnn_starts_with_glorot():
     network = GridCNN(SimpleNamespace(state_size=64, control_size=1), seed=0)
-    for layer, fans in ((network.first, 3 * 2 + 3 * 60), (network.second, 3 * 60 + 3 * 60), (network.output, 421)):
+    _, first, _, second, _, _, output = network
+    for layer, fans in ((first, 3 * 2 + 3 * 60), (second, 3 * 60 + 3 * 60), (output, 421)):
         bound = (6 / fans) ** 0.5
         assert 0.9 * bound < float(layer.weight.detach().abs().max()) <= bound and not layer.bias.any()
 

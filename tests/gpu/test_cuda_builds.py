@@ -1,5 +1,7 @@
 """Every kernel, forward and adjoint, compiles for CUDA; Warp's compiler needs no GPU and no driver for that."""
 
+from pathlib import Path
+
 import pytest
 import warp as wp
 
@@ -13,6 +15,7 @@ from warp_phys import (
     gate_kernels,
     kernels,
     landscape_kernels,
+    native_kernels,
     row_kernels,
 )
 from warp_phys.activations import ACTIVATIONS
@@ -51,6 +54,10 @@ OF_A_PRECISION = [
     row_kernels.gate_rows_kernel,
     landscape_kernels.contract_kernel,
 ]
+
+# their layers and steps are C++ on a CPU's vectors, and one thread goes through a whole block or batch: on CUDA nothing
+# launches them, `dense_kernels` and `kernels` do their work there
+FOR_A_CPU_ONLY = {"native_kernels"}
 
 
 def _all_kernels():
@@ -94,8 +101,10 @@ def test_kernel_compiles_for_cuda(name, make, tmp_path):
 
 
 def test_the_list_is_complete():
-    """A kernel factory that is missing above fails here."""
+    """A kernel factory that is missing above fails here, and so does a module of kernels."""
     modules = [dense_kernels, gate_kernels, kernels, landscape_kernels, row_kernels]
+    names = {path.stem for path in Path(kernels.__file__).parent.glob("*kernels.py")}
+    assert {m.__name__.split(".")[-1] for m in modules} == names - FOR_A_CPU_ONLY
     factories = {f"{m.__name__}.{name}" for m in modules for name in vars(m) if name.endswith("_kernel")}
     listed = {f"{f.__module__}.{f.__name__}" for f in (*OF_A_SYSTEM, *OF_A_PRECISION)}
     one_by_one = {
@@ -109,3 +118,12 @@ def test_the_list_is_complete():
         "warp_phys.landscape_kernels.unroll_kernel",
     }
     assert factories == listed | one_by_one
+
+
+def test_what_is_for_a_cpu_says_so():
+    """Kernels that are left out above cannot be built for CUDA by mistake: their C++ is given for a CPU alone."""
+    options = native_kernels._module_options()["extra_build_options"]
+    assert "namespace warp_phys" in options.extra_cpu_preamble and not options.extra_cuda_preamble
+    plan = native_kernels.dense_plan((4, 5, 1), "tanh")
+    for factory in (native_kernels.unroll_kernel, native_kernels.sweep_kernel):
+        assert factory(CartPole(poles=1).structure, plan, wp.float32).module.options["extra_build_options"] is options

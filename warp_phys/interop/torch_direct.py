@@ -78,9 +78,7 @@ class DirectPass:
         x, c, lam = as_array(self.states), as_array(self.controls), as_array(self.lam)
         own, workspace, (steps, batch, _) = system.check_parameters(None, x, 1), Workspace(), c.shape
         keep = network.can_keep(c)
-        rows = aligned_zeros(
-            (network.row_count(c, keep=True) if keep else network.scratch_count(c),), x.dtype, "cpu"
-        )
+        rows = aligned_zeros((network.row_count(c, keep=True) if keep else network.scratch_count(c),), x.dtype, "cpu")
         gates = wp.array(flow_gates(self.flows, steps), dtype=x.dtype, device="cpu")
         gradients = network.gradients(len(self.flows), batch, workspace)
         sources = address_array([addresses_of(tensors)])

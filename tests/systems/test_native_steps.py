@@ -1,0 +1,140 @@
+"""Steps of blocks of samples on a CPU against a system's Warp functions, which define it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import warp as wp
+
+from tests.springs import Springs
+from warp_phys import CartPole, Quantum, Repulsion, native_kernels
+
+BATCH = 21  # two blocks and a part of one
+FLOWS = 2
+SYSTEMS = [
+    Quantum(points=2, target=1),
+    Quantum(points=3, target=2, dt=0.3),
+    Quantum(points=32),
+    Quantum(points=200),
+    CartPole(poles=1),
+    CartPole(poles=3, dt=0.02, gravity=3.7, pole_mass=0.2, total_mass=1.4, half_length=0.3),
+    CartPole(poles=2, integrator="rk4"),
+    Repulsion(drivers=1, evaders=1),
+    Repulsion(drivers=2, evaders=4, target_x=0.5, flocking=0.4, flock_distance=0.7),
+    Springs(),
+]
+NAMES = [str(system).replace(" ", "") for system in SYSTEMS]
+SOME, SOME_NAMES = [SYSTEMS[i] for i in (1, 5, 8)], ["quantum", "cart-pole", "repulsion"]
+
+
+def _kernels(system, real):
+    """Step, and vector-Jacobian product, of a batch in blocks; two kernels, as a function that one kernel calls for its
+    value has no gradient there in Warp."""
+    structure, samples = system.structure, native_kernels.SAMPLES
+    Parameters = structure.types(real).Parameters
+    advance = native_kernels.advance_function(structure, real)
+    retreat = native_kernels.retreat_function(structure, real)
+
+    @wp.kernel(module="unique", module_options=native_kernels._module_options())
+    def step_blocks(controls: wp.array3d[real], p: wp.array[Parameters], states: wp.array3d[real]):
+        first = wp.static(samples) * wp.tid()
+        advance(states, controls, p, 1, first, wp.min(wp.static(samples), states.shape[1] - first))
+
+    @wp.kernel(module="unique", module_options=native_kernels._module_options())
+    def pull_blocks(
+        states: wp.array3d[real],
+        controls: wp.array3d[real],
+        p: wp.array[Parameters],
+        adj_x: wp.array3d[real],
+        adj_of_block: wp.array3d[real],
+        adj_c: wp.array3d[real],
+    ):
+        first = wp.static(samples) * wp.tid()
+        count = wp.min(wp.static(samples), states.shape[1] - first)
+        retreat(states, controls, p, 1, first, count, adj_x, adj_of_block)
+        for f in range(adj_x.shape[0]):
+            for b in range(first, first + count):
+                for k in range(controls.shape[2]):
+                    adj_c[f, b, k] = adj_of_block[f, b - first, k]
+
+    return step_blocks, pull_blocks
+
+
+def _array(values, dtype):
+    return wp.array(np.asarray(values, dtype=dtype), device="cpu")
+
+
+def _problem(system):
+    generator = np.random.default_rng(0)
+    x = system.sample(BATCH, dtype=np.float64) + 0.1 * generator.standard_normal((BATCH, system.state_size))
+    c = 2.0 * generator.standard_normal((BATCH, system.control_size))
+    adj = generator.standard_normal((FLOWS, BATCH, system.state_size))
+    return x, c, adj, {"dt": np.linspace(0.5, 1.5, BATCH) * system.dt}
+
+
+def _by_blocks(system, dtype, parameters):
+    """Return next states and adjoints; the trajectory has a step before and one after, that must stay as they are."""
+    x, c, adj, _ = _problem(system)
+    real = wp.float64 if dtype is np.float64 else wp.float32
+    states = _array(np.stack([np.full_like(x, 7.0), x, np.full_like(x, 7.0), np.full_like(x, 7.0)]), dtype)
+    controls = _array(np.stack([np.full_like(c, 7.0), c, np.full_like(c, 7.0)]), dtype)
+    adj_x, adj_c = _array(adj, dtype), wp.zeros((FLOWS, BATCH, system.control_size), dtype=real, device="cpu")
+    scratch = wp.zeros((FLOWS, native_kernels.SAMPLES, system.control_size), dtype=real, device="cpu")
+    p = system.parameter_array(parameters, device="cpu", dtype=dtype)
+    step, pull = _kernels(system, real)
+    blocks = -(-BATCH // native_kernels.SAMPLES)
+    wp.launch(step, blocks, [controls, p], [states], device="cpu")
+    wp.launch(pull, blocks, [states, controls, p, adj_x, scratch, adj_c], device="cpu")
+    found = states.numpy()
+    assert (found[[0, 3]] == 7.0).all() and (found[1] == x.astype(dtype)).all()
+    return found[2], adj_x.numpy(), adj_c.numpy()
+
+
+def _by_functions(system, dtype, parameters):
+    x, c, adj, _ = _problem(system)
+    x, c, p = _array(x, dtype), _array(c, dtype), system.parameter_array(parameters, device="cpu", dtype=dtype)
+    y, adj_x, adj_c = wp.zeros_like(x), [], []
+    system.step(x, c, y, p)
+    for row in adj:
+        adj_x.append(wp.zeros_like(x))
+        adj_c.append(wp.zeros_like(c))
+        system.step_vjp(x, c, _array(row, dtype), adj_x[-1], adj_c[-1], p)
+    return y.numpy(), np.stack([a.numpy() for a in adj_x]), np.stack([a.numpy() for a in adj_c])
+
+
+def _distance(found, exact):
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=NAMES)
+def test_blocks_equal_functions(system):
+    """One set of parameters, and a time step per sample. In float32 either way is held against float64."""
+    for parameters in ({}, _problem(system)[3]):
+        exact = _by_functions(system, np.float64, parameters)
+        assert _distance(_by_blocks(system, np.float64, parameters), exact) < 1e-11
+        error = _distance(_by_blocks(system, np.float32, parameters), exact)
+        usual = _distance(_by_functions(system, np.float32, parameters), exact)
+        assert error < 2.0 * usual + 1e-6 and usual < 1e-3
+
+
+@pytest.mark.parametrize("system", SOME, ids=SOME_NAMES)
+def test_every_parameter_counts(system):
+    """The numbers of a system reach its blocks in the right order: each one, changed alone, has its effect."""
+    for name in system.parameter_names:
+        changed = dataclasses.replace(system, **{name: 1.3 * getattr(system, name) + 0.01})
+        exact = _by_functions(changed, np.float64, {})
+        assert _distance(_by_blocks(changed, np.float64, {}), exact) < 1e-11
+
+
+@pytest.mark.parametrize("system", SOME, ids=SOME_NAMES)
+def test_a_sample_that_is_not_finite_spoils_no_other(system, monkeypatch):
+    """Neighbours may change by rounding alone: one large angle changes how the sines of its block are found."""
+    clean = _by_blocks(system, np.float32, {})
+    x, *others = _problem(system)
+    bad = [3, 20]
+    good = [b for b in range(BATCH) if b not in bad]
+    x[bad] = np.inf
+    monkeypatch.setitem(globals(), "_problem", lambda _system: (x, *others))
+    spoilt = _by_blocks(system, np.float32, {})
+    assert not np.isfinite(spoilt[0][bad]).all()
+    assert _distance([a[..., good, :] for a in spoilt], [a[..., good, :] for a in clean]) < 1e-6
