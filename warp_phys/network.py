@@ -57,12 +57,11 @@ class Network:
     Args:
         plan: The layers.
         real: wp.float32 or wp.float64.
+        threads: Most threads that share a batch; where several do (`WORKER_BLOCKS`), the order of sums depends on it.
     """
 
-    def __init__(self, plan: Plan, real: type):
-        self.plan, self.real = plan, real
-        self.threads = 1
-        """Most threads that share a batch; the order of sums depends on it, from `WORKER_BLOCKS` blocks a thread on."""
+    def __init__(self, plan: Plan, real: type, threads: int = 1):
+        self.plan, self.real, self.threads = plan, real, threads
         self._packed = aligned_zeros((plan.packed[-1],), real, "cpu")
         self._transposed = aligned_zeros((max(1, plan.transposed[-1]),), real, "cpu")
         self._scratch: dict[int, list[Rows]] = {}  # by length, for good: a captured graph goes on using it

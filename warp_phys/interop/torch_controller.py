@@ -159,10 +159,10 @@ class TorchController:
         assert planned is not None
         plan, tensors = planned
         real = wp.dtype_from_torch(tensors[0].dtype)  # type: ignore[union-attr]
-        if self._network is None or (self._network.plan, self._network.real) != (plan, real):
-            self._network = Network(plan, real)
-        self._network.threads = torch.get_num_threads()
-        return self._network, tensors
+        wanted, network = (plan, real, torch.get_num_threads()), self._network
+        if network is None or (network.plan, network.real, network.threads) != wanted:
+            network = self._network = Network(*wanted)
+        return network, tensors
 
     def dense(self) -> Dense | None:
         """Return the module as `Dense` layers over the same memory, or None if it is something else."""

@@ -18,7 +18,7 @@ ACTIVATIONS: dict[type, str] = {
 
 PRECISIONS = (torch.float32, torch.float64)
 
-WIDEST = 4096
+WIDEST = 65536
 """Most inputs or outputs of a layer: beyond it a matrix library is as good."""
 
 

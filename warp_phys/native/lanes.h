@@ -55,15 +55,6 @@ static inline void sine_cosine(lanes<float> x, lanes<float>& sine, lanes<float>&
 #pragma clang fp contract(fast)
     typedef int integers __attribute__((vector_size(LANES * sizeof(int))));
     const lanes<float> n = __builtin_elementwise_rint(x * 0.636619772f);
-    float largest = 0.0f;
-    for (int s = 0; s < LANES; ++s) largest = __builtin_fmaxf(largest, __builtin_fabsf(x[s]));
-    if (!(largest < 8192.0f)) {  // the parts have no more digits; nor has an infinite angle a sine
-        for (int s = 0; s < LANES; ++s) {
-            sine[s] = ::sinf(x[s]);
-            cosine[s] = ::cosf(x[s]);
-        }
-        return;
-    }
     lanes<float> r = x - n * 1.5703125f;
     r = r - n * 4.837512969970703125e-4f;
     r = r - n * 7.54978995489188e-8f;
@@ -75,6 +66,11 @@ static inline void sine_cosine(lanes<float> x, lanes<float>& sine, lanes<float>&
     const lanes<float> odd_sine = (quadrant & 1) != 0 ? c : s, odd_cosine = (quadrant & 1) != 0 ? s : c;
     sine = (quadrant & 2) != 0 ? -odd_sine : odd_sine;
     cosine = ((quadrant + 1) & 2) != 0 ? -odd_cosine : odd_cosine;
+    for (int i = 0; i < LANES; ++i)
+        if (!(__builtin_fabsf(x[i]) < 8192.0f)) {  // the parts have no more digits
+            sine[i] = ::sinf(x[i]);
+            cosine[i] = ::cosf(x[i]);
+        }
 }
 
 static inline void sine_cosine(lanes<double> x, lanes<double>& sine, lanes<double>& cosine) {

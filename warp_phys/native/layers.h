@@ -143,9 +143,10 @@ struct elu {
 struct silu {
     static constexpr bool of_value = false;
     template <typename V> static inline V value(V z, V& slope) {
-        const V s = logistic(z);
-        slope = s * (1 + z * (1 - s));
-        return z * s;
+        const V low = V{} - (sizeof(z[0]) == 4 ? 88 : 746), s = logistic(z);
+        const V x = __builtin_elementwise_max(z, low);  // below it s has no smaller numbers to make up for z
+        slope = s * (1 + x * (1 - s));
+        return x * s;
     }
     template <typename V> static inline V slope(V y) { return y; }
 };
