@@ -16,14 +16,13 @@ from demos.colours import colour
 from demos.frame import Demo
 from demos.simulation import Simulation
 from demos.views import run
-from demos.weights import load_weights, scaled
+from demos.weights import load_weights
 from demos.widgets import button, choice
 from warp_phys.flow import resolve
 from warp_phys.systems import Repulsion
 
 FLOWS = ("R", "M", "S", "C")
-SYSTEM = Repulsion(drivers=2, evaders=4, dt=1.0 / 30.0)
-HIDDEN = (64, 64)
+SYSTEM = Repulsion(drivers=2, evaders=4, dt=4.0 / 60.0)
 REACH = 6.5
 """Metres to either side of the middle that are drawn."""
 TRACE = 20.0
@@ -51,8 +50,8 @@ class Settings:
 
 
 def make_controller() -> torch.nn.Sequential:
-    """The network of the demo, before it is trained."""
-    return scaled(MLP(SYSTEM, hidden=HIDDEN, seed=0), np.full(SYSTEM.state_size, 0.3), gain=3.0)
+    """The network of the demo, that of the published experiment, before it is trained."""
+    return MLP(SYSTEM, seed=0)
 
 
 def lead(state: np.ndarray, control: np.ndarray, dog: int, mouse: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 import warp
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -85,6 +86,8 @@ def run(
         sized: Where `size` and `clip` are found, if `make` has none.
     """
     warp.config.log_level = warp.LOG_WARNING
+    # A controller is tiny: several threads would wait for one another, and the picture for them.
+    torch.set_num_threads(1)
     parser = Parser(prog=f"python -m demos.{name}", description=(doc or "").partition("\n")[0], allow_abbrev=False)
     add_flags(parser.add_argument_group("how to see it"), View)
     add_flags(parser.add_argument_group("the demo"), kind, taken=[entry.name for entry in fields(View)])
