@@ -4,6 +4,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from demos.colours import colour
 from demos.frame import Demo
 from demos.simulation import Simulation
 from demos.views import run
-from demos.weights import load_weights, scaled
+from demos.weights import load_weights
 from demos.widgets import button, choice
 from warp_phys.flow import resolve
 from warp_phys.systems import CartPole
@@ -25,6 +26,8 @@ FLOWS = ("R", "M", "S", "C")
 MOST_POLES = 4
 REACH = 2.6
 """Metres to either side of the middle that are drawn."""
+GAIN = 15.0
+"""Force for an output of 1 [N]."""
 FREE = 1.8
 """Metres that the cart may go from the middle of the picture before the picture follows."""
 TRACE = 6.0
@@ -33,7 +36,7 @@ EPISODE = 2.5
 """Seconds after which several poles hang again, so that they can swing up once more."""
 GRIP, DRAG, HOLD = 80.0, 16.0, 120.0
 """The hand at the cart: a spring [N/m], its damping [N s/m], its greatest force [N]."""
-KICK = 3.0
+KICK = 5.0
 """What a click adds to a pole's rate [rad/s]."""
 
 
@@ -61,26 +64,25 @@ def make_system(poles: int) -> CartPole:
     return CartPole(poles=poles, dt=0.02 if poles == 1 else 0.01)
 
 
-def make_controller(poles: int) -> torch.nn.Sequential:
-    """The network of the demo, before it is trained.
+class Policy(torch.nn.Module):
+    """Force on a cart with one pole: a dense network of the cart's speed, the pole's sine and cosine, and its rate.
 
-    Several poles have the published one. One pole has a smaller one, which does not see where the cart is and so does
-    the same everywhere.
+    It does not see where the cart is, nor how often the pole has turned round, so it does the same everywhere.
     """
-    if poles > 1:
-        return MLP(make_system(poles), seed=0)
-    return scaled(MLP(make_system(1), hidden=(64, 64), seed=0), np.array([0.0, 0.3, 1.0, 0.2]), gain=15.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = MLP(SimpleNamespace(state_size=4, control_size=1), hidden=(64, 64), seed=0)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Forces (B, 1) at states (B, 4)."""
+        speed, angle, rate = states[:, 1:2], states[:, 2:3], states[:, 3:4]
+        return GAIN * self.network(torch.cat([0.3 * speed, angle.sin(), angle.cos(), 0.2 * rate], dim=1))
 
 
-def seen(states: np.ndarray) -> np.ndarray:
-    """States (…, D) as the controllers know them: every angle in [−π, π), 0 upright; it leaps where a pole hangs.
-
-    >>> seen(np.array([9.0, 0.0, 4.0 * np.pi, 0.0])).tolist()
-    [9.0, 0.0, 0.0, 0.0]
-    """
-    states = states.copy()
-    states[..., 2::2] = (states[..., 2::2] + np.pi) % (2.0 * np.pi) - np.pi
-    return states
+def make_controller(poles: int) -> torch.nn.Module:
+    """The network of the demo, before it is trained: for several poles that of the published experiment."""
+    return Policy() if poles == 1 else MLP(make_system(poles), seed=0)
 
 
 class CartPoleDemo(Demo):
@@ -130,9 +132,7 @@ class CartPoleDemo(Demo):
             axes.clear()
         system = make_system(self.poles)
         self.sketch = system.sketch(self.world)
-        self.simulation = Simulation(
-            system, self.load(), np.zeros(system.state_size), seen if self.poles == 1 else None
-        )
+        self.simulation = Simulation(system, self.load(), np.zeros(system.state_size))
         artists = self.sketch(self.simulation.state, np.zeros(1))
         self.cart, pole_lines, self.push = artists[0], artists[1 : 1 + self.poles], artists[1 + self.poles]
         self.lines = [self.angles.plot([], [], color=line.get_color(), linewidth=1.2)[0] for line in pole_lines]
@@ -228,7 +228,7 @@ class CartPoleDemo(Demo):
 
     def remember(self) -> np.ndarray | None:
         """Note the state before a step; returns its force as `act` does."""
-        angles = np.degrees(seen(self.simulation.state)[2::2])
+        angles = np.degrees((self.simulation.state[2::2] + np.pi) % (2.0 * np.pi) - np.pi)
         self.trace.append((float(self.simulation.control[0]), *angles))
         return self.act()
 

@@ -4,6 +4,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ REACH = 6.5
 """Metres to either side of the middle that are drawn."""
 TRACE = 20.0
 """Seconds of the trace."""
+BOUNDS = ((-8.0, 0.0), (-3.0, 3.0))
+"""Least and largest c_radial and c_turn of the controllers [1/s²]."""
 GRAB = 0.7
 """How near to a dog or to the target a click must be [m]."""
 PULL, BRAKE, STRONGEST = 12.0, 5.0, 60.0
@@ -49,9 +52,22 @@ class Settings:
         check_number("seed", self.seed, int, at_least=0)
 
 
-def make_controller() -> torch.nn.Sequential:
-    """The network of the demo, that of the published experiment, before it is trained."""
-    return MLP(SYSTEM, seed=0)
+class Policy(torch.nn.Module):
+    """Controls of the dogs: those of a dense network, within bounds in which no dog runs away.
+
+    A dog's c_radial is negative: it is drawn to where ρ = 0, four times as far from the target as the flock's centre,
+    in the same direction. That is behind the sheep, from where it frightens them to the target.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = SimpleNamespace(state_size=SYSTEM.state_size, control_size=SYSTEM.control_size)
+        self.network = MLP(sizes, hidden=(64, 64), seed=0)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Controls (B, K) at states (B, D)."""
+        least, most = (torch.tensor(pair).to(states).repeat(SYSTEM.drivers) for pair in zip(*BOUNDS, strict=True))
+        return least + (most - least) * torch.sigmoid(2.0 * self.network(0.25 * states))
 
 
 def lead(state: np.ndarray, control: np.ndarray, dog: int, mouse: np.ndarray) -> np.ndarray:
@@ -125,7 +141,7 @@ class HerdDemo(Demo):
 
     def load(self) -> Any:
         """The controller of the chosen flow."""
-        return load_weights("herd", self.flow, make_controller())
+        return load_weights("herd", self.flow, Policy())
 
     def choose(self, flow: str) -> None:
         """Take the dogs that were trained with another flow."""

@@ -12,7 +12,7 @@ from tests.demos.touch import choose, click, mouse, play, press_button, staged
 
 def angles(demo):
     """Angles of the poles, 0 upright."""
-    return cartpole.seen(demo.simulation.state)[2::2]
+    return (demo.simulation.state[2::2] + np.pi) % (2.0 * np.pi) - np.pi
 
 
 def test_it_draws_the_state():
@@ -40,8 +40,8 @@ def test_combined_holds_a_pole_and_recovers_from_a_kick():
         # a click to the right of the pole pushes it to the left
         click(demo, demo.world, x + 0.4, 0.7)
         assert demo.simulation.state[3] == pytest.approx(before - cartpole.KICK)
-        play(stage, 0.3)
-        assert np.abs(angles(demo)).max() > 0.3, "the kick has thrown it"
+        play(stage, 0.12)
+        assert np.abs(angles(demo)).max() > 0.15, "the kick has moved it"
         play(stage, 8.0)
         assert np.abs(angles(demo)).max() < 0.2, "it has recovered"
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from controllers import MLP
 from controllers.training import train
 from demos import cartpole, herd, quantum, train_weights
 from demos.experiments.plan import make_plan
-from demos.weights import FOLDER, load_weights, save_weights, scaled
+from demos.weights import FOLDER, load_weights, save_weights
 
 
 def test_the_command_trains(tmp_path, capsys):
@@ -53,7 +52,7 @@ def test_published_runs_are_trained_or_taken(tmp_path):
 def test_every_controller_of_the_command_comes_along():
     makers = {
         "cartpole": lambda key: cartpole.make_controller(int(key[0])),
-        "herd": lambda key: herd.make_controller(),
+        "herd": lambda key: herd.Policy(),
         "quantum": lambda key: quantum.make_controller(),
     }
     for task in train_weights.tasks():
@@ -73,15 +72,17 @@ def test_another_key_stays(tmp_path):
         load_weights("other", "a", torch.nn.Linear(2, 1), tmp_path)
 
 
-def test_what_is_not_seen_stays_unseen():
-    system = cartpole.CartPole(poles=1)
-    chain = scaled(MLP(system, hidden=(8,), seed=0), np.array([0.0, 1.0, 1.0, 1.0]), gain=2.0)
-    optimiser = torch.optim.Adam(chain.parameters())
-    chain(torch.ones(3, 4)).sum().backward()
-    optimiser.step()
-    assert (chain[0].weight[:, 0] == 0.0).all() and (chain[0].weight[:, 1:] != 0.0).any()
-    here, there = chain(torch.tensor([[0.0, 1.0, 1.0, 1.0], [5.0, 1.0, 1.0, 1.0]]))
-    assert here == there
+def test_one_pole_is_steered_alike_everywhere():
+    policy = cartpole.Policy()
+    states = torch.tensor([[0.0, 1.0, 0.5, -1.0], [7.0, 1.0, 0.5 - 2.0 * np.pi, -1.0]])
+    here, there = policy(states)
+    assert here.item() == pytest.approx(there.item(), rel=1e-4)
+
+
+def test_dogs_keep_their_bounds():
+    controls = herd.Policy()(torch.from_numpy(20.0 * herd.SYSTEM.sample(50, seed=0)))
+    for part, (least, most) in zip((controls[:, 0::2], controls[:, 1::2]), herd.BOUNDS, strict=True):
+        assert least <= part.min() and part.max() <= most
 
 
 def test_mistakes(capsys):
