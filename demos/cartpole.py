@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from controllers import MLP
 from controllers.settings import check_number
-from demos.colours import colour
+from demos.colours import POLES, colour
 from demos.frame import Demo
 from demos.simulation import Simulation
 from demos.views import run
@@ -135,6 +135,8 @@ class CartPoleDemo(Demo):
         self.simulation = Simulation(system, self.load(), np.zeros(system.state_size))
         artists = self.sketch(self.simulation.state, np.zeros(1))
         self.cart, pole_lines, self.push = artists[0], artists[1 : 1 + self.poles], artists[1 + self.poles]
+        for line, ink in zip(pole_lines, POLES, strict=False):
+            line.set_color(ink)
         self.lines = [self.angles.plot([], [], color=line.get_color(), linewidth=1.2)[0] for line in pole_lines]
         (self.force_line,) = self.forces.plot([], [], linewidth=1.2)
         self.angles.axhline(0, color="0.8", linewidth=0.8, zorder=0)
@@ -192,6 +194,7 @@ class CartPoleDemo(Demo):
         trace = getattr(self, "trace", ())
         self.begin(state)
         self.trace.extend(entry for entry in trace if len(entry) == 1 + self.poles)
+        self.trace.append((np.nan,) * (1 + self.poles))
 
     def stand(self) -> None:
         """Put all poles upright, nearly."""
@@ -236,7 +239,7 @@ class CartPoleDemo(Demo):
         """Move cart, poles and traces; the picture follows a cart that leaves it."""
         state = self.simulation.between()
         self.sketch(state, self.simulation.control)
-        self.middle += state[0] - self.middle - np.clip(state[0] - self.middle, -FREE, FREE)
+        self.middle = float(np.clip(self.middle, state[0] - FREE, state[0] + FREE))
         self.world.set_xlim(self.middle - REACH, self.middle + REACH)
         held = self.hand is not None
         self.grip.set_data([self.hand, state[0]] if held else [], [0.0, 0.0] if held else [])

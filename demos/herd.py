@@ -24,12 +24,14 @@ from warp_phys.systems import Repulsion
 
 FLOWS = ("R", "M", "S", "C")
 SYSTEM = Repulsion(drivers=2, evaders=4, dt=4.0 / 60.0)
-REACH = 6.5
+REACH = 9.0
 """Metres to either side of the middle that are drawn."""
 TRACE = 20.0
 """Seconds of the trace."""
 BOUNDS = ((-8.0, 0.0), (-3.0, 3.0))
 """Least and largest c_radial and c_turn of the controllers [1/s²]."""
+LOST = 20.0
+"""Distance from the target at which a dog counts as lost [m]."""
 GRAB = 0.7
 """How near to a dog or to the target a click must be [m]."""
 PULL, BRAKE, STRONGEST = 12.0, 5.0, 60.0
@@ -192,8 +194,10 @@ class HerdDemo(Demo):
         return lead(self.simulation.state, self.simulation.decide(), self.held, self.mouse - self.target)
 
     def advance(self, dt: float) -> None:
-        """Step the physics."""
+        """Step the physics; where a dog has left for good, all start anew."""
         self.simulation.advance(dt, self.act)
+        if np.abs(self.simulation.state).max() > LOST:
+            self.begin()
 
     def draw(self) -> None:
         """Move everything; the axes' own coordinates start at the target."""
@@ -239,7 +243,7 @@ class HerdDemo(Demo):
 
     def script(self) -> Sequence[tuple[float, Callable[[], None]]]:
         """In a file: the target moves on, twice."""
-        places = [(4.0, (3.0, 2.0)), (8.0, (-2.0, -3.0))]
+        places = [(4.0, (1.5, 1.0)), (8.0, (0.0, -1.0))]
         return [(time, lambda place=place: self.move_target(np.array(place))) for time, place in places]  # type: ignore[misc]
 
 
