@@ -11,6 +11,7 @@ from typing import Any
 
 import warp as wp
 
+from warp_phys.flow import agree, geometric, minmod
 from warp_phys.kernels import weighted_cost_function
 from warp_phys.native_blocks import advance_function, retreat_function
 from warp_phys.plan import SAMPLES, Plan, padded
@@ -214,6 +215,39 @@ def unpack_kernel(plan: Plan, real: type) -> wp.Kernel:
         unpack(gradients, wp.tid(), addresses)
 
     return unpack_layers
+
+
+_RULES = {
+    agree: "m",
+    geometric: "wp::sign(m) * (wp::sqrt(wp::abs(m)) * wp::sqrt(wp::abs(r)))",
+    minmod: "(wp::abs(m) < wp::abs(r) ? m : r)",
+}
+"""What the rules of `flow` give where the signs agree."""
+
+
+@functools.cache
+def combine_kernel(rule: Any, real: type) -> wp.Kernel | None:
+    """Combine two updates by a rule of `flow`: base, other and result by their addresses. None for any other rule."""
+    if rule not in _RULES:
+        return None
+    scalar = "double" if real is wp.float64 else "float"
+
+    @wp.func_native(f"""
+        const auto* base = (const {scalar}*)addresses.data[0];
+        const auto* other = (const {scalar}*)addresses.data[1];
+        auto* combined = ({scalar}*)addresses.data[2];
+        for (int i = 0; i < size; ++i) {{
+            const {scalar} m = base[i], r = other[i], sum = m + r;
+            const bool agree = (m > 0) == (r > 0) && (m < 0) == (r < 0);
+            combined[i] = sum != sum ? sum : agree ? {_RULES[rule]} : 0;
+        }}""")
+    def combine(addresses: wp.array[wp.uint64], size: int): ...
+
+    @wp.kernel(module="unique", module_options=_module_options())
+    def combine_updates(addresses: wp.array[wp.uint64], size: int):
+        combine(addresses, size)
+
+    return combine_updates
 
 
 @functools.cache

@@ -74,7 +74,8 @@ class Network:
 
         The addresses are kept for the life of the network if they are `lasting`: a captured graph reads them.
         """
-        self.pack_launch(self._addresses([weights], lasting)).launch()
+        addresses = self._addresses([weights], lasting)
+        self.pack_launch(addresses).launch()
 
     def unroll(
         self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool
@@ -135,7 +136,8 @@ class Network:
 
         `lasting`: as in `pack`.
         """
-        for launch in self.unpack_launches(gradients, self._addresses(targets, lasting)):
+        addresses = self._addresses(targets, lasting)
+        for launch in self.unpack_launches(gradients, addresses):
             launch.launch()
 
     def can_keep(self, controls: wp.array) -> bool:
@@ -287,7 +289,7 @@ class Network:
         return kept.rows
 
 
-def address_array(rows: Sequence[Sequence[int]]) -> wp.array:
+def address_array(rows: Sequence[Sequence[int]] | np.ndarray) -> wp.array:
     """Return addresses as the kernels take them, shape (rows, addresses); the caller keeps the memory there alive."""
     return wp.array(np.array(rows, dtype=np.uint64), dtype=wp.uint64, device="cpu")
 

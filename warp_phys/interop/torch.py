@@ -179,7 +179,7 @@ class Rollout:
             direct.backward()
             if self.reduce is not None:
                 self.reduce(direct.updates)
-            self.report = direct.leave(self.flow)
+            self.report = direct.leave()
         return loss
 
     def _direct_pass(self, batch: int, when: str | Sequence[int], control_cost: float) -> DirectPass | None:
@@ -194,11 +194,13 @@ class Rollout:
             self._check_place()
             if not isinstance(self.system, System) or self.backend != "fused":
                 return None
-            flows = distinct([part for flow in (self.flow, *self.observe) for part in linear_parts(resolve(flow))])
+            observe = [part for flow in self.observe for part in linear_parts(resolve(flow))]
             times, shape = chosen_times(when, self.steps), (self.steps, batch)
             if len(self._direct) >= DIRECT_PASSES:
                 self._direct.pop(next(iter(self._direct)))
-            self._direct[key] = DirectPass(self.system, self._adapter, shape, flows, times, control_cost, self.dtype)
+            self._direct[key] = DirectPass(
+                self.system, self._adapter, shape, self._flow, observe, times, control_cost, self.dtype
+            )
         return self._direct[key]
 
     def _value_and_grad_by_graph(
@@ -226,9 +228,8 @@ class Rollout:
             raise TypeError(f"x0 must hold {self.dtype} as the controller does, got {x0.dtype}")
         if x0.device != self.device:
             raise ValueError(f"x0 must be on device {self.device} as the controller is, got {x0.device}")
-        finite = torch.isfinite(x0)
-        if not finite.all():
-            bad = torch.nonzero(~finite.all(dim=1)).flatten().tolist()
+        if not is_finite(x0):
+            bad = torch.nonzero(~torch.isfinite(x0).all(dim=1)).flatten().tolist()
             raise ValueError(f"x0 must be finite, rows {bad[:8]} are not")
         return x0
 
