@@ -37,8 +37,8 @@ class SystemEnv(gymnasium.Env):
     Observation: the state x, shape (D,). Action: the control over `action_scale`, shape (K,), in [−1, 1]; it is not
     clipped. An episode begins with the system's own `sample`, or with `reset(options={"state": …})`. Reward of a step
     x → x' under the control c: −cost(x') − control_cost · mean of c². `info["cost"]` is cost(x'). An episode terminates
-    where x' is not finite: the observation then is the last finite state, the reward `divergence_reward`. It is
-    truncated by Gymnasium's `TimeLimit`, which `gymnasium.make` puts around it.
+    where x' or its reward is not finite: the observation then is the state before, the reward `divergence_reward`.
+    Gymnasium's `TimeLimit`, which `gymnasium.make` puts around it, truncates it.
 
     Args:
         system: A `System`, or the name of one (see `SYSTEMS`).
@@ -98,10 +98,9 @@ class SystemEnv(gymnasium.Env):
         if self._state is None:
             raise gymnasium.error.ResetNeeded("call reset before the first step")
         controls = self.task.controls(np.asarray(action)[None], 1)
-        states, costs, diverged = self._stepper.step(self._state[None], controls)
+        states, costs, rewards, diverged = self._stepper.step(self._state[None], controls)
         self._state, self._control = states[0], controls[0]
-        reward = self.task.rewards(costs, controls, diverged)[0]
-        return self._state.copy(), float(reward), bool(diverged[0]), False, {"cost": float(costs[0])}
+        return self._state.copy(), float(rewards[0]), bool(diverged[0]), False, {"cost": float(costs[0])}
 
     def render(self) -> np.ndarray | None:
         """Return a picture, shape (height, width, 3), uint8; None without a render mode."""
@@ -192,15 +191,14 @@ class SystemVectorEnv(BatchEnv):
             ResetNeeded: Autoreset is disabled, and an environment has ended.
         """
         controls, resetting = self.task.controls(actions, self.num_envs), self._episodes.resetting()
-        self._states, costs, diverged = self._stepper.step(self._states, controls)
-        self._controls = controls
-        rewards = np.where(resetting, 0.0, self.task.rewards(costs, controls, diverged))
+        self._states, costs, rewards, diverged = self._stepper.step(self._states, controls)
+        self._controls, rewards[resetting] = controls, 0.0
         terminated, truncated, fresh = self._episodes.advance(resetting, diverged)
         ended = fresh & ~resetting
-        info = _masked("cost", costs.astype(np.float64), ~resetting & ~ended)
+        info = _masked("cost", costs, ~resetting & ~ended)
         if ended.any():
             info |= _masked("final_obs", _as_objects(self._states.copy(), ended), ended)
-            info |= _masked("final_info", _masked("cost", costs.astype(np.float64), ended), ended)
+            info |= _masked("final_info", _masked("cost", costs, ended), ended)
         if fresh.any():
             self._states[fresh] = self._episodes.draw(fresh)
         return self._states.copy(), rewards, terminated, truncated, info

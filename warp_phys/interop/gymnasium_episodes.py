@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import warp as wp
@@ -65,12 +65,15 @@ class Task:
                     "actions", (count, self.system.control_size), actions.shape, ", ".join(self.system.controls)
                 )
             )
-        return actions * self.dtype(self.action_scale)
+        with np.errstate(over="ignore"):  # what overflows diverges, and terminates
+            return actions * self.dtype(self.action_scale)
 
-    def rewards(self, costs: np.ndarray, controls: np.ndarray, diverged: np.ndarray) -> np.ndarray:
-        """Return −cost − control_cost · mean of squared controls, in float64; that of divergence where it happened."""
-        effort = self.control_cost * np.square(controls, dtype=np.float64).mean(axis=1) if self.control_cost else 0.0
-        return np.where(diverged, self.divergence_reward, -costs.astype(np.float64) - effort)
+    def efforts(self, controls: np.ndarray) -> np.ndarray:
+        """Return control_cost · mean of squared controls, shape (count,), float64."""
+        if not self.control_cost:
+            return np.zeros(len(controls))
+        with np.errstate(over="ignore"):
+            return self.control_cost * np.square(controls, dtype=np.float64).mean(axis=1)
 
 
 def resolve_system(system: System | str, parameters: Mapping[str, Any]) -> System:
@@ -94,26 +97,42 @@ class Stepper:
     def __init__(self, task: Task, count: int):
         system, real = task.system, real_type(task.dtype)
         make = {"dtype": real, "device": task.device}
-        self.system = system
+        self.task, self.system = task, system
         self.x, self.y = (wp.zeros((count, system.state_size), **make) for _ in range(2))
         self.c, self.costs = wp.zeros((count, system.control_size), **make), wp.zeros((1, count), **make)
         self.now, self.p = chosen_array((0,), str(self.x.device)), system.check_parameters(None, self.x, count)
         self.cost_kernel = kernels.cost_kernel(system.structure, real)
         self.y_at_time_0 = self.y.reshape((1, *self.y.shape))
 
-    def step(self, states: np.ndarray, controls: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the next states, their pointwise costs, and which rows diverge; those stay where they were."""
+    def step(self, states: np.ndarray, controls: np.ndarray) -> "Outcome":
+        """Move rows one time step on; those that diverge stay where they were."""
         _write(self.x, states)
         _write(self.c, controls)
         self.system.step(self.x, self.c, self.y)
-        following = np.array(self.y.numpy())  # a copy: on a CPU that is the array's own memory
-        diverged = ~np.isfinite(following).all(axis=1)
+        following, costs = np.array(self.y.numpy()), self._costs()  # copies: on a CPU it is the arrays' own memory
+        rewards = -costs - self.task.efforts(controls)
+        diverged = ~(np.isfinite(following).all(axis=1) & np.isfinite(rewards))
         if diverged.any():
-            following[diverged] = states[diverged]
+            following[diverged], rewards[diverged] = states[diverged], self.task.divergence_reward
             _write(self.y, following)
+            costs = self._costs()
+        return Outcome(following, costs, rewards, diverged)
+
+    def _costs(self) -> np.ndarray:
         inputs, dim, device = [self.y_at_time_0, self.now, self.p], self.costs.shape, self.y.device
         wp.launch(self.cost_kernel, dim=dim, inputs=inputs, outputs=[self.costs], device=device, record_tape=False)
-        return following, np.array(self.costs.numpy()[0]), diverged
+        return self.costs.numpy()[0].astype(np.float64)
+
+
+class Outcome(NamedTuple):
+    """What a step gives, a row per environment."""
+
+    states: np.ndarray
+    costs: np.ndarray
+    """Pointwise costs of the states, float64."""
+    rewards: np.ndarray
+    """−cost − control_cost · mean of squared controls, float64; that of divergence where it happened."""
+    diverged: np.ndarray
 
 
 class Episodes:

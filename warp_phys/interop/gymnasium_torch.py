@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 
 from warp_phys.arrays import shape_message
 from warp_phys.flow import Combined, Flow, resolve
+from warp_phys.interop.gymnasium import AutoresetMode
 from warp_phys.interop.gymnasium_base import BatchEnv
 from warp_phys.interop.gymnasium_episodes import DIVERGENCE_REWARD, Task, resolve_system
 from warp_phys.interop.torch_dense import as_array
@@ -121,15 +121,14 @@ class DifferentiableVectorEnv(BatchEnv):
         """
         controls, resetting = self._checked(actions) * self.task.action_scale, self._episodes.resetting()
         gated = _Gate.apply(self._states, self, PHYSICS, self._steps())
-        following, finite = _Step.apply(gated, controls, self.system)
-        diverged = ~finite.cpu().numpy()
-        if diverged.any():
-            following = torch.where(finite[:, None], following, self._states.detach())
-        costs = pointwise_cost(self.system, following[None], (0,), {})[0]
-        rewards = self._rewards(costs, controls, finite, resetting)
+        following, costs, rewards, diverged = self._moved(_Step.apply(gated, controls, self.system), controls)
+        if resetting.any():
+            rewards = torch.where(self._flags(resetting), 0.0, rewards)
         terminated, truncated, fresh = self._episodes.advance(resetting, diverged)
         info = self._info(costs.detach(), following, resetting, fresh & ~resetting)
-        self._states, self._controls = self._replaced(following, self._drawn(fresh), fresh), controls.detach()
+        self._states, self._controls = following, controls.detach()
+        if fresh.any():
+            self._states = self._replaced(following, self._drawn(fresh), fresh)
         return self._observation(), rewards, self._flags(terminated), self._flags(truncated), info
 
     def detach(self) -> torch.Tensor:
@@ -153,25 +152,32 @@ class DifferentiableVectorEnv(BatchEnv):
     def _drawn(self, mask: np.ndarray) -> torch.Tensor:
         """Return states of which the rows of a mask are newly drawn."""
         rows = torch.zeros_like(self._states)
-        if mask.any():
-            rows[self._flags(mask)] = torch.as_tensor(self._episodes.draw(mask), **self._make)
+        rows[self._flags(mask)] = torch.as_tensor(self._episodes.draw(mask), **self._make)
         return rows
 
     def _replaced(self, states: torch.Tensor, fresh: torch.Tensor, mask: np.ndarray) -> torch.Tensor:
         """Return states with other rows where the mask says so; the history ends there."""
         if mask.all():
             return fresh  # so that nothing holds the old episodes' memory
-        return torch.where(self._flags(mask)[:, None], fresh, states) if mask.any() else states
+        return torch.where(self._flags(mask)[:, None], fresh, states)
 
-    def _rewards(
-        self, costs: torch.Tensor, controls: torch.Tensor, finite: torch.Tensor, resetting: np.ndarray
-    ) -> torch.Tensor:
-        rewards = -costs
-        if self.task.control_cost:
-            rewards = rewards - self.task.control_cost * controls.square().mean(dim=1)
-        if not finite.all():
-            rewards = torch.where(finite, rewards, self.task.divergence_reward)
-        return torch.where(self._flags(resetting), 0.0, rewards) if resetting.any() else rewards
+    def _moved(
+        self, following: torch.Tensor, controls: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
+        """Return states, costs, rewards and which rows diverged; those stay where they were and have no gradient."""
+        costs, rewards = self._costs_and_rewards(following, controls)
+        fine = torch.isfinite(following).all(dim=1) & torch.isfinite(rewards)
+        if not fine.all():
+            # not only the rewards are replaced: a zero adjoint times an infinite slope would be nan
+            following = torch.where(fine[:, None], following, self._states.detach())
+            costs, rewards = self._costs_and_rewards(following, torch.where(fine[:, None], controls, 0.0))
+            rewards = torch.where(fine, rewards, self.task.divergence_reward)
+        return following, costs, rewards, ~fine.cpu().numpy()
+
+    def _costs_and_rewards(self, states: torch.Tensor, controls: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        costs = pointwise_cost(self.system, states[None], (0,), {})[0]
+        weight = self.task.control_cost
+        return costs, -costs - weight * controls.square().mean(dim=1) if weight else -costs
 
     def _info(
         self, costs: torch.Tensor, states: torch.Tensor, resetting: np.ndarray, ended: np.ndarray
@@ -231,7 +237,7 @@ class _Gate(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """x' = S(x, c) and which rows are finite; those that are not have no gradient."""
+    """x' = S(x, c)."""
 
     @staticmethod
     def forward(ctx, x, c, system):
@@ -239,18 +245,17 @@ class _Step(torch.autograd.Function):
         y = torch.empty_like(x)
         with torch_stream(x.device):
             system.step(as_array(x), as_array(c), as_array(y))
-        finite = torch.isfinite(y).all(dim=1)
         ctx.system = system
-        ctx.save_for_backward(x, c, finite)
-        ctx.mark_non_differentiable(finite)
-        return y, finite
+        ctx.save_for_backward(x, c)
+        return y
 
     @staticmethod
-    def backward(ctx, adj_y, _adj_finite):
+    def backward(ctx, adj_y):
         refuse_second_derivative()
-        x, c, finite = ctx.saved_tensors
+        x, c = ctx.saved_tensors
         adj_x, adj_c = torch.empty_like(x), torch.empty_like(c)
         with torch_stream(x.device):
             arrays = [as_array(tensor) for tensor in (x, c, adj_y.contiguous(), adj_x, adj_c)]
             ctx.system.step_vjp(*arrays)
-        return (*(torch.where(finite[:, None], adj, 0.0) for adj in (adj_x, adj_c)), None)
+        asked = (adj_y != 0.0).any(dim=1, keepdim=True)  # where nothing is asked an infinite slope does not matter
+        return torch.where(asked, adj_x, 0.0), torch.where(asked, adj_c, 0.0), None

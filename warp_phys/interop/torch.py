@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import warp as wp
 
-from warp_phys.arrays import as_structs, shape_message
+from warp_phys.arrays import as_structs, for_all_streams, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
 from warp_phys.interop.report import Report
@@ -339,7 +339,8 @@ class Rollout:
         key = (flows, steps)
         if key not in self._gates:
             gates = flow_gates(flows, steps)
-            self._gates[key] = gates, wp.array(gates, dtype=wp.dtype_from_torch(self.dtype), device=str(self.device))
+            array = wp.array(gates, dtype=wp.dtype_from_torch(self.dtype), device=str(self.device))
+            self._gates[key] = gates, for_all_streams(array)
         return self._gates[key]
 
     def _updates(self, updates: torch.Tensor, trainable: list[torch.nn.Parameter]) -> list[torch.Tensor]:

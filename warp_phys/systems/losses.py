@@ -9,7 +9,7 @@ import numpy as np
 import warp as wp
 
 from warp_phys import kernels
-from warp_phys.arrays import real_type, shape_message
+from warp_phys.arrays import for_all_streams, real_type, shape_message
 from warp_phys.errors import check_choice
 
 
@@ -76,7 +76,7 @@ def chosen_times(when: str | Sequence[int], steps: int) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=64)
 def chosen_array(times: tuple[int, ...], device: str) -> wp.array:
     """Return chosen times on a device; kept, since a training asks for the same ones again and again."""
-    return wp.array(times, dtype=int, device=device)
+    return for_all_streams(wp.array(times, dtype=int, device=device))
 
 
 def _numpy_costs(system, states, times, parameters) -> np.ndarray:
