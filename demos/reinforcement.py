@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import warp
 
@@ -76,8 +77,8 @@ def measure(model: Any, settings: Settings) -> Returns:
     from stable_baselines3.common.evaluation import evaluate_policy  # noqa: PLC0415
 
     envs = make_vec_env(settings.environment, settings.environments, seed=settings.seed + 100_000)
-    mean, deviation = evaluate_policy(model, envs, n_eval_episodes=EPISODES)
-    return Returns(float(mean), float(deviation))
+    returns: Any = evaluate_policy(model, envs, n_eval_episodes=EPISODES, return_episode_rewards=True)[0]
+    return Returns(float(np.mean(returns)), float(np.std(returns)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,8 @@
 """Systems as Gymnasium environments: its checker, its own vectoriser as the reference, seeds, ends, errors."""
 
+import importlib
 import json
+import sys
 import warnings
 
 import gymnasium as gym
@@ -224,3 +226,13 @@ def test_errors():
         envs.step(np.zeros((3, 1)))
     with pytest.raises(gym.error.ResetNeeded, match="call reset before the first step"):
         SystemEnv(CartPole()).step([0.0])
+
+
+def test_without_gymnasium(monkeypatch):
+    """The error says what to install."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "gymnasium" or "interop.gymnasium" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    for name in ("gymnasium", "gymnasium_torch"):
+        with pytest.raises(ImportError, match=r'pip install "warp_phys\[gymnasium\]"'):
+            importlib.import_module(f"warp_phys.interop.{name}")
