@@ -228,6 +228,36 @@ def test_errors():
         SystemEnv(CartPole()).step([0.0])
 
 
+@pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP"])
+def test_gymnasiums_own_wrappers(mode):
+    """They read the metadata, the masks and the flags: returns of episodes are right where resets are automatic."""
+    envs = SystemVectorEnv("polynomial", 2, max_episode_steps=3, autoreset_mode=mode)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(gym.wrappers.vector.ClipAction(envs))
+    envs.reset(seed=0)
+    total, returns = np.zeros(2), []
+    for _ in range(9):
+        _, rewards, _, truncations, info = envs.step(np.full((2, 1), 5.0))
+        total += rewards
+        if truncations.all():
+            returns.append((total.copy(), info["episode"]["r"]))
+            total[:] = 0.0
+            assert (info["episode"]["l"] == 3).all()
+    assert len(returns) >= 2
+    for mine, recorded in returns:
+        np.testing.assert_allclose(recorded, mine, rtol=1e-6)
+
+
+def test_vectorised_by_gymnasium():
+    """`vectorization_mode` works with the fields of a system, too."""
+    settings = {"num_envs": 2, "target": 1.5, "max_episode_steps": 2}
+    sync, own = (gym.make_vec("warp_phys/Polynomial-v0", vectorization_mode=m, **settings) for m in ("sync", None))
+    assert isinstance(sync, SyncVectorEnv) and isinstance(own, SystemVectorEnv)
+    assert data_equivalence(sync.reset(seed=3), own.reset(seed=3), exact=True)
+    action = np.full((2, 1), 0.5, dtype=np.float32)
+    for _ in range(4):
+        assert data_equivalence(sync.step(action), own.step(action), exact=True)
+
+
 def test_without_gymnasium(monkeypatch):
     """The error says what to install."""
     for name in [name for name in sys.modules if name.split(".")[0] == "gymnasium" or "interop.gymnasium" in name]:

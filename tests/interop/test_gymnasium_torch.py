@@ -81,31 +81,32 @@ def test_gradient_of_the_initial_states():
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.name)
-def test_numbers_are_those_of_the_numpy_environments(mode):
+def test_numbers_are_those_of_the_numpy_environments(mode, device):
     """Also through ends at different times; infos have tensors where numpy has arrays."""
     settings = {"num_envs": 3, "max_episode_steps": 4, "autoreset_mode": mode, "dtype": "float64", "control_cost": 0.1}
     system = Springs(size=3, pushes=2, hardening=50.0)
-    ours, theirs = DifferentiableVectorEnv(system, **settings), SystemVectorEnv(system, **settings)
-    np.testing.assert_array_equal(ours.reset(seed=5)[0], theirs.reset(seed=5)[0])
+    ours, theirs = DifferentiableVectorEnv(system, **settings, device=device), SystemVectorEnv(system, **settings)
+    np.testing.assert_array_equal(ours.reset(seed=5)[0].cpu(), theirs.reset(seed=5)[0])
     rng, ended = np.random.default_rng(0), np.zeros(3, dtype=bool)
     for n in range(14):
         if mode is AutoresetMode.DISABLED and ended.any():
             mask = {"reset_mask": ended}
-            np.testing.assert_array_equal(ours.reset(options=mask)[0], theirs.reset(options=mask)[0])
+            np.testing.assert_array_equal(ours.reset(options=mask)[0].cpu(), theirs.reset(options=mask)[0])
         actions = rng.uniform(-1, 1, (3, 2))
         if n in (1, 6):
             actions[1] = 1e200
-        got, expected = ours.step(torch.tensor(actions)), theirs.step(actions)
+        got, expected = ours.step(torch.tensor(actions, device=device)), theirs.step(actions)
         for a, b in zip(got[:4], expected[:4], strict=True):
-            np.testing.assert_allclose(a.numpy(), b, rtol=1e-14)
+            np.testing.assert_allclose(a.cpu().numpy(), b, rtol=1e-13)
         assert got[4].keys() == expected[4].keys()
         for key, mask in expected[4].items():
             if key.startswith("_"):
-                np.testing.assert_array_equal(got[4][key].numpy(), mask)
+                np.testing.assert_array_equal(got[4][key].cpu().numpy(), mask)
         if "final_obs" in got[4]:
             for row, wanted in zip(got[4]["final_obs"], expected[4]["final_obs"], strict=True):
-                np.testing.assert_array_equal(row.numpy(), 0.0 if wanted is None else wanted)
-            np.testing.assert_allclose(got[4]["final_info"]["cost"], expected[4]["final_info"]["cost"], rtol=1e-14)
+                np.testing.assert_allclose(row.cpu().numpy(), 0.0 if wanted is None else wanted, rtol=1e-13)
+            costs = [infos[4]["final_info"]["cost"] for infos in (got, expected)]
+            np.testing.assert_allclose(costs[0].cpu(), costs[1], rtol=1e-13)
         ended = expected[2] | expected[3]
 
 
