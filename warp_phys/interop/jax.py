@@ -13,6 +13,7 @@ from warp_phys.interop import jax_calls as calls
 from warp_phys.interop.extras import require
 from warp_phys.interop.jax_arrays import check_rows, is_traced, real_of, rows_of_parameters, shape_of
 from warp_phys.interop.jax_loss import loss
+from warp_phys.interop.jax_mlp import MLP
 from warp_phys.interop.jax_system import JaxSystem
 from warp_phys.phases import flow_gates
 from warp_phys.rollout import check_sizes
@@ -22,7 +23,7 @@ require("jax", "jax")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-__all__ = ["check_finite", "loss", "rollout", "step", "trajectory"]
+__all__ = ["MLP", "check_finite", "loss", "rollout", "step", "trajectory"]
 
 
 def rollout(
@@ -56,7 +57,7 @@ def rollout(
     """
     if not callable(controller):
         raise TypeError(f"controller must be a function of (params, states), got {type(controller).__name__}")
-    check_sizes(system, object())
+    check_sizes(system, controller)
     flow, steps = resolve(flow), check_count("steps", steps)
     x0 = check_rows("x0", x0, system)
     rows = rows_of_parameters(system, parameters, x0)
@@ -187,6 +188,9 @@ _step.defvjp(_step_forward, _step_backward)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(spec: _Spec, params: Any, x0: jax.Array, rows: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    if _is_fused(spec):
+        return spec.controller.unroll(spec.system, params, x0, rows, spec.steps)
+
     def advance(x, _):
         c = spec.controller(params, x)
         y = _step(spec.system, x, c, rows)
@@ -208,9 +212,22 @@ def _unroll_forward(spec, params, x0, rows):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _unroll_backward(spec: _Spec, residuals: tuple, seeds: tuple) -> tuple:
-    """The three phases: linearise, sweep, contract; then combine."""
-    params, states, controls, rows = residuals
+    params, _, _, rows = residuals
     gates = flow_gates(linear_parts(spec.flow), spec.steps)
+    phases = functools.partial(_phases, spec, gates)
+    if _is_fused(spec) and not spec.want_rows:
+        fused = functools.partial(_fused_phases, spec, gates)
+        updates, lam, adj_rows = jax.lax.platform_dependent(residuals, seeds, cpu=fused, default=phases)
+    else:
+        updates, lam, adj_rows = phases(residuals, seeds)
+    adj_rows = None if rows is None else jnp.zeros_like(rows) if adj_rows is None else _combine(spec.flow, adj_rows)
+    update = jax.tree.map(lambda *parts: _combine(spec.flow, parts), *updates)
+    return update, _combine(spec.flow, lam), adj_rows
+
+
+def _phases(spec: _Spec, gates: np.ndarray, residuals: tuple, seeds: tuple) -> tuple:
+    """Linearise, sweep, contract: the flows' updates of params, λ_0, and the adjoints of physical parameters."""
+    params, states, controls, rows = residuals
     over_time = jax.vmap(spec.controller, in_axes=(None, 0))
     if isinstance(spec.system, System):
         jacobian = _jacobian(lambda x: over_time(params, x), states[:-1], controls) if gates[:, :, 1].any() else None
@@ -219,9 +236,18 @@ def _unroll_backward(spec: _Spec, residuals: tuple, seeds: tuple) -> tuple:
         lam, mu = _walk(spec, params, states, controls, seeds, gates)
         adj_rows = None
     pull = jax.vjp(lambda p: over_time(p, states[:-1]), params)[1]
-    updates = [pull(mu[f])[0] for f in range(len(gates))]
-    adj_rows = None if rows is None else jnp.zeros_like(rows) if adj_rows is None else _combine(spec.flow, adj_rows)
-    return jax.tree.map(lambda *parts: _combine(spec.flow, parts), *updates), _combine(spec.flow, lam), adj_rows
+    return [pull(mu[f])[0] for f in range(len(gates))], lam, adj_rows
+
+
+def _fused_phases(spec: _Spec, gates: np.ndarray, residuals: tuple, seeds: tuple) -> tuple:
+    """Do the same in one call of the engine."""
+    params, states, controls, rows = residuals
+    gates = jnp.asarray(gates, states.dtype)
+    return *spec.controller.sweep(spec.system, params, (states, controls), rows, seeds, gates), None
+
+
+def _is_fused(spec: _Spec) -> bool:
+    return isinstance(spec.controller, MLP) and spec.controller.fits(spec.system)
 
 
 _unroll.defvjp(_unroll_forward, _unroll_backward)

@@ -15,6 +15,9 @@ from warp_phys.interop.extras import require
 
 require("jax", "jax")
 
+EAGER: dict[str, Any] = {"graph_mode": wp.JaxCallableGraphMode.NONE}
+"""Calls stay out of JAX's CUDA graphs: a graph cannot hold the loading of a module, or a copy to the host."""
+
 
 @functools.cache
 def step_call(structure: Any, real: type) -> Any:
@@ -25,7 +28,7 @@ def step_call(structure: Any, real: type) -> Any:
         kernel = kernels.step_kernel(structure, real)
         _launch(kernel, len(x), [x, c, as_structs(p, struct)], [y])
 
-    return wp.jax_callable(step, num_outputs=1)
+    return wp.jax_callable(step, num_outputs=1, **EAGER)
 
 
 @functools.cache
@@ -46,7 +49,7 @@ def step_vjp_call(structure: Any, real: type) -> Any:
         inputs = [x, c, as_structs(p, struct), adj_y]
         _launch(kernel, len(x), inputs, [adj_x, adj_c, as_structs(adj_p, struct)])
 
-    return wp.jax_callable(step_vjp, num_outputs=3)
+    return wp.jax_callable(step_vjp, num_outputs=3, **EAGER)
 
 
 @functools.cache
@@ -64,7 +67,7 @@ def trajectory_call(structure: Any, real: type) -> Any:
         kernel = kernels.trajectory_kernel(structure, real)
         _launch(kernel, len(x0), [controls, as_structs(p, struct)], [states])
 
-    return wp.jax_callable(trajectory, num_outputs=1, vmap_method="sequential")
+    return wp.jax_callable(trajectory, num_outputs=1, vmap_method="sequential", **EAGER)
 
 
 @functools.cache
@@ -96,7 +99,7 @@ def sweep_call(structure: Any, real: type) -> Any:
         outputs = [mu, as_structs(adj_p, struct)]
         _launch(kernels.sweep_kernel(structure, real), (len(gates), batch), inputs, outputs)
 
-    return wp.jax_callable(sweep, num_outputs=3, vmap_method="sequential")
+    return wp.jax_callable(sweep, num_outputs=3, vmap_method="sequential", **EAGER)
 
 
 @functools.cache
@@ -112,7 +115,7 @@ def cost_call(structure: Any, real: type) -> Any:
     ):
         _launch(kernels.cost_kernel(structure, real), out.shape, [states, times, as_structs(p, struct)], [out])
 
-    return wp.jax_callable(costs, num_outputs=1, vmap_method="sequential")
+    return wp.jax_callable(costs, num_outputs=1, vmap_method="sequential", **EAGER)
 
 
 @functools.cache
@@ -133,7 +136,7 @@ def cost_vjp_call(structure: Any, real: type) -> Any:
         inputs = [states, times, as_structs(p, struct), adj_costs]
         _launch(kernel, adj_costs.shape, inputs, [adj_states, as_structs(adj_p, struct)])
 
-    return wp.jax_callable(costs_vjp, num_outputs=2, vmap_method="sequential")
+    return wp.jax_callable(costs_vjp, num_outputs=2, vmap_method="sequential", **EAGER)
 
 
 @functools.cache
@@ -143,7 +146,7 @@ def foreign_step_call(system: Any, real: type) -> Any:
     def step(x: wp.array2d[real], c: wp.array2d[real], y: wp.array2d[real]):  # type: ignore[valid-type]
         system.step(x, c, y)
 
-    return wp.jax_callable(step, **_FOREIGN, num_outputs=1)
+    return wp.jax_callable(step, num_outputs=1, vmap_method="sequential", **EAGER)
 
 
 @functools.cache
@@ -159,11 +162,7 @@ def foreign_step_vjp_call(system: Any, real: type) -> Any:
     ):
         system.step_vjp(x, c, adj_y, adj_x, adj_c)
 
-    return wp.jax_callable(step_vjp, **_FOREIGN, num_outputs=2)
-
-
-# a simulator from elsewhere may copy to the host, which a graph cannot hold, and may know its batch
-_FOREIGN: dict[str, Any] = {"graph_mode": wp.JaxCallableGraphMode.NONE, "vmap_method": "sequential"}
+    return wp.jax_callable(step_vjp, num_outputs=2, vmap_method="sequential", **EAGER)
 
 
 def _launch(kernel: wp.Kernel, dim: Any, inputs: list, outputs: list) -> None:
