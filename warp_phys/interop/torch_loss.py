@@ -96,7 +96,7 @@ def rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tenso
             raise ValueError(
                 f"parameter {name} must be a number or {len(like)} numbers, one per sample, got {len(column)}"
             )
-        if not torch.isfinite(column).all():
+        if not torch.compiler.is_compiling() and not torch.isfinite(column).all():
             raise ValueError(f"parameter {name} must be finite, got {value}")
         columns.append(column)
     return torch.stack(torch.broadcast_tensors(*columns), dim=1)
