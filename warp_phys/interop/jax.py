@@ -1,7 +1,7 @@
-"""The bridge to JAX: rollouts whose reverse-mode derivative is a flow of one's choice, under `jit` and inside `grad`."""
+"""The bridge to JAX: rollouts whose reverse-mode derivative is a flow of one's choice, under `jit`, inside `grad`."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from warp_phys.interop.extras import require
 from warp_phys.interop.jax_arrays import check_rows, is_traced, real_of, rows_of_parameters, shape_of
 from warp_phys.interop.jax_loss import loss
 from warp_phys.interop.jax_mlp import MLP
-from warp_phys.interop.jax_system import JaxSystem
+from warp_phys.interop.jax_step import step, step_pull, step_rows
 from warp_phys.phases import flow_gates
 from warp_phys.rollout import check_sizes
 from warp_phys.systems.base import Simulator, System
@@ -105,27 +105,6 @@ def trajectory(
     return check_finite(_open_loop(spec, x0, controls, rows_of_parameters(system, parameters, x0)))
 
 
-def step(system: Simulator, x: Any, c: Any, parameters: Mapping[str, Any] | None = None) -> jax.Array:
-    """Return y = S(x, c), shape (batch, D), differentiable in reverse mode with respect to x, c and p.
-
-    Args:
-        system: A `System`, a `JaxSystem`, or anything with `step` and `step_vjp`.
-        x: States, shape (batch, D).
-        c: Controls, shape (batch, K).
-        parameters: Physical parameters by name, a number or one per sample each.
-
-    Raises:
-        TypeError, ValueError: Arguments that do not fit.
-    """
-    check_sizes(system, object())
-    x, c = check_rows("x", x, system), jnp.asarray(c)
-    if c.shape != (len(x), system.control_size):
-        raise ValueError(shape_message("c", (len(x), system.control_size), c.shape))
-    if c.dtype != x.dtype:
-        raise TypeError(f"c must hold {x.dtype} as x does, got {c.dtype}")
-    return _step(system, x, c, rows_of_parameters(system, parameters, x))
-
-
 def check_finite(states: jax.Array) -> jax.Array:
     """Return the states of a trajectory, or raise `Diverged` if one is not finite.
 
@@ -154,38 +133,6 @@ class _Spec(NamedTuple):
     """Whether the adjoints of the physical parameters may be wanted."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _step(system: Any, x: jax.Array, c: jax.Array, rows: jax.Array | None) -> jax.Array:
-    if isinstance(system, JaxSystem):
-        system.check_function(x, c)
-        return system.function(x, c)
-    if not isinstance(system, System):
-        return calls.foreign_step_call(system, real_of(x))(x, c, output_dims=x.shape)[0]
-    return calls.step_call(system.structure, real_of(x))(x, c, rows, output_dims=x.shape)[0]
-
-
-def _step_pull(system: Any, x: jax.Array, c: jax.Array, rows: Any, adj_y: jax.Array) -> tuple:
-    """Return (∂S/∂x)ᵀ adj_y, (∂S/∂c)ᵀ adj_y and (∂S/∂p)ᵀ adj_y."""
-    if isinstance(system, JaxSystem):
-        return *jax.vjp(system.function, x, c)[1](adj_y), None
-    dims = {"adj_x": x.shape, "adj_c": c.shape}
-    if not isinstance(system, System):
-        return *calls.foreign_step_vjp_call(system, real_of(x))(x, c, adj_y, output_dims=dims), None
-    dims["adj_p"] = rows.shape
-    return tuple(calls.step_vjp_call(system.structure, real_of(x))(x, c, rows, adj_y, output_dims=dims))
-
-
-def _step_forward(system, x, c, rows):
-    return _step(system, x, c, rows), (x, c, rows)
-
-
-def _step_backward(system, residuals, adj_y):
-    return _step_pull(system, *residuals, adj_y)
-
-
-_step.defvjp(_step_forward, _step_backward)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(spec: _Spec, params: Any, x0: jax.Array, rows: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     if _is_fused(spec):
@@ -193,7 +140,7 @@ def _forward(spec: _Spec, params: Any, x0: jax.Array, rows: jax.Array | None) ->
 
     def advance(x, _):
         c = spec.controller(params, x)
-        y = _step(spec.system, x, c, rows)
+        y = step_rows(spec.system, x, c, rows)
         return y, (y, c)
 
     _, (states, controls) = jax.lax.scan(advance, x0, None, length=spec.steps)
@@ -212,7 +159,7 @@ def _unroll_forward(spec, params, x0, rows):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _unroll_backward(spec: _Spec, residuals: tuple, seeds: tuple) -> tuple:
-    params, _, _, rows = residuals
+    rows = residuals[-1]
     gates = flow_gates(linear_parts(spec.flow), spec.steps)
     phases = functools.partial(_phases, spec, gates)
     if _is_fused(spec) and not spec.want_rows:
@@ -242,8 +189,8 @@ def _phases(spec: _Spec, gates: np.ndarray, residuals: tuple, seeds: tuple) -> t
 def _fused_phases(spec: _Spec, gates: np.ndarray, residuals: tuple, seeds: tuple) -> tuple:
     """Do the same in one call of the engine."""
     params, states, controls, rows = residuals
-    gates = jnp.asarray(gates, states.dtype)
-    return *spec.controller.sweep(spec.system, params, (states, controls), rows, seeds, gates), None
+    on_device = jnp.asarray(gates, states.dtype)
+    return *spec.controller.sweep(spec.system, params, (states, controls), rows, seeds, on_device), None
 
 
 def _is_fused(spec: _Spec) -> bool:
@@ -292,7 +239,7 @@ def _walk(spec, params, states, controls, seeds, gates):
         x, c, adj_x, adj_c, own = at
         back, mus = [], []
         for f in range(len(gates)):
-            dx, dc, _ = _step_pull(spec.system, x, c, None, lam[f])
+            dx, dc, _ = step_pull(spec.system, x, c, None, lam[f])
             mu = adj_c + dc
             total = adj_x + _gated(own[f, 0], dx)
             if gates[f, :, 1].any():

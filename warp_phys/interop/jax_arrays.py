@@ -34,7 +34,7 @@ def check_rows(name: str, value: Any, system: Any) -> jax.Array:
 
     Finiteness is checked where the numbers are known.
     """
-    if isinstance(value, np.ndarray) and value.dtype == np.float64 and not jax.config.jax_enable_x64:
+    if isinstance(value, np.ndarray) and value.dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise TypeError(
             f"{name} holds float64, which JAX is not set to use: jax.config.update('jax_enable_x64', True), or "
             f"{name}.astype('float32')"

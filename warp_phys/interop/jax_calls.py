@@ -21,10 +21,10 @@ EAGER: dict[str, Any] = {"graph_mode": wp.JaxCallableGraphMode.NONE}
 
 @functools.cache
 def step_call(structure: Any, real: type) -> Any:
-    """y = S(x, c; p): shapes (batch, D), (batch, K), (batch, P) to (batch, D)."""
+    """One step y = S(x, c; p): shapes (batch, D), (batch, K), (batch, P) to (batch, D)."""
     struct = structure.types(real).Parameters
 
-    def step(x: wp.array2d[real], c: wp.array2d[real], p: wp.array2d[real], y: wp.array2d[real]):  # type: ignore[valid-type]
+    def step(x: wp.array2d[real], c: wp.array2d[real], p: wp.array2d[real], y: wp.array2d[real]):
         kernel = kernels.step_kernel(structure, real)
         _launch(kernel, len(x), [x, c, as_structs(p, struct)], [y])
 
@@ -37,13 +37,13 @@ def step_vjp_call(structure: Any, real: type) -> Any:
     struct = structure.types(real).Parameters
 
     def step_vjp(
-        x: wp.array2d[real],  # type: ignore[valid-type]
-        c: wp.array2d[real],  # type: ignore[valid-type]
-        p: wp.array2d[real],  # type: ignore[valid-type]
-        adj_y: wp.array2d[real],  # type: ignore[valid-type]
-        adj_x: wp.array2d[real],  # type: ignore[valid-type]
-        adj_c: wp.array2d[real],  # type: ignore[valid-type]
-        adj_p: wp.array2d[real],  # type: ignore[valid-type]
+        x: wp.array2d[real],
+        c: wp.array2d[real],
+        p: wp.array2d[real],
+        adj_y: wp.array2d[real],
+        adj_x: wp.array2d[real],
+        adj_c: wp.array2d[real],
+        adj_p: wp.array2d[real],
     ):
         kernel = kernels.step_vjp_kernel(structure, real)
         inputs = [x, c, as_structs(p, struct), adj_y]
@@ -58,10 +58,10 @@ def trajectory_call(structure: Any, real: type) -> Any:
     struct = structure.types(real).Parameters
 
     def trajectory(
-        x0: wp.array2d[real],  # type: ignore[valid-type]
-        controls: wp.array3d[real],  # type: ignore[valid-type]
-        p: wp.array2d[real],  # type: ignore[valid-type]
-        states: wp.array3d[real],  # type: ignore[valid-type]
+        x0: wp.array2d[real],
+        controls: wp.array3d[real],
+        p: wp.array2d[real],
+        states: wp.array3d[real],
     ):
         wp.copy(states[0], x0)
         kernel = kernels.trajectory_kernel(structure, real)
@@ -81,16 +81,16 @@ def sweep_call(structure: Any, real: type) -> Any:
     struct = structure.types(real).Parameters
 
     def sweep(
-        states: wp.array3d[real],  # type: ignore[valid-type]
-        controls: wp.array3d[real],  # type: ignore[valid-type]
-        p: wp.array2d[real],  # type: ignore[valid-type]
-        jacobian: wp.array4d[real],  # type: ignore[valid-type]
-        adj_states: wp.array3d[real],  # type: ignore[valid-type]
-        adj_controls: wp.array3d[real],  # type: ignore[valid-type]
-        gates: wp.array3d[real],  # type: ignore[valid-type]
-        lam: wp.array3d[real],  # type: ignore[valid-type]
-        mu: wp.array4d[real],  # type: ignore[valid-type]
-        adj_p: wp.array4d[real],  # type: ignore[valid-type]
+        states: wp.array3d[real],
+        controls: wp.array3d[real],
+        p: wp.array2d[real],
+        jacobian: wp.array4d[real],
+        adj_states: wp.array3d[real],
+        adj_controls: wp.array3d[real],
+        gates: wp.array3d[real],
+        lam: wp.array3d[real],
+        mu: wp.array4d[real],
+        adj_p: wp.array4d[real],
     ):
         steps, batch, _ = controls.shape
         for f in range(len(gates)):
@@ -108,10 +108,10 @@ def cost_call(structure: Any, real: type) -> Any:
     struct = structure.types(real).Parameters
 
     def costs(
-        states: wp.array3d[real],  # type: ignore[valid-type]
-        times: wp.array[int],  # type: ignore[type-arg]
-        p: wp.array2d[real],  # type: ignore[valid-type]
-        out: wp.array2d[real],  # type: ignore[valid-type]
+        states: wp.array3d[real],
+        times: wp.array[int],
+        p: wp.array2d[real],
+        out: wp.array2d[real],
     ):
         _launch(kernels.cost_kernel(structure, real), out.shape, [states, times, as_structs(p, struct)], [out])
 
@@ -124,12 +124,12 @@ def cost_vjp_call(structure: Any, real: type) -> Any:
     struct = structure.types(real).Parameters
 
     def costs_vjp(
-        states: wp.array3d[real],  # type: ignore[valid-type]
-        times: wp.array[int],  # type: ignore[type-arg]
-        p: wp.array2d[real],  # type: ignore[valid-type]
-        adj_costs: wp.array2d[real],  # type: ignore[valid-type]
-        adj_states: wp.array3d[real],  # type: ignore[valid-type]
-        adj_p: wp.array3d[real],  # type: ignore[valid-type]
+        states: wp.array3d[real],
+        times: wp.array[int],
+        p: wp.array2d[real],
+        adj_costs: wp.array2d[real],
+        adj_states: wp.array3d[real],
+        adj_p: wp.array3d[real],
     ):
         adj_states.zero_()
         kernel = kernels.cost_vjp_kernel(structure, real)
@@ -143,7 +143,7 @@ def cost_vjp_call(structure: Any, real: type) -> Any:
 def foreign_step_call(system: Any, real: type) -> Any:
     """The step of a `Simulator` that is no `System`: x, c to y."""
 
-    def step(x: wp.array2d[real], c: wp.array2d[real], y: wp.array2d[real]):  # type: ignore[valid-type]
+    def step(x: wp.array2d[real], c: wp.array2d[real], y: wp.array2d[real]):
         system.step(x, c, y)
 
     return wp.jax_callable(step, num_outputs=1, vmap_method="sequential", **EAGER)
@@ -154,11 +154,11 @@ def foreign_step_vjp_call(system: Any, real: type) -> Any:
     """Its vector-Jacobian product: x, c, adj_y to adj_x, adj_c."""
 
     def step_vjp(
-        x: wp.array2d[real],  # type: ignore[valid-type]
-        c: wp.array2d[real],  # type: ignore[valid-type]
-        adj_y: wp.array2d[real],  # type: ignore[valid-type]
-        adj_x: wp.array2d[real],  # type: ignore[valid-type]
-        adj_c: wp.array2d[real],  # type: ignore[valid-type]
+        x: wp.array2d[real],
+        c: wp.array2d[real],
+        adj_y: wp.array2d[real],
+        adj_x: wp.array2d[real],
+        adj_c: wp.array2d[real],
     ):
         system.step_vjp(x, c, adj_y, adj_x, adj_c)
 

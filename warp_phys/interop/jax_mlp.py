@@ -1,22 +1,17 @@
 """A dense network as a JAX function that the engine can also run itself, physics and all."""
 
-import functools
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import warp as wp
 
 from warp_phys.activations import ACTIVATIONS
-from warp_phys.arrays import as_structs
 from warp_phys.errors import check_choice, check_count
 from warp_phys.interop.extras import require
 from warp_phys.interop.jax_arrays import real_of
-from warp_phys.interop.jax_calls import EAGER
-from warp_phys.layers import FUSED_WIDTH, Dense, Workspace
-from warp_phys.phases import Seeds, Trajectory
+from warp_phys.interop.jax_dense_calls import sweep_call, unroll_call
+from warp_phys.layers import FUSED_WIDTH
 from warp_phys.systems.base import System
 
 require("jax", "jax")
@@ -51,7 +46,9 @@ class MLP:
     def __post_init__(self):
         object.__setattr__(self, "sizes", tuple(check_count("sizes", size) for size in self.sizes))
         if len(self.sizes) < 2:
-            raise ValueError(f"sizes must be those of the inputs, of hidden layers and of the outputs, got {self.sizes}")
+            raise ValueError(
+                f"sizes must be those of the inputs, of hidden layers and of the outputs, got {self.sizes}"
+            )
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
 
     @property
@@ -95,7 +92,7 @@ class MLP:
     def unroll(self, system: System, params: Params, x0: jax.Array, rows: jax.Array, steps: int) -> tuple:
         """Return states and controls of a rollout, from one call of the engine."""
         dims = {"states": (steps + 1, *x0.shape), "controls": (steps, len(x0), self.control_size)}
-        call = _unroll_call(system.structure, self, real_of(x0))
+        call = unroll_call(system.structure, self.sizes, self.activation, real_of(x0))
         return tuple(call(x0, rows, _flat(params), output_dims=dims))
 
     def sweep(
@@ -113,7 +110,7 @@ class MLP:
         """
         weights, (states, controls) = _flat(params), trajectory
         dims = {"lam": (len(gates), *states.shape[1:]), "updates": (len(gates), len(weights))}
-        call = _sweep_call(system.structure, self, real_of(states))
+        call = sweep_call(system.structure, self.sizes, self.activation, real_of(states))
         lam, updates = call(states, controls, rows, weights, *seeds, gates, output_dims=dims)
         return [_like(params, update) for update in updates], lam
 
@@ -128,78 +125,3 @@ def _like(params: Params, flat: jax.Array) -> Params:
     bounds = np.cumsum([leaf.size for leaf in leaves])[:-1]
     parts = [part.reshape(leaf.shape) for part, leaf in zip(jnp.split(flat, bounds), leaves, strict=True)]
     return jax.tree.unflatten(structure, parts)
-
-
-class _Layers:
-    """Layers with weights of their own, to be overwritten by each call: JAX's calls into Warp come one at a time."""
-
-    def __init__(self, mlp: MLP, real: type, device: str):
-        self.dense = Dense(mlp.sizes, mlp.activation, device=device, dtype=real)
-        self.workspace = Workspace()
-
-    def load(self, weights: wp.array) -> Dense:
-        """Return the layers with these weights."""
-        for parameter, part in self._parts(self.dense.parameters, weights):
-            wp.copy(parameter, part)
-        return self.dense
-
-    def store(self, gradients: Sequence[wp.array], out: wp.array) -> None:
-        """Write gradients to a flat array."""
-        for gradient, part in self._parts(gradients, out):
-            wp.copy(part, gradient)
-
-    @staticmethod
-    def _parts(arrays: Sequence[wp.array], flat: wp.array) -> Iterator[tuple[wp.array, wp.array]]:
-        start = 0
-        for array in arrays:
-            yield array, flat[start : start + array.size].reshape(array.shape)
-            start += array.size
-
-
-@functools.cache
-def _layers(mlp: MLP, real: type, device: str) -> _Layers:
-    return _Layers(mlp, real, device)
-
-
-@functools.cache
-def _unroll_call(structure: System, mlp: MLP, real: type) -> Any:
-    struct = structure.types(real).Parameters
-
-    def unroll(
-        x0: wp.array2d[real],  # type: ignore[valid-type]
-        p: wp.array2d[real],  # type: ignore[valid-type]
-        weights: wp.array[real],  # type: ignore[valid-type]
-        states: wp.array3d[real],  # type: ignore[valid-type]
-        controls: wp.array3d[real],  # type: ignore[valid-type]
-    ):
-        dense = _layers(mlp, real, str(x0.device)).load(weights)
-        wp.copy(states[0], x0)
-        dense.unroll(structure, states, controls, as_structs(p, struct))
-
-    return wp.jax_callable(unroll, num_outputs=2, vmap_method="sequential", **EAGER)
-
-
-@functools.cache
-def _sweep_call(structure: System, mlp: MLP, real: type) -> Any:
-    struct = structure.types(real).Parameters
-
-    def sweep(
-        states: wp.array3d[real],  # type: ignore[valid-type]
-        controls: wp.array3d[real],  # type: ignore[valid-type]
-        p: wp.array2d[real],  # type: ignore[valid-type]
-        weights: wp.array[real],  # type: ignore[valid-type]
-        adj_states: wp.array3d[real],  # type: ignore[valid-type]
-        adj_controls: wp.array3d[real],  # type: ignore[valid-type]
-        gates: wp.array3d[real],  # type: ignore[valid-type]
-        lam: wp.array3d[real],  # type: ignore[valid-type]
-        updates: wp.array2d[real],  # type: ignore[valid-type]
-    ):
-        layers = _layers(mlp, real, str(states.device))
-        dense, workspace = layers.load(weights), layers.workspace
-        gradients = [dense.gradients(workspace, f"gradient of flow {f}, ") for f in range(len(gates))]
-        trajectory = Trajectory(states, controls, as_structs(p, struct))
-        dense.sweep(structure, trajectory, Seeds(adj_states, adj_controls), gates, lam, gradients, workspace)
-        for f, gradient in enumerate(gradients):
-            layers.store(gradient, updates[f])
-
-    return wp.jax_callable(sweep, num_outputs=2, vmap_method="sequential", **EAGER)

@@ -138,9 +138,9 @@ def as_jax(array: wp.array) -> jax.Array:
     Raises:
         ValueError: The array holds float64, and JAX is not set to use it.
     """
-    if array.dtype is wp.float64 and not jax.config.jax_enable_x64:
+    if array.dtype is wp.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError("float64 needs jax.config.update('jax_enable_x64', True), or use float32 throughout")
-    if array.device.is_cuda:  # JAX works on a stream of its own
+    if wp.get_device(array.device).is_cuda:  # JAX works on a stream of its own
         wp.synchronize_stream(wp.get_stream(array.device))
     return jnp.from_dlpack(array if array.is_contiguous else array.contiguous())
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import numpy as np
 import torch
 
 from warp_phys.interop.torch_loss import refuse_second_derivative
@@ -39,7 +38,7 @@ def _to_jax(tensor: torch.Tensor) -> jax.Array:
     """Return a copy: JAX may read the memory after torch has written to it again."""
     if tensor.is_cuda:
         return jax.numpy.array(jax.dlpack.from_dlpack(tensor.detach().contiguous()), copy=True).block_until_ready()
-    return jax.numpy.asarray(np.array(tensor.detach()))
+    return jax.numpy.asarray(tensor.detach().numpy().copy())
 
 
 def _to_torch(array: jax.Array, like: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,18 @@ from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
+from warp_phys.interop.torch_compiled import name_of_rollout
 from warp_phys.interop.torch_controller import TorchController, TorchLinearisation
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import DirectPass, is_finite
-from warp_phys.interop.torch_loss import pointwise_cost, refuse_second_derivative, rows_of_parameters, torch_stream
-from warp_phys.interop.torch_ops import Step, name_of_rollout, refuse_transforms
+from warp_phys.interop.torch_loss import (
+    pointwise_cost,
+    refuse_second_derivative,
+    refuse_transforms,
+    rows_of_parameters,
+    torch_stream,
+)
+from warp_phys.interop.torch_ops import Step, name_of
 from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
 from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
@@ -81,6 +88,8 @@ class Rollout:
         self._workspaces: list[Workspace] = []
         self._gates: dict[tuple, tuple[np.ndarray, wp.array]] = {}
         self._direct: dict[tuple, DirectPass] = {}
+        if isinstance(system, System):
+            name_of(system)  # for losses in compiled code
         self._name = name_of_rollout(self)
         self.dtype, self.device = _precision_and_device(controller, device)
         check_sizes(system, self._adapter.dense() or controller)
@@ -115,6 +124,8 @@ class Rollout:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy a name of its own."""
         vars(self).update(state)
+        if isinstance(self.system, System):
+            name_of(self.system)
         self._name = name_of_rollout(self)
 
     @property

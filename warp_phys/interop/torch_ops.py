@@ -1,10 +1,9 @@
-"""Custom operators of torch: what `torch.compile` and `torch.func` see of the engine is one opaque node.
+"""The step of a system as a custom operator of torch, for `torch.compile` and `torch.func`.
 
-Operators take tensors, numbers and text, so systems and rollouts are known to them by a name.
+Operators take tensors, numbers and text, so systems are known to them by a name.
 """
 
 import itertools
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,12 +12,13 @@ import warp as wp
 
 from warp_phys.arrays import as_structs, shape_message
 from warp_phys.interop.torch_dense import as_array
-from warp_phys.interop.torch_loss import rows_of_parameters, torch_stream
+from warp_phys.interop.torch_loss import in_transform, rows_of_parameters, torch_stream
 from warp_phys.rollout import check_sizes
 from warp_phys.systems.base import Simulator, System
 
 _SYSTEMS: dict[str, Simulator] = {}
-_ROLLOUTS: Any = weakref.WeakValueDictionary()
+"""The systems by name; they are kept for good, since compiled code knows the name only."""
+_NAMES: dict[System, str] = {}
 _NUMBERS = itertools.count()
 
 
@@ -42,7 +42,7 @@ class Step:
         check_sizes(system, object())
         wp.init()
         self.system = system
-        self._name = _name_of(system)
+        self._name = name_of(system)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the name, which belongs to this process."""
@@ -52,9 +52,7 @@ class Step:
         """Find a name in this process."""
         self.__init__(state["system"])  # type: ignore[misc]
 
-    def __call__(
-        self, x: torch.Tensor, c: torch.Tensor, parameters: Mapping[str, Any] | None = None
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, c: torch.Tensor, parameters: Mapping[str, Any] | None = None) -> torch.Tensor:
         """Return the next states, shape (batch, D).
 
         Args:
@@ -68,7 +66,7 @@ class Step:
         _check("x", x, (-1, self.system.state_size), x)
         _check("c", c, (len(x), self.system.control_size), x)
         rows = rows_of_parameters(self.system, parameters or {}, x)
-        if torch.compiler.is_compiling() or not _in_transform():
+        if torch.compiler.is_compiling() or not in_transform():
             return torch.ops.warp_phys.step(x, c, rows, self._name)
         return _StepInTransform.apply(x, c, rows, self._name)
 
@@ -86,39 +84,29 @@ def _check(name: str, tensor: Any, shape: Sequence[int], like: torch.Tensor) -> 
         raise ValueError(f"{name} must be on device {like.device} as x is, got {tensor.device}")
 
 
-def _name_of(system: Simulator) -> str:
-    """Return the name of a system, the same one for equal systems."""
-    for name, known in _SYSTEMS.items():
-        if known is system or (isinstance(system, System) and known == system):
-            return name
-    name = f"{type(system).__name__} {next(_NUMBERS)}"
-    _SYSTEMS[name] = system
-    return name
+def system_of(name: str) -> Any:
+    """Return the system of a name."""
+    return _SYSTEMS[name]
 
 
-def name_of_rollout(rollout: Any) -> str:
-    """Return a new name for a rollout; it does not keep the rollout alive."""
-    name = f"rollout {next(_NUMBERS)}"
-    _ROLLOUTS[name] = rollout
-    return name
+def name_of(system: Any) -> str:
+    """Return the name of a system, the same one for equal systems.
 
-
-def _in_transform() -> bool:
-    return torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-
-
-def refuse_transforms(what: str) -> None:
-    """Raise a RuntimeError inside torch.func's vmap, grad, vjp, jvp and what is made of them."""
-    if _in_transform():
-        raise RuntimeError(
-            f"{what} does not run inside torch.func (vmap, grad, vjp, jvp, …): call backward() or "
-            "torch.autograd.grad, or unroll warp_phys.interop.torch.Step, which does"
-        )
+    It is left on the object too, where code that torch compiles finds it.
+    """
+    if getattr(system, "_torch_name", None) is None:
+        own = isinstance(system, System)
+        name = (_NAMES.get(system) if own else None) or f"{type(system).__name__} {next(_NUMBERS)}"
+        if own:
+            _NAMES[system] = name
+        _SYSTEMS.setdefault(name, system)
+        object.__setattr__(system, "_torch_name", name)
+    return system._torch_name
 
 
 @torch.library.custom_op("warp_phys::step", mutates_args=())
 def _step(x: torch.Tensor, c: torch.Tensor, rows: torch.Tensor | None, name: str) -> torch.Tensor:
-    system, y = _SYSTEMS[name], x.new_empty(x.shape)
+    system, y = system_of(name), x.new_empty(x.shape)
     arrays = [as_array(tensor.detach().contiguous()) for tensor in (x, c)]
     with torch_stream(x.device):
         system.step(*arrays, as_array(y), *_structs(system, rows, arrays[0]))
@@ -135,7 +123,7 @@ def _step_vjp(
     x: torch.Tensor, c: torch.Tensor, rows: torch.Tensor | None, adj_y: torch.Tensor, want_rows: bool, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the adjoints of x, of c and of each sample's physical parameters; of none if they are not wanted."""
-    system = _SYSTEMS[name]
+    system = system_of(name)
     adj_x, adj_c = x.new_empty(x.shape), c.new_empty(c.shape)
     adj_rows = x.new_empty(_shape_of_rows(x, rows, want_rows))
     arrays = [as_array(tensor.detach().contiguous()) for tensor in (x, c, adj_y)]
@@ -171,8 +159,8 @@ def _keep(ctx, inputs, output):
 def _pull(ctx, adj_y):
     x, c, rows = ctx.saved_tensors
     want_rows = rows is not None and ctx.needs_input_grad[2]
-    product = torch.ops.warp_phys.step_vjp
-    if not torch.compiler.is_compiling() and _in_transform():
+    product: Any = torch.ops.warp_phys.step_vjp
+    if not torch.compiler.is_compiling() and in_transform():
         product = _PullInTransform.apply
     adj_x, adj_c, per_sample = product(x, c, rows, adj_y, want_rows, ctx.name)
     adj_rows = None
@@ -268,76 +256,3 @@ def _(info, in_dims, x, c, rows, adj_y, want_rows, name):
     shaped = tuple(a.reshape(info.batch_size, batch, -1) for a in adjoints[:2])
     adj_rows = adjoints[2].reshape(info.batch_size, batch, -1) if want_rows else x.new_empty((info.batch_size, 0, 0))
     return (*shaped, adj_rows), (0, 0, 0)
-
-
-@torch.library.custom_op("warp_phys::unroll", mutates_args=())
-def unroll(
-    x0: torch.Tensor, rows: torch.Tensor | None, parameters: Sequence[torch.Tensor], steps: int, name: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return states, controls, and which samples are masked, of a `Rollout` known by a name.
-
-    The parameters are those of its controller: they are arguments so that torch knows what the result depends on.
-    """
-    rollout = _ROLLOUTS[name]
-    states, controls, masked, _ = rollout._forward(rollout._initial_states(x0), rows, keep=False)
-    mask = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
-    mask[masked] = True
-    return states, controls, mask
-
-
-@unroll.register_fake
-def _(x0, rows, parameters, steps, name):
-    system = _ROLLOUTS[name].system
-    states = x0.new_empty((steps + 1, x0.shape[0], system.state_size))
-    controls = x0.new_empty((steps, x0.shape[0], system.control_size))
-    return states, controls, x0.new_empty((x0.shape[0],), dtype=torch.bool)
-
-
-@torch.library.custom_op("warp_phys::unroll_vjp", mutates_args=())
-def _unroll_vjp(
-    states: torch.Tensor,
-    controls: torch.Tensor,
-    mask: torch.Tensor,
-    rows: torch.Tensor | None,
-    parameters: Sequence[torch.Tensor],
-    adj_states: torch.Tensor,
-    adj_controls: torch.Tensor,
-    want_rows: bool,
-    name: str,
-) -> list[torch.Tensor]:
-    """Return the adjoints of x0 and of the rows (empty if not wanted), and the update of each parameter."""
-    rollout = _ROLLOUTS[name]
-    masked, seeds = torch.nonzero(mask).flatten(), (adj_states, adj_controls)
-    trainable = rollout._adapter.trainable  # the parameters themselves: the sums of M and R belong to them
-    adj_x0, adj_rows, grads = rollout._backward(
-        states, controls, rows, masked, None, trainable, seeds, want_rows
-    )
-    adj_rows = states.new_empty((0, 0)) if adj_rows is None else adj_rows
-    return [adj_x0.clone(), adj_rows.clone(), *(grad.clone() for grad in grads)]
-
-
-@_unroll_vjp.register_fake
-def _(states, controls, mask, rows, parameters, adj_states, adj_controls, want_rows, name):
-    adj_rows = rows.new_empty(rows.shape) if want_rows else states.new_empty((0, 0))
-    return [states.new_empty(states.shape[1:]), adj_rows, *(p.new_empty(p.shape) for p in parameters)]
-
-
-def _keep_unrolling(ctx, inputs, output):
-    _, rows, parameters, _, ctx.name = inputs
-    ctx.save_for_backward(*output, rows, *parameters)
-
-
-def _pull_unrolling(ctx, adj_states, adj_controls, _adj_mask):
-    states, controls, mask, rows, *parameters = ctx.saved_tensors
-    want_rows = rows is not None and ctx.needs_input_grad[1]
-    seeds = (
-        torch.zeros_like(like) if adj is None else adj
-        for adj, like in ((adj_states, states), (adj_controls, controls))
-    )
-    adj_x0, adj_rows, *grads = torch.ops.warp_phys.unroll_vjp(
-        states, controls, mask, rows, parameters, *seeds, want_rows, ctx.name
-    )
-    return adj_x0, adj_rows if want_rows else None, grads, None, None
-
-
-unroll.register_autograd(_pull_unrolling, setup_context=_keep_unrolling)

@@ -101,7 +101,7 @@ class TorchSystem(ForeignSystem):
 
 def _on_stream_of(x: wp.array) -> contextlib.AbstractContextManager:
     """Return a context in which torch works on the stream that Warp works on."""
-    if not x.device.is_cuda:
+    if not wp.get_device(x.device).is_cuda:
         return contextlib.nullcontext()
     return torch.cuda.stream(wp.stream_to_torch(x.device))
 
