@@ -11,7 +11,7 @@ from warp_phys.errors import Diverged, check_count
 from warp_phys.flow import Combined, Flow, linear_parts, resolve
 from warp_phys.interop import jax_calls as calls
 from warp_phys.interop.extras import require
-from warp_phys.interop.jax_arrays import check_rows, is_traced, real_of, rows_of_parameters, shape_of
+from warp_phys.interop.jax_arrays import check_rows, is_traced, key_of, real_of, rows_of_parameters, shape_of
 from warp_phys.interop.jax_loss import loss
 from warp_phys.interop.jax_mlp import MLP
 from warp_phys.interop.jax_step import step, step_pull, step_rows
@@ -62,7 +62,7 @@ def rollout(
     x0 = check_rows("x0", x0, system)
     rows = rows_of_parameters(system, parameters, x0)
     _check_controller(controller, params, x0, system.control_size)
-    spec = _Spec(system, controller, steps, flow, bool(parameters))
+    spec = _Spec(key_of(system), controller, steps, flow, bool(parameters))
     flow_gates(linear_parts(flow), steps)  # raises if gates are given for another number of steps
     states, controls = _unroll(spec, params, x0, rows)
     return check_finite(states), controls
@@ -101,7 +101,7 @@ def trajectory(
         raise TypeError(f"controls must hold {x0.dtype} as x0 does, got {controls.dtype}")
     flow = resolve(flow)
     flow_gates(linear_parts(flow), len(controls))
-    spec = _Spec(system, None, len(controls), flow, bool(parameters))
+    spec = _Spec(key_of(system), None, len(controls), flow, bool(parameters))
     return check_finite(_open_loop(spec, x0, controls, rows_of_parameters(system, parameters, x0)))
 
 
@@ -262,6 +262,7 @@ def _gated(gate: jax.Array, value: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
 def _open_loop(spec: _Spec, x0: jax.Array, controls: jax.Array, rows: jax.Array) -> jax.Array:
     call = calls.trajectory_call(spec.system.structure, real_of(x0))
     return call(x0, controls, rows, output_dims=(spec.steps + 1, *x0.shape))[0]
@@ -272,6 +273,7 @@ def _open_loop_forward(spec, x0, controls, rows):
     return states, (states, controls, rows)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _open_loop_backward(spec, residuals, adj_states):
     states, controls, rows = residuals
     gates = flow_gates(linear_parts(spec.flow), spec.steps)

@@ -19,6 +19,11 @@ def real_of(array: jax.Array) -> type:
     return real_type(array.dtype)
 
 
+def key_of(system: Any) -> Any:
+    """Return what compiled programs are made for: a system's structure, since its numbers are an argument of theirs."""
+    return system.structure if isinstance(system, System) else system
+
+
 def is_traced(array: Any) -> bool:
     """Whether an array stands for numbers that are not there yet, under `jit` or inside a transformation."""
     return isinstance(array, jax.core.Tracer)

@@ -6,7 +6,7 @@ from typing import Any
 
 from warp_phys.interop import jax_calls as calls
 from warp_phys.interop.extras import require
-from warp_phys.interop.jax_arrays import real_of, rows_of_parameters
+from warp_phys.interop.jax_arrays import key_of, real_of, rows_of_parameters
 
 require("jax", "jax")
 import jax  # noqa: E402
@@ -47,10 +47,11 @@ def pointwise_cost(system: Any, states: jax.Array, times: Sequence[int], paramet
     """
     if states.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"states must hold float32 or float64, got {states.dtype}")
-    return _costs(system, tuple(times), states, rows_of_parameters(system, parameters, states[0]))
+    return _costs(key_of(system), tuple(times), states, rows_of_parameters(system, parameters, states[0]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _costs(system: Any, times: tuple[int, ...], states: jax.Array, rows: jax.Array) -> jax.Array:
     call = calls.cost_call(system.structure, real_of(states))
     return call(states, _chosen(times), rows, output_dims=(len(times), states.shape[1]))[0]
@@ -60,6 +61,7 @@ def _costs_forward(system, times, states, rows):
     return _costs(system, times, states, rows), (states, rows)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _costs_backward(system, times, residuals, adj_costs):
     states, rows = residuals
     call = calls.cost_vjp_call(system.structure, real_of(states))

@@ -7,7 +7,7 @@ from typing import Any
 from warp_phys.arrays import shape_message
 from warp_phys.interop import jax_calls as calls
 from warp_phys.interop.extras import require
-from warp_phys.interop.jax_arrays import check_rows, real_of, rows_of_parameters
+from warp_phys.interop.jax_arrays import check_rows, key_of, real_of, rows_of_parameters
 from warp_phys.interop.jax_system import JaxSystem
 from warp_phys.rollout import check_sizes
 from warp_phys.systems.base import Simulator, System
@@ -35,10 +35,14 @@ def step(system: Simulator, x: Any, c: Any, parameters: Mapping[str, Any] | None
         raise ValueError(shape_message("c", (len(x), system.control_size), c.shape))
     if c.dtype != x.dtype:
         raise TypeError(f"c must hold {x.dtype} as x does, got {c.dtype}")
-    return step_rows(system, x, c, rows_of_parameters(system, parameters, x))
+    return step_rows(key_of(system), x, c, rows_of_parameters(system, parameters, x))
+
+
+# compiled, outside a caller's `jit` too: a call into the engine that is not would be compiled anew each time
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
 def step_rows(system: Any, x: jax.Array, c: jax.Array, rows: jax.Array | None) -> jax.Array:
     """Return S(x, c; p) for physical parameters as rows, None for a foreign system."""
     if isinstance(system, JaxSystem):
@@ -49,6 +53,7 @@ def step_rows(system: Any, x: jax.Array, c: jax.Array, rows: jax.Array | None) -
     return calls.step_call(system.structure, real_of(x))(x, c, rows, output_dims=x.shape)[0]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def step_pull(system: Any, x: jax.Array, c: jax.Array, rows: Any, adj_y: jax.Array) -> tuple:
     """Return (∂S/∂x)ᵀ adj_y, (∂S/∂c)ᵀ adj_y and (∂S/∂p)ᵀ adj_y."""
     if isinstance(system, JaxSystem):

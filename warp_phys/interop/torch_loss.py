@@ -112,6 +112,7 @@ def rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tenso
     if not values:
         return None
     names, columns = getattr(system, "parameter_names", ()), []
+    are_known = not torch.compiler.is_compiling() and not in_transform()
     check_parameter_names(names, values)
     for name in names:
         value = values.get(name, getattr(system, name))
@@ -120,7 +121,7 @@ def rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tenso
             raise ValueError(
                 f"parameter {name} must be a number or {len(like)} numbers, one per sample, got {len(column)}"
             )
-        if not torch.compiler.is_compiling() and not torch.isfinite(column).all():
+        if are_known and not torch.isfinite(column).all():
             raise ValueError(f"parameter {name} must be finite, got {value}")
         columns.append(column)
     return torch.stack(torch.broadcast_tensors(*columns), dim=1)
