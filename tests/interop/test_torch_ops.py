@@ -10,6 +10,7 @@ import torch
 from tests.rollout import reference
 from warp_phys import CartPole, Diverged
 from warp_phys.interop.torch import Rollout, Step
+from warp_phys.interop.torch_system import TorchSystem
 
 SYSTEM = CartPole(poles=2)
 MASSES = [0.1, 0.2, 0.3, 0.15]
@@ -91,6 +92,7 @@ def test_compiled_rollouts(backend, device):
     rollout.flow = "M"
     compiled_m, expected = (torch.autograd.grad(f(x0), network[0].weight)[0] for f in (compiled, function))
     torch.testing.assert_close(compiled_m, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(compiled(x0.cpu().numpy()), function(x0))
     with pytest.raises(Diverged):
         compiled(1e200 * x0)
 
@@ -162,5 +164,7 @@ def test_arguments_of_a_step(device):
 
 def test_copies_of_a_step(device):
     x, c = _start(device), _controls(device)
+    foreign = TorchSystem(lambda x, c: 2 * x + c, 6, 1)
+    assert torch.equal(Step(copy.deepcopy(Step(foreign).system))(x, c), 2 * x + c)
     for twin in (copy.deepcopy(Step(SYSTEM)), pickle.loads(pickle.dumps(Step(SYSTEM)))):
         assert torch.equal(twin(x, c), Step(SYSTEM)(x, c))

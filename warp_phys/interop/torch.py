@@ -167,7 +167,8 @@ class Rollout:
 
     def _as_operator(self, x0: Any, parameters: Mapping[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Do the same as one opaque node of a graph that torch compiles; x0 is checked when that runs."""
-        x0 = torch.as_tensor(x0)
+        if not isinstance(x0, torch.Tensor):
+            x0 = torch.as_tensor(x0).to(self.device, self.dtype)
         rows = rows_of_parameters(self.system, parameters or {}, x0)
         trainable = self._adapter.trainable
         states, controls, _ = torch.ops.warp_phys.unroll(x0, rows, trainable, self._steps, self._name)

@@ -94,14 +94,17 @@ def name_of(system: Any) -> str:
 
     It is left on the object too, where code that torch compiles finds it.
     """
-    if getattr(system, "_torch_name", None) is None:
-        own = isinstance(system, System)
-        name = (_NAMES.get(system) if own else None) or f"{type(system).__name__} {next(_NUMBERS)}"
-        if own:
-            _NAMES[system] = name
-        _SYSTEMS.setdefault(name, system)
-        object.__setattr__(system, "_torch_name", name)
-    return system._torch_name
+    name = getattr(system, "_torch_name", None)
+    known = None if name is None else _SYSTEMS.get(name)  # a copy, or one from another process, may bear a name too
+    if known is system or (isinstance(system, System) and known == system):
+        return str(name)
+    own = isinstance(system, System)
+    name = (_NAMES.get(system) if own else None) or f"{type(system).__name__} {next(_NUMBERS)}"
+    if own:
+        _NAMES[system] = name
+    _SYSTEMS.setdefault(name, system)
+    object.__setattr__(system, "_torch_name", name)
+    return name
 
 
 @torch.library.custom_op("warp_phys::step", mutates_args=())
