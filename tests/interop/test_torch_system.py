@@ -108,7 +108,7 @@ def test_in_a_rollout_of_pure_warp(device):
     """A tape records the rollout as a whole, and refuses a single step."""
     updates = []
     for system in (TorchSystem(_step, 6, 1), SYSTEM):
-        dense = warp_phys.Dense((6, 8, 1), dtype=np.float64, device=device)
+        dense = warp_phys.Dense((6, 16, 1), dtype=np.float64, device=device)
         x0 = wp.array(SYSTEM.sample(5, dtype=np.float64), device=device)
         with wp.Tape() as tape:
             states, controls = warp_phys.Rollout(system, dense, 20, "C")(x0)
