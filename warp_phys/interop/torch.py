@@ -12,10 +12,18 @@ from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
+from warp_phys.interop.torch_compiled import name_of_rollout
 from warp_phys.interop.torch_controller import TorchController, check_pure, precision_and_device
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import DirectPass, is_finite
-from warp_phys.interop.torch_loss import pointwise_cost, refuse_second_derivative, rows_of_parameters, torch_stream
+from warp_phys.interop.torch_loss import (
+    pointwise_cost,
+    refuse_second_derivative,
+    refuse_transforms,
+    rows_of_parameters,
+    torch_stream,
+)
+from warp_phys.interop.torch_ops import Step, name_of
 from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
 from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
@@ -25,7 +33,7 @@ from warp_phys.systems.losses import chosen_times
 DIRECT_PASSES = 8
 """Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
 
-__all__ = ["Report", "Rollout", "pointwise_cost"]
+__all__ = ["Report", "Rollout", "Step", "pointwise_cost"]
 
 
 class Rollout:
@@ -80,6 +88,9 @@ class Rollout:
         self._workspaces: list[Workspace] = []
         self._gates: dict[tuple, tuple[np.ndarray, wp.array]] = {}
         self._direct: dict[tuple, DirectPass] = {}
+        if isinstance(system, System):
+            name_of(system)  # for losses in compiled code
+        self._name = name_of_rollout(self)
         self.dtype, self.device = precision_and_device(controller, device)
         check_sizes(system, self._adapter.dense() or controller)
         self._backend = check_choice("backend", backend, BACKENDS)
@@ -110,6 +121,13 @@ class Rollout:
         """Leave out what points into memory, so that copies and pickles are possible."""
         return {**vars(self), "_workspaces": [], "_gates": {}, "_direct": {}, "report": Report()}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy a name of its own."""
+        vars(self).update(state)
+        if isinstance(self.system, System):
+            name_of(self.system)
+        self._name = name_of_rollout(self)
+
     @property
     def flow(self) -> Flow | Combined:
         """The flow of the next backward passes; a name or a letter may be assigned."""
@@ -137,12 +155,24 @@ class Rollout:
             TypeError, ValueError: x0 or a parameter does not fit.
             Diverged: A state is not finite, and `on_divergence` is "raise".
         """
+        if torch.compiler.is_compiling():
+            return self._as_operator(x0, parameters)
+        refuse_transforms("a rollout")
         x0 = self._initial_states(x0)
         rows = rows_of_parameters(self.system, parameters or {}, x0)
         trainable = self._adapter.trainable
         if torch.is_grad_enabled() and (trainable or x0.requires_grad or (rows is not None and rows.requires_grad)):
             return _Unroll.apply(self, x0, rows, *trainable)
         return self._forward(x0, rows, keep=False)[:2]
+
+    def _as_operator(self, x0: Any, parameters: Mapping[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the same as one opaque node of a graph that torch compiles; x0 is checked when that runs."""
+        if not isinstance(x0, torch.Tensor):
+            x0 = torch.as_tensor(x0).to(self.device, self.dtype)
+        rows = rows_of_parameters(self.system, parameters or {}, x0)
+        trainable = self._adapter.trainable
+        states, controls, _ = torch.ops.warp_phys.unroll(x0, rows, trainable, self._steps, self._name)
+        return states, controls
 
     def value_and_grad(self, x0: Any, when: str | Sequence[int] = "final", control_cost: float = 0.0) -> torch.Tensor:
         """Return the loss of `System.loss`, and leave the flow's update in the `.grad` of the controller's parameters.
