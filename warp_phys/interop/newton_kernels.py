@@ -1,0 +1,65 @@
+"""Kernels that carry rows of states and controls over to Newton's arrays and back.
+
+Newton keeps the worlds one after the other in each array, a row of ours has all arrays of one world side by side: the
+numbers of world b are `numbers[b · width + i]` there and `rows[b, offset + i]` here.
+"""
+
+import warp as wp
+
+
+@wp.kernel(enable_backward=False)
+def spread_rows(
+    # in
+    rows: wp.array2d[float],
+    offset: int,
+    width: int,
+    # out
+    numbers: wp.array[float],
+):
+    """numbers ← rows, thread (world, column)."""
+    b, i = wp.tid()
+    numbers[b * width + i] = rows[b, offset + i]
+
+
+@wp.kernel(enable_backward=False)
+def collect_rows(
+    # in
+    numbers: wp.array[float],
+    offset: int,
+    width: int,
+    # out
+    rows: wp.array2d[float],
+):
+    """rows ← numbers, thread (world, column)."""
+    b, i = wp.tid()
+    rows[b, offset + i] = numbers[b * width + i]
+
+
+@wp.kernel(enable_backward=False)
+def steer(
+    # in
+    c: wp.array2d[float],
+    index: wp.array[int],
+    gain: wp.array[float],
+    width: int,
+    # out
+    numbers: wp.array[float],
+):
+    """numbers ← gain · c, thread (world, control)."""
+    b, k = wp.tid()
+    numbers[b * width + index[k]] = gain[k] * c[b, k]
+
+
+@wp.kernel(enable_backward=False)
+def adj_steer(
+    # in
+    adj_numbers: wp.array[float],
+    index: wp.array[int],
+    gain: wp.array[float],
+    width: int,
+    # out
+    adj_c: wp.array2d[float],
+):
+    """adj_c += gain · adj_numbers, thread (world, control): the adjoint of `steer`, exact."""
+    b, k = wp.tid()
+    adj_c[b, k] = adj_c[b, k] + gain[k] * adj_numbers[b * width + index[k]]
