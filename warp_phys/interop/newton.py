@@ -59,6 +59,9 @@ class NewtonSystem:
     (NewtonSystem(3 worlds, SolverFeatherstone), ('hinge [rad]', 'hinge rate [rad/s]'), ('hinge torque [N·m]',))
     """
 
+    dtype = np.float32
+    """The precision in which Newton computes."""
+
     def __init__(
         self,
         model: newton.Model,
