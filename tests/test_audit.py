@@ -90,7 +90,7 @@ def test_what_is_not_finite_is_explained():
             if (x.numpy()[:, 2] > 0.05).any():
                 y.fill_(np.inf)
 
-    with pytest.raises(ValueError, match=r"step gives inf for .* at step 1, 2 shifted by 0\.1"):
+    with pytest.raises(ValueError, match=r"step gives inf for .* at step 1, 2 shifted by 0\.01"):
         audit(Fragile(CartPole()), states=np.full((2, 4), 0.045))
 
 

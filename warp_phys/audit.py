@@ -163,7 +163,7 @@ def _inputs(system, states, controls, steps, samples, kick, seed, dtype) -> tupl
     return states, controls
 
 
-def _check_differences(differences: Sequence[float]) -> np.ndarray:
+def _check_differences(differences: Any) -> np.ndarray:
     """Return the step sizes if they descend by a constant factor, else raise a ValueError."""
     sweep = np.asarray(differences, dtype=np.float64)
     ratios = sweep[:-1] / sweep[1:] if sweep.ndim == 1 and len(sweep) > 3 and (sweep > 0.0).all() else np.zeros(1)

@@ -99,3 +99,15 @@ class SharedSolver:
         grad = work.control.joint_f.grad.numpy().reshape(self.worlds, -1)
         adj_c.assign(grad[:, work.steering.places.numpy()] * work.steering.gain.numpy())
         tape.zero()
+
+
+def ant():
+    """Newton's ant, read from its MJCF file, on feet that press on the ground a little."""
+    world = newton.ModelBuilder()
+    shape = world.default_shape_cfg
+    shape.ke, shape.kd, shape.kf, shape.mu = 1e3, 2.0, 10.0, 1.0
+    file = newton.examples.get_asset("nv_ant.xml")
+    world.add_mjcf(file, ignore_names=["floor"], enable_self_collisions=False)
+    world.joint_q[2] = 0.34
+    world.joint_q[7:] = [0.0, 0.55, 0.0, -0.55, 0.0, -0.55, 0.0, 0.55]
+    return world

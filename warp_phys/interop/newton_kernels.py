@@ -63,3 +63,21 @@ def adj_steer(
     """adj_c += gain · adj_numbers, thread (world, control): the adjoint of `steer`, exact."""
     b, k = wp.tid()
     adj_c[b, k] = adj_c[b, k] + gain[k] * adj_numbers[b * width + index[k]]
+
+
+@wp.kernel(enable_backward=False)
+def restore_wrenches(
+    # in
+    body_q_com: wp.array[wp.transform],
+    solve_origin: wp.array[wp.vec3],
+    jointed: wp.array[int],
+    # out
+    wrenches: wp.array[wp.spatial_vector],
+):
+    """Undo (f, τ) → −(f, τ + r × f) of each jointed body, r from the solver's origin to the centre of mass."""
+    body = wp.tid()
+    if jointed[body] != 0:
+        shifted = wrenches[body]
+        f = -wp.spatial_top(shifted)
+        r = wp.transform_get_translation(body_q_com[body]) - solve_origin[body]
+        wrenches[body] = wp.spatial_vector(f, -wp.spatial_bottom(shifted) - wp.cross(r, f))

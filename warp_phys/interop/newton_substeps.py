@@ -7,8 +7,11 @@ import newton
 import numpy as np
 import warp as wp
 
-from warp_phys.interop.newton_kernels import adj_steer, collect_rows, spread_rows, steer
+from warp_phys.interop.newton_kernels import adj_steer, collect_rows, restore_wrenches, spread_rows, steer
 from warp_phys.interop.newton_rows import Layout, Steering, flat, read_layout
+
+OVERWRITES = "body_f_ext[child] = f_ext"
+"""The line of Newton's kernel that makes `Substeps._mend` necessary."""
 
 
 class Substeps:
@@ -25,7 +28,7 @@ class Substeps:
         worlds: int,
         contacts: bool,
     ):
-        self.model: Any = model  # whose arrays are there or not
+        self.model: Any = model  # its arrays may be None
         self.solver, self.layout, self.steering = solver, layout, steering
         self.dt, self.worlds, self.device = dt / substeps, worlds, model.device
         self.reduced = any(field.name == "joint_q" for field in layout.fields)
@@ -36,6 +39,7 @@ class Substeps:
         self.plain = tuple(model.state(requires_grad=False) for _ in range(2))
         self.taped = tuple(model.state(requires_grad=True) for _ in range(2))
         self.control = model.control(requires_grad=True)
+        self.jointed = wp.array(_jointed(self.model), dtype=wp.int32, device=self.device)
         self.pipeline = newton.CollisionPipeline(model, requires_grad=False) if contacts else None
         self.contacts: Any = None if self.pipeline is None else self.pipeline.contacts()
 
@@ -60,6 +64,7 @@ class Substeps:
             with wp.Tape() as tape:
                 self.solver.step(source, target, self.control, self.contacts, self.dt)
             _check_kernels(tape)
+            self._mend(tape, target)
             self._spread(self.adj, target, adjoint=True)
             tape.backward()
             self._collect(source, self.adj, adjoint=True)
@@ -68,6 +73,24 @@ class Substeps:
             tape.zero()  # the next backward pass starts from zeros
             kept.append(tape)
         return kept
+
+    def _mend(self, tape: wp.Tape, target: Any) -> None:
+        """Have a tape restore the bodies' wrenches before a kernel that has overwritten them runs backward.
+
+        `eval_rigid_tau` of Newton 1.8 replaces each wrench by one at another point, with the other sign. Warp reads
+        arrays as they are when a tape runs backward, so that the derivative by the lever arm would be wrong: for
+        contacts, and for forces on free joints.
+        """
+        inputs = [target.body_q_com, target.body_solve_origin, self.jointed] if self.reduced else []
+
+        def restore() -> None:
+            self._launch(restore_wrenches, self.jointed.shape, inputs, target.body_f_ext)
+
+        for i, launch in enumerate(tape.launches):
+            kernel = None if callable(launch) else launch[0]
+            if kernel is not None and kernel.key == "eval_rigid_tau" and OVERWRITES in kernel.adj.source:
+                tape.launches.insert(i + 1, restore)
+                return
 
     def _advance(self, n: int) -> wp.Tape:
         """Write rows[n + 1] from rows[n]."""
@@ -133,6 +156,14 @@ class Substeps:
 def _rows(holder: Any, layout: Layout, worlds: int) -> np.ndarray:
     """Return the arrays of a state, or of a model, as rows."""
     return np.concatenate([getattr(holder, f.name).numpy().reshape(worlds, -1) for f in layout.fields], axis=1)
+
+
+def _jointed(model: Any) -> np.ndarray:
+    """Return 1 for the bodies that a joint of an articulation moves, else 0."""
+    bodies = np.zeros(model.body_count, dtype=np.int32)
+    if model.joint_count:
+        bodies[model.joint_child.numpy()[model.joint_articulation.numpy() >= 0]] = 1
+    return bodies
 
 
 def _check_kernels(tape: wp.Tape) -> None:
