@@ -52,7 +52,11 @@ def test_a_wrong_adjoint_is_named(dtype):
     report = audit(named, dtype=dtype, horizons=(1,))
     assert report.components("state") == ("second [rad]",) and report.components("control") == ()
     assert set(report.failures[0].through) <= set(toy.states)
-    assert "state second [rad]" in str(report) and "WRONG through" in str(report) and "1 of 6 adjoints" in str(report)
+    assert (
+        "state second [rad]" in str(report)
+        and "WRONG through" in str(report)
+        and "5 of 6 adjoints agree" in str(report)
+    )
 
 
 @pytest.mark.parametrize("factor", [np.nan, 0.0, -1.0])
@@ -60,6 +64,23 @@ def test_gross_faults_are_named(factor):
     report = audit(Planted(TwoControls(), controls=[1], factor=factor), horizons=(1, 2))
     assert report.components("control") == ("1",)
     assert [finding.horizon for finding in report.failures if finding.kind == "control"] == [1, 2]
+
+
+def test_a_jump_is_unclear_and_not_wrong():
+    """Differences across a jump say nothing about an adjoint; the audit says so."""
+
+    class Jump(Planted):
+        def step(self, x, c, y):
+            super().step(x, c, y)
+            values = y.numpy().copy()
+            values[:, 2] += np.sign(x.numpy()[:, 1])
+            y.assign(values)
+
+    states = np.random.default_rng(0).uniform(0.2, 1.0, (3, 4))
+    states[:, 1] = 1e-9
+    report = audit(Jump(TwoControls()), states, horizons=(1,))
+    assert report.ok and [finding.component for finding in report.unclear] == ["1"]
+    assert report.unclear[0].judged < 1.0 and "1 are unclear" in str(report)
 
 
 def test_memory_between_steps_shows_only_over_several():

@@ -41,6 +41,11 @@ class Finding(NamedTuple):
         """Whether all derivatives agree within the tolerance."""
         return not self.through
 
+    @property
+    def unclear(self) -> bool:
+        """Whether adjoint and differences disagree by more than a tenth where the differences are no better."""
+        return self.ok and self.error > 0.1
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -55,7 +60,7 @@ class Audit:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no failure."""
+        """Whether there is no failure; findings that are unclear are none."""
         return not self.failures
 
     @property
@@ -63,21 +68,30 @@ class Audit:
         """What disagrees with the differences."""
         return tuple(finding for finding in self.findings if not finding.ok)
 
+    @property
+    def unclear(self) -> tuple[Finding, ...]:
+        """What could not be told: a step that jumps or has a kink, or differences that drown in rounding."""
+        return tuple(finding for finding in self.findings if finding.unclear)
+
     def components(self, kind: str) -> tuple[str, ...]:
         """Return the names of the components of this kind, "state" or "control", that fail over some horizon."""
         return tuple(dict.fromkeys(f.component for f in self.failures if f.kind == kind))
 
     def __str__(self) -> str:
         count = len(self.findings)
-        verdict = f"all {count} adjoints agree" if self.ok else f"{len(self.failures)} of {count} adjoints are wrong"
-        lines = [f"{self.system}: {verdict} with finite differences (tolerance {self.tolerance:g})"]
+        wrong, unclear = len(self.failures), len(self.unclear)
+        verdict = f"{count - wrong - unclear} of {count} adjoints agree with finite differences"
+        verdict += f", {wrong} are wrong" * bool(wrong) + f", {unclear} are unclear" * bool(unclear)
+        lines = [f"{self.system}: {verdict} (tolerance {self.tolerance:g})"]
         width = max(len(f.component) for f in self.findings)
         lines.append(f"{'steps':>5}  {'adjoint of':<{width + 8}}  {'error':>8}  judged")
         for f in self.findings:
-            wrong = f"  WRONG through {', '.join(f.through[:3])}{', …' if len(f.through) > 3 else ''}"
-            name = f"{f.kind} {f.component}"
-            line = f"{f.horizon:>5}  {name:<{width + 8}}  {f.error:>8.1e}  {f.judged:>6.0%}{'' if f.ok else wrong}"
-            lines.append(line)
+            note = "  unclear" if f.unclear else ""
+            if not f.ok:
+                note = f"  WRONG through {', '.join(f.through[:3])}{', …' if len(f.through) > 3 else ''}"
+            lines.append(
+                f"{f.horizon:>5}  {f'{f.kind} {f.component}':<{width + 8}}  {f.error:>8.1e}  {f.judged:>6.0%}{note}"
+            )
         return "\n".join(lines)
 
 
