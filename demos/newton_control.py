@@ -34,7 +34,7 @@ class Settings:
     """Settings of the demo."""
 
     task: str = "cartpole"
-    """What is trained: cartpole (two poles in a chain are kept upright) or ant (it walks towards +x)."""
+    """What is trained: cartpole (two poles in a chain are kept upright) or ant (it sets off towards +x)."""
     flows: str = "RMSC"
     """Letters of the flows that are trained with, one after the other, from the same weights."""
     updates: int = 100

@@ -77,5 +77,5 @@ def cost_ant(states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
 
 TASKS = {
     "cartpole": Task("Newton's cart keeps two poles upright", 50, build_cartpole, start_cartpole, cost_cartpole),
-    "ant": Task("Newton's ant walks", 30, build_ant, start_ant, cost_ant),
+    "ant": Task("Newton's ant sets off", 30, build_ant, start_ant, cost_ant),
 }
