@@ -19,6 +19,7 @@ from warp_phys import (
     row_kernels,
 )
 from warp_phys.activations import ACTIVATIONS
+from warp_phys.interop import newton_kernels  # noqa: F401, built by its name
 from warp_phys.plan import dense_plan
 
 ARCHITECTURES = [80, 90]
@@ -99,6 +100,12 @@ def test_kernel_compiles_for_cuda(name, make, tmp_path):
     built = sorted(file.name for file in tmp_path.iterdir() if file.suffix in (".ptx", ".cubin"))
     assert len(built) == len(ARCHITECTURES) and all(str(arch) in "".join(built) for arch in ARCHITECTURES)
     assert all((tmp_path / file).stat().st_size > 500 for file in built)
+
+
+def test_newton_kernels_compile_for_cuda(tmp_path):
+    wp.compile_aot_module("warp_phys.interop.newton_kernels", arch=ARCHITECTURES, module_dir=tmp_path)
+    built = sorted(file.name for file in tmp_path.iterdir() if file.suffix in (".ptx", ".cubin"))
+    assert len(built) == len(ARCHITECTURES)
 
 
 def test_the_list_is_complete():
