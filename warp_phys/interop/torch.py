@@ -12,8 +12,9 @@ from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
-from warp_phys.interop.torch_controller import TorchController, TorchLinearisation
+from warp_phys.interop.torch_controller import TorchController, check_pure
 from warp_phys.interop.torch_dense import as_array
+from warp_phys.interop.torch_diagnostics import diagnose, rotation
 from warp_phys.interop.torch_direct import DirectPass, is_finite
 from warp_phys.interop.torch_loss import pointwise_cost, refuse_second_derivative, rows_of_parameters, torch_stream
 from warp_phys.layers import Workspace
@@ -25,7 +26,7 @@ from warp_phys.systems.losses import chosen_times
 DIRECT_PASSES = 8
 """Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
 
-__all__ = ["Report", "Rollout", "pointwise_cost"]
+__all__ = ["Report", "Rollout", "diagnose", "pointwise_cost", "rotation"]
 
 
 class Rollout:
@@ -317,7 +318,7 @@ class Rollout:
             trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]), kept)
             adjoints = backward(
                 self.system, self._adapter, trajectory, Seeds(arrays[2], arrays[3]), gates, gates_array,
-                list(updates), workspace, want_rows, check=_check_pure, fused=self.backend == "fused",
+                list(updates), workspace, want_rows, check=check_pure, fused=self.backend == "fused",
             )  # fmt: skip
             adj_x0 = wp.to_torch(adjoints.x0).clone()
             adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters).clone()
@@ -404,20 +405,6 @@ def _without(trajectory: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     trajectory = trajectory.clone()
     trajectory[:, masked] = trajectory[:, healthy : healthy + 1]
     return trajectory
-
-
-def _check_pure(linear: Any, stored: wp.array) -> None:
-    """Raise a ValueError if a controller gives other controls for the same states than it gave in the forward pass."""
-    if not isinstance(linear, TorchLinearisation):
-        return  # dense layers have no memory
-    before = wp.to_torch(stored)
-    error = (linear.output.detach() - before).abs().max()
-    tolerance = 1e-4 if before.dtype == torch.float32 else 1e-10
-    if not error <= tolerance * (1.0 + before.abs().max()):
-        raise ValueError(
-            f"controller must give the same controls for the same states each time, they differ by {float(error):.3g}; "
-            "dropout, batch normalisation, noise, memory do that: use controller.eval(), or put memory into the state"
-        )
 
 
 def _precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[torch.dtype, torch.device]:

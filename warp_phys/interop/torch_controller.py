@@ -245,6 +245,20 @@ class TorchLinearisation:
         out.zero_() if adj is None else out.copy_(adj)
 
 
+def check_pure(linear: Any, stored: wp.array) -> None:
+    """Raise a ValueError if a controller gives other controls for the same states than it gave in the forward pass."""
+    if not isinstance(linear, TorchLinearisation):
+        return  # dense layers have no memory
+    before = wp.to_torch(stored)
+    error = (linear.output.detach() - before).abs().max()
+    tolerance = 1e-4 if before.dtype == torch.float32 else 1e-10
+    if not error <= tolerance * (1.0 + before.abs().max()):
+        raise ValueError(
+            f"controller must give the same controls for the same states each time, they differ by {float(error):.3g}; "
+            "dropout, batch normalisation, noise, memory do that: use controller.eval(), or put memory into the state"
+        )
+
+
 def _flatten(parts: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return tensors as one flat tensor; None stands for zeros of the shape in `like`."""
     return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(parts, like, strict=True)])

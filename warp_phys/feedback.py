@@ -1,0 +1,157 @@
+"""What travels back in time: the adjoints of every step by the path they arrive on, and the Jacobians of every step.
+
+Found from a stored trajectory through the two verbs of a `Simulator` and the linearised controller, nothing by
+differences. Results are numpy arrays. `warp_phys.diagnostics` makes figures of them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import warp as wp
+
+from warp_phys.arrays import numpy_type
+from warp_phys.flow import Flow
+from warp_phys.layers import Workspace
+from warp_phys.phases import CHUNK_ROWS, Controller, Seeds, Trajectory, flow_gates
+from warp_phys.systems.base import Simulator, System
+
+
+class Feedback(NamedTuple):
+    """The adjoints of all steps, λ_n = ∂L/∂x_n + physics_n + controller_n, in the precision of the trajectory."""
+
+    adjoints: np.ndarray
+    """λ_0 … λ_T, shape (flows, steps + 1, batch, D)."""
+    physics: np.ndarray
+    """What reaches λ_n through the simulator, α_n (∂S/∂x)ᵀ λ_{n+1}, shape (flows, steps, batch, D)."""
+    controller: np.ndarray
+    """What reaches λ_n through the controller, β_n (∂N/∂x)ᵀ μ_n, shape (flows, steps, batch, D)."""
+    controls: np.ndarray
+    """μ_0 … μ_{T−1}, shape (flows, steps, batch, K)."""
+
+
+class StepJacobians(NamedTuple):
+    """Jacobians along a trajectory; the first index of each matrix is the component of what is differentiated."""
+
+    physics: np.ndarray
+    """∂S/∂x at a fixed control, shape (steps, samples, D, D)."""
+    control: np.ndarray
+    """∂S/∂c, shape (steps, samples, D, K)."""
+    controller: np.ndarray
+    """J = ∂N/∂x, shape (steps, samples, K, D)."""
+
+    @property
+    def controller_path(self) -> np.ndarray:
+        """(∂S/∂c) J: what a step owes to the controller's looking at the state, shape (steps, samples, D, D)."""
+        return self.control @ self.controller
+
+    @property
+    def closed_loop(self) -> np.ndarray:
+        """∂S/∂x + (∂S/∂c) J, the derivative of x_{n+1} by x_n with the controller in the loop; same shape."""
+        return self.physics + self.controller_path
+
+
+def trace(
+    system: Simulator, controller: Controller, trajectory: Trajectory, seeds: Seeds, flows: Sequence[Flow]
+) -> Feedback:
+    """Return the adjoints of all steps for several flows, step by step.
+
+    Args:
+        system: The simulator.
+        controller: The controller, as `warp_phys.phases` takes it.
+        trajectory: What a forward pass left.
+        seeds: ∂L/∂x_n and ∂L/∂c_n.
+        flows: The flows.
+    """
+    steps, batch, size = trajectory.controls.shape
+    gates = flow_gates(flows, steps)
+    jacobian = controller_jacobians(controller, trajectory)
+    loss_states, loss_controls = seeds.states.numpy(), seeds.controls.numpy()
+    shape = (len(flows), steps, batch)
+    real = loss_states.dtype
+    out = Feedback(
+        np.zeros((len(flows), steps + 1, *loss_states.shape[1:]), real),
+        np.zeros((*shape, loss_states.shape[2]), real),
+        np.zeros((*shape, loss_states.shape[2]), real),
+        np.zeros((*shape, size), real),
+    )
+    out.adjoints[:, steps] = loss_states[steps]
+    with np.errstate(over="ignore", invalid="ignore"):
+        for n in reversed(range(steps)):
+            dx, dc = _pull(system, trajectory, n, out.adjoints[:, n + 1])
+            out.controls[:, n] = dc + loss_controls[n]
+            pulled = np.einsum("bkd,fbk->fbd", jacobian[n], out.controls[:, n])
+            for f, (alpha, beta) in enumerate(gates[:, n].astype(real)):
+                if alpha != 0.0:  # a gate of zero is a cut: what lies behind it may be infinite
+                    out.physics[f, n] = alpha * dx[f]
+                if beta != 0.0:
+                    out.controller[f, n] = beta * pulled[f]
+            out.adjoints[:, n] = loss_states[n] + out.physics[:, n] + out.controller[:, n]
+    return out
+
+
+def step_jacobians(
+    system: Simulator, controller: Controller, trajectory: Trajectory, samples: int | None = None
+) -> StepJacobians:
+    """Return the Jacobians of every step, for the first samples: one launch over D rows per sample for every step.
+
+    Args:
+        system: The simulator.
+        controller: The controller.
+        trajectory: What a forward pass left.
+        samples: For how many samples of the batch; all if None.
+    """
+    steps, batch, _ = trajectory.controls.shape
+    count = batch if samples is None else min(samples, batch)
+    if isinstance(system, System):  # any other simulator may be made for one batch size
+        trajectory = first_samples(trajectory, count)
+    units = np.eye(system.state_size, dtype=numpy_type(trajectory.states.dtype))
+    units = np.repeat(units[:, None], trajectory.states.shape[1], axis=1)
+    rows = [_pull(system, trajectory, n, units) for n in range(steps)]
+    physics, control = (np.stack([row[i] for row in rows]).swapaxes(1, 2)[:, :count] for i in range(2))
+    return StepJacobians(physics, control, controller_jacobians(controller, trajectory)[:, :count])
+
+
+def first_samples(trajectory: Trajectory, count: int) -> Trajectory:
+    """Return the first samples of a trajectory, as arrays of their own."""
+    if count == trajectory.states.shape[1]:
+        return trajectory
+    states, controls = (array[:, :count].contiguous() for array in trajectory[:2])
+    p = trajectory.parameters
+    return Trajectory(states, controls, p if p is None or len(p) == 1 else p[:count])
+
+
+def controller_jacobians(controller: Controller, trajectory: Trajectory) -> np.ndarray:
+    """Return J = ∂N/∂x at x_0 … x_{T−1}, shape (steps, batch, K, D), in chunks of rows."""
+    states, (steps, batch, controls), size = trajectory.states, trajectory.controls.shape, trajectory.states.shape[2]
+    length, parts = max(1, CHUNK_ROWS // batch), []
+    for first in range(0, steps, length):
+        chunk = states[first : min(first + length, steps)]
+        rows = chunk.shape[0] * batch
+        linear = controller.linearise(chunk.reshape((rows, size)), Workspace())
+        out = wp.zeros((rows, controls, size), dtype=states.dtype, device=states.device)
+        linear.jacobian(out)
+        parts.append(out.numpy().reshape(chunk.shape[0], batch, controls, size))
+    return np.concatenate(parts)
+
+
+def _pull(system: Simulator, trajectory: Trajectory, n: int, adj: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (∂S/∂x)ᵀ adj and (∂S/∂c)ᵀ adj at step n for adjoints (count, batch, D), shapes (count, batch, D or K)."""
+    if isinstance(system, System):  # sample b of every copy has row b of the parameters: rows go round
+        return _pull_together(system, trajectory, n, adj)
+    parts = [_pull_together(system, trajectory, n, one[None]) for one in adj]
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def _pull_together(system: Simulator, trajectory: Trajectory, n: int, adj: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    count, batch, size = adj.shape
+    real, device = trajectory.states.dtype, trajectory.states.device
+
+    def rows(values: np.ndarray) -> wp.array:
+        return wp.array(np.ascontiguousarray(values), dtype=real, device=device)
+
+    x, c = (rows(np.tile(array[n].numpy(), (count, 1))) for array in trajectory[:2])
+    adj_x, adj_c = wp.zeros_like(x), wp.zeros_like(c)
+    own = () if trajectory.parameters is None else (trajectory.parameters,)
+    system.step_vjp(x, c, rows(adj.reshape(-1, size)), adj_x, adj_c, *own)
+    return adj_x.numpy().reshape(adj.shape), adj_c.numpy().reshape(count, batch, -1)

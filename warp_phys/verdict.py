@@ -1,0 +1,192 @@
+"""A diagnosis in words: the table, and why R explodes or vanishes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from warp_phys.flow import MODIFIED, REGULAR, Combined
+
+EXPLODES = 1000.0
+"""Feedback explodes if it grows more than this over the horizon, and vanishes if it shrinks as much."""
+MOSTLY = 0.75
+"""Share of R's growth rate above which one path alone is named as the cause."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether R explodes or vanishes, and through which path; medians over the samples.
+
+    With r = log growth per step: the physics path is named if r_M / r_R ≥ `MOSTLY`, the controller path if it is
+    ≤ 1 − `MOSTLY`, both in between; for M is R without the controller path.
+    """
+
+    kind: str
+    """"explodes", "vanishes", "level", or "unknown" where too few steps receive anything."""
+    path: str
+    """"physics", "controller" or "both" if R explodes or vanishes, else empty."""
+    text: str
+    """The same in words, with numbers."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def judge(diagnosis: Any) -> Verdict:
+    """Return the verdict on a `Diagnosis`."""
+    of_regular, of_modified = (_course(diagnosis, flow) for flow in (REGULAR, MODIFIED))
+    span = diagnosis.steps - 1
+    if np.isnan(of_regular.rate):
+        text = "Too few steps receive feedback to say how R grows"
+        return Verdict("unknown", "", f"{text}: {of_regular.receiving} of {diagnosis.steps} in the median sample.")
+    kind = of_regular.kind(span)
+    modified = _says("M", of_modified, span)
+    if kind == "level":
+        text = f"R's feedback stays level: {_says('it', of_regular, span)}. {modified}."
+        if of_modified.kind(span) == "explodes":
+            text += " The physics alone would explode, the controller's path holds it."
+        return Verdict(kind, "", text)
+    share = _share(of_modified.rate, of_regular.rate)
+    path = "physics" if share >= MOSTLY else "controller" if share <= 1.0 - MOSTLY else "both"
+    through = {"both": "through both paths", "physics": "through the physics path"}
+    verb = "grows" if kind == "explodes" else "shrinks"
+    text = (
+        f"R's feedback {verb} by a factor {_number(of_regular.growth)} per step "
+        f"{through.get(path, 'through the controller path')}: {_number(of_regular.over(span))} over {span} steps. "
+        f"{modified}. {_radii(diagnosis)}"
+    )
+    if of_regular.overflowed:
+        text += f" R overflows in {of_regular.overflowed} of {diagnosis.adjoints.shape[2]} samples."
+    return Verdict(kind, path, text)
+
+
+@dataclass(frozen=True)
+class _Course:
+    """How one flow's feedback goes back in time, in the median sample."""
+
+    rate: float
+    receiving: int
+    overflowed: int
+    mostly_overflowed: bool
+
+    @property
+    def growth(self) -> float:
+        return float(np.exp(self.rate))
+
+    def over(self, span: int) -> float:
+        with np.errstate(over="ignore"):
+            return float(np.exp(np.float64(span * self.rate)))
+
+    def kind(self, span: int) -> str:
+        over = self.over(span)
+        if over > EXPLODES or self.mostly_overflowed:
+            return "explodes"
+        return "vanishes" if over < 1.0 / EXPLODES else "level"
+
+
+def _course(diagnosis: Any, flow: Any) -> _Course:
+    i = diagnosis.index(flow)
+    values = diagnosis.adjoints[i, 1:]
+    overflowed = int((~np.isfinite(values)).any(axis=0).sum())
+    receiving = int(np.median((values > 0.0).sum(axis=0)))
+    return _Course(
+        median(np.log(diagnosis.growth[i])), receiving, overflowed, bool(2 * overflowed > diagnosis.adjoints.shape[2])
+    )
+
+
+def _share(of_modified: float, of_regular: float) -> float:
+    """Return which share of R's rate the physics has by itself; 0 where M goes the other way or nowhere."""
+    return 0.0 if np.isnan(of_modified) or of_modified * of_regular <= 0.0 else of_modified / of_regular
+
+
+def _says(who: str, course: _Course, span: int) -> str:
+    if np.isnan(course.rate):
+        return f"{who} reaches too few steps to have a rate"
+    return f"{who} changes by {_number(course.growth)} per step, {_number(course.over(span))} over {span} steps"
+
+
+def _radii(diagnosis: Any) -> str:
+    s = diagnosis.spectra
+    physics, closed = median(s.physics_radius), median(s.closed_radius)
+    return f"Median spectral radius of a step: physics {_number(physics)}, closed loop {_number(closed)}."
+
+
+def table(diagnosis: Any) -> str:
+    """Return all measures of a `Diagnosis` as text, the verdict at the end."""
+    parts = [f"{diagnosis.title}: {_number(diagnosis.loss)}", _flows(diagnosis), _spectra(diagnosis)]
+    if diagnosis.layers:
+        parts.append(_layers(diagnosis))
+    if diagnosis.rotation:
+        rows = [(name, str(found), found.probes) for name, found in diagnosis.rotation.items()]
+        parts.append(layout(("rotation of", "antisymmetric share", "probes"), rows))
+    return "\n\n".join([*parts, diagnosis.why.text])
+
+
+def _flows(diagnosis: Any) -> str:
+    header = ["feedback of", "growth per step", "over the horizon", "largest/smallest", "effective steps"]
+    header += ["by controller"] + ["update"] * bool(diagnosis.layers)
+    rows = []
+    with np.errstate(over="ignore"):
+        measures = [diagnosis.growth, diagnosis.horizon_growth, diagnosis.spread, diagnosis.effective_steps]
+    share = diagnosis.controller_share
+    for i, flow in enumerate(diagnosis.flows):
+        row: list[Any] = [f"{flow.letter} {flow.name}".strip(), *(median(measure[i]) for measure in measures)]
+        row.append("" if isinstance(flow, Combined) or not np.isfinite(share[i]).any() else f"{median(share[i]):.0%}")
+        rows.append(row + ([diagnosis.layers[-1].norms[flow.name]] if diagnosis.layers else []))
+    return layout(header, rows)
+
+
+def _spectra(diagnosis: Any) -> str:
+    s = diagnosis.spectra
+    steps, samples = s.physics_radius.shape
+    rows = [
+        ("physics alone", *_both(s.physics_radius), *_both(s.physics_norm), median(np.exp(s.physics_exponent))),
+        ("controller's path", *_both(s.controller_radius), *_both(s.controller_norm), ""),
+        ("closed loop", *_both(s.closed_radius), *_both(s.closed_norm), median(np.exp(s.closed_exponent))),
+    ]
+    header = (f"Jacobian of a step, {samples} samples", "radius", "largest", "norm", "largest", "Lyapunov factor")
+    return layout(header, rows)
+
+
+def _layers(diagnosis: Any) -> str:
+    rows = []
+    for layer in diagnosis.layers:
+        of_modified, of_regular = (layer.norms[flow.name] for flow in (MODIFIED, REGULAR))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = float(np.float64(of_regular) / of_modified)
+        same = "" if np.isnan(layer.agreement) else f"{layer.agreement:.1%}"
+        rows.append((layer.name, layer.size, layer.cosine, same, of_modified, of_regular, ratio))
+    return layout(("parameter", "components", "cosine M, R", "same sign", "|M|", "|R|", "|R|/|M|"), rows)
+
+
+def _both(values: np.ndarray) -> tuple[float, float]:
+    """Return median and largest."""
+    return median(values), float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
+
+
+def median(values: np.ndarray) -> float:
+    """Return the median of what is not nan; nan where there is nothing else."""
+    known = values[~np.isnan(values)]
+    return float(np.quantile(known, 0.5, method="closest_observation")) if known.size else float("nan")
+
+
+def layout(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table as text: the first column to the left, the others to the right.
+
+    >>> print(layout(("flow", "growth"), [("R", 1.25)]))
+    flow  growth
+    R       1.25
+    """
+    cells = [list(header), *([value if isinstance(value, str) else _number(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        first, *others = (f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row))
+        lines.append("  ".join([first, *others]).rstrip())
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """Return three digits of a number, four of one near 1, for those are the factors per step."""
+    return f"{value:.4g}" if 0.9 < abs(value) < 1.1 else str(value) if isinstance(value, int) else f"{value:.3g}"
