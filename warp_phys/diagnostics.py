@@ -195,7 +195,7 @@ def spectra(jacobians: StepJacobians) -> Spectra:
         for matrices in (physics, jacobians.controller_path.astype(np.float64), closed)
         for function in (spectral_radius, largest_singular_value)
     ]
-    return Spectra(*measured, largest_exponent(physics), largest_exponent(closed))
+    return Spectra._make([*measured, largest_exponent(physics), largest_exponent(closed)])
 
 
 def spectral_radius(matrices: np.ndarray) -> np.ndarray:

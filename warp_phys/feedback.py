@@ -137,8 +137,10 @@ def controller_jacobians(controller: Controller, trajectory: Trajectory) -> np.n
 
 def _pull(system: Simulator, trajectory: Trajectory, n: int, adj: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (∂S/∂x)ᵀ adj and (∂S/∂c)ᵀ adj at step n for adjoints (count, batch, D), shapes (count, batch, D or K)."""
-    if isinstance(system, System):  # sample b of every copy has row b of the parameters: rows go round
+    p = trajectory.parameters
+    if isinstance(system, System) and (p is None or len(p) == 1):
         return _pull_together(system, trajectory, n, adj)
+    # one batch at a time: its parameters, or the simulator itself, may be made for that size
     parts = [_pull_together(system, trajectory, n, one[None]) for one in adj]
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 

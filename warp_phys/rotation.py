@@ -154,9 +154,11 @@ def difference_step(theta: np.ndarray, step: float | None = None, rounding: floa
 
 
 def _rotation(a: Any, s: Any, errors: Any, count: int, scale: Any) -> Rotation:
+    """Return the result from ‖A‖², ‖S‖² and three standard errors, of products that were divided by `scale`."""
     square = float(scale) * float(scale)
-    numbers = float(_share(a, s)), float(errors[0]), a * square, errors[1] * square, (a + s) * square
-    return Rotation(*map(float, numbers), float(errors[2]) * square, count)
+    of_share, of_a, of_total = map(float, errors)
+    share = float(_share(a, s))
+    return Rotation(share, of_share, float(a) * square, of_a * square, float(a + s) * square, of_total * square, count)
 
 
 def _share(a: Any, s: Any) -> Any:

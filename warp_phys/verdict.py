@@ -139,7 +139,7 @@ def _flows(diagnosis: Any) -> str:
 
 def _spectra(diagnosis: Any) -> str:
     s = diagnosis.spectra
-    steps, samples = s.physics_radius.shape
+    samples = s.physics_radius.shape[1]
     rows = [
         ("physics alone", *_both(s.physics_radius), *_both(s.physics_norm), median(np.exp(s.physics_exponent))),
         ("controller's path", *_both(s.controller_radius), *_both(s.controller_norm), ""),

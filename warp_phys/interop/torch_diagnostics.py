@@ -1,4 +1,4 @@
-"""How the gradient flows through a torch rollout: feedback, Jacobians, agreement of M and R, rotation of the updates."""
+"""How the gradient flows through a torch rollout: feedback, Jacobians, agreement of M and R, rotation of updates."""
 
 from __future__ import annotations
 
@@ -148,17 +148,15 @@ def rotation(
             return _updates(own, _unroll(own, start, objective, parameters), plain)
 
     directions = draw_probes(len(theta), probes, seed)
-    base = updates(theta)
+    slopes = _slopes(updates(theta), plain, wanted)
     distance = difference_step(theta.double().cpu().numpy(), step, torch.finfo(own.dtype).eps)
-    products: list[list[np.ndarray]] = [[] for _ in wanted]
+    products = []
     for direction in directions:
         v = torch.as_tensor(direction, dtype=own.dtype, device=own.device)
         h = distance / float(v.norm())
-        ahead, behind = theta + h * v, theta - h * v
-        change = (updates(ahead) - updates(behind)) / (2.0 * h)
-        for rows, tangent in zip(products, _tangents(base, change, plain, wanted), strict=True):
-            rows.append(tangent.double().cpu().numpy())
-    found = [estimate(directions, np.stack(rows)) for rows in products]
+        change = (updates(theta + h * v) - updates(theta - h * v)) / (2.0 * h)
+        products.append((slopes * change).sum(dim=1).double().cpu().numpy())
+    found = [estimate(directions, rows) for rows in np.stack(products, axis=1)]
     return {flow.name: one for flow, one in zip(wanted, found, strict=True)}
 
 
@@ -230,16 +228,23 @@ def _combined(updates: torch.Tensor, plain: Sequence[Flow], flows: Sequence[Flow
     return torch.stack(rows)
 
 
-def _tangents(
-    base: torch.Tensor, change: torch.Tensor, plain: Sequence[Flow], flows: Sequence[Flow | Combined]
-) -> list[torch.Tensor]:
-    """Return the change of every flow's update from that of the plain ones, at the updates `base`."""
-    out = []
-    for flow in flows:
+def _slopes(base: torch.Tensor, plain: Sequence[Flow], flows: Sequence[Flow | Combined]) -> torch.Tensor:
+    """Return the derivatives of all flows' updates by those of the plain ones, at the updates `base` (plain, P).
+
+    Rules are elementwise, so they are numbers for each component: shape (flows, plain, P).
+    """
+    slopes = torch.zeros((len(flows), *base.shape), dtype=base.dtype, device=base.device)
+    for slope, flow in zip(slopes, flows, strict=True):
         places = [plain.index(part) for part in linear_parts(flow)]
-        at, moving = tuple(base[i] for i in places), tuple(change[i] for i in places)
-        out.append(torch.func.jvp(flow.rule, at, moving)[1] if isinstance(flow, Combined) else moving[0])
-    return out
+        if isinstance(flow, Combined):
+            parts = [base[i].clone().requires_grad_() for i in places]
+            with torch.enable_grad():
+                total = flow.rule(*parts).sum()
+            for i, grad in zip(places, torch.autograd.grad(total, parts, materialize_grads=True), strict=True):
+                slope[i] += grad.nan_to_num(0.0)  # a root at 0, where both updates are 0
+        else:
+            slope[places[0]] = 1.0
+    return slopes
 
 
 def _contributions(

@@ -31,7 +31,7 @@ def pointwise_cost(
     if states.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"states must hold torch.float32 or torch.float64, got {states.dtype}")
     wp.init()
-    return _PointwiseCost.apply(states, system, times, rows_of_parameters(system, parameters, states[0]))
+    return _PointwiseCost.apply(states, system, tuple(times), rows_of_parameters(system, parameters, states[0]))
 
 
 class _PointwiseCost(torch.autograd.Function):
