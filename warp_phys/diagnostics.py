@@ -116,6 +116,16 @@ class Diagnosis:
             return np.exp((self.steps - 1) * growth_rate(self.adjoints))
 
     @property
+    def batch(self) -> np.ndarray:
+        """√ Σ_b |λ_n|² over the samples b, what the sum over the batch sees, shape (flows, steps + 1)."""
+        return row_norms(self.adjoints)
+
+    @property
+    def batch_growth(self) -> np.ndarray:
+        """Growth per step of that size, shape (flows,): where few samples explode it is theirs, as in the update."""
+        return np.exp(growth_rate(self.batch[:, :, None])[:, 0])
+
+    @property
     def spread(self) -> np.ndarray:
         """Largest |λ_n| over the smallest, n = 1 … T, shape (flows, batch); inf where a step receives nothing."""
         return spread(self.adjoints)

@@ -8,24 +8,28 @@ import numpy as np
 
 from warp_phys.flow import MODIFIED, REGULAR, Combined
 
+GROWS = 10.0
+"""Feedback grows if its size over the batch gets more than this larger over the horizon, and shrinks likewise."""
 EXPLODES = 1000.0
-"""Feedback explodes if it grows more than this over the horizon, and vanishes if it shrinks as much."""
+"""Feedback explodes if it grows more than this over the horizon, or overflows, and vanishes if it shrinks as much."""
 MOSTLY = 0.75
 """Share of R's growth rate above which one path alone is named as the cause."""
+
+VERBS = {"explodes": "explodes, it grows", "grows": "grows", "shrinks": "shrinks", "vanishes": "vanishes, it shrinks"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether R explodes or vanishes, and through which path; medians over the samples.
+    """Whether R explodes or vanishes, and through which path, by the size of all samples' adjoints together.
 
-    With r = log growth per step: the physics path is named if r_M / r_R ≥ `MOSTLY`, the controller path if it is
-    ≤ 1 − `MOSTLY`, both in between; for M is R without the controller path.
+    With r = log growth per step of that size: the physics path is named if r_M / r_R ≥ `MOSTLY`, the controller path if
+    it is ≤ 1 − `MOSTLY`, both in between; for M is R without the controller path.
     """
 
     kind: str
-    """"explodes", "vanishes", "level", or "unknown" where too few steps receive anything."""
+    """"explodes", "grows", "level", "shrinks", "vanishes", or "unknown" where too few steps receive anything."""
     path: str
-    """"physics", "controller" or "both" if R explodes or vanishes, else empty."""
+    """"physics", "controller" or "both" if R grows or shrinks, else empty."""
     text: str
     """The same in words, with numbers."""
 
@@ -36,24 +40,19 @@ class Verdict:
 def judge(diagnosis: Any) -> Verdict:
     """Return the verdict on a `Diagnosis`."""
     of_regular, of_modified = (_course(diagnosis, flow) for flow in (REGULAR, MODIFIED))
-    span = diagnosis.steps - 1
     if np.isnan(of_regular.rate):
-        text = "Too few steps receive feedback to say how R grows"
-        return Verdict("unknown", "", f"{text}: {of_regular.receiving} of {diagnosis.steps} in the median sample.")
-    kind = of_regular.kind(span)
-    modified = _says("M", of_modified, span)
+        return Verdict("unknown", "", "Too few steps receive feedback to say how R grows.")
+    kind, modified = of_regular.kind, f"M changes by {of_modified}, worst sample {_number(of_modified.worst)}"
     if kind == "level":
-        text = f"R's feedback stays level: {_says('it', of_regular, span)}. {modified}."
-        if of_modified.kind(span) == "explodes":
-            text += " The physics alone would explode, the controller's path holds it."
+        text = f"R's feedback stays level: it changes by {of_regular}. {modified}."
+        if of_modified.kind in ("grows", "explodes"):
+            text += " The physics alone would grow, the controller's path holds it."
         return Verdict(kind, "", text)
     share = _share(of_modified.rate, of_regular.rate)
     path = "physics" if share >= MOSTLY else "controller" if share <= 1.0 - MOSTLY else "both"
-    through = {"both": "through both paths", "physics": "through the physics path"}
-    verb = "grows" if kind == "explodes" else "shrinks"
+    through = "both paths" if path == "both" else f"the {path} path"
     text = (
-        f"R's feedback {verb} by a factor {_number(of_regular.growth)} per step "
-        f"{through.get(path, 'through the controller path')}: {_number(of_regular.over(span))} over {span} steps. "
+        f"R's feedback {VERBS[kind]} by {of_regular}, through {through}; worst sample {_number(of_regular.worst)}. "
         f"{modified}. {_radii(diagnosis)}"
     )
     if of_regular.overflowed:
@@ -63,47 +62,44 @@ def judge(diagnosis: Any) -> Verdict:
 
 @dataclass(frozen=True)
 class _Course:
-    """How one flow's feedback goes back in time, in the median sample."""
+    """How one flow's feedback goes back in time, all samples together."""
 
     rate: float
-    receiving: int
+    """Log growth per step."""
+    span: int
+    """Steps over which it grows."""
+    worst: float
+    """Largest growth of a sample over them."""
     overflowed: int
-    mostly_overflowed: bool
+    """Samples whose adjoints leave the finite numbers."""
 
     @property
-    def growth(self) -> float:
-        return float(np.exp(self.rate))
+    def kind(self) -> str:
+        over = self.rate * self.span
+        if over > np.log(GROWS) or self.overflowed:
+            return "explodes" if over > np.log(EXPLODES) or self.overflowed else "grows"
+        if over < -np.log(GROWS):
+            return "vanishes" if over < -np.log(EXPLODES) else "shrinks"
+        return "level"
 
-    def over(self, span: int) -> float:
+    def __str__(self) -> str:
+        if np.isnan(self.rate):
+            return "an unknown factor, too few steps receive any"
         with np.errstate(over="ignore"):
-            return float(np.exp(np.float64(span * self.rate)))
-
-    def kind(self, span: int) -> str:
-        over = self.over(span)
-        if over > EXPLODES or self.mostly_overflowed:
-            return "explodes"
-        return "vanishes" if over < 1.0 / EXPLODES else "level"
+            per_step, over = np.exp(np.float64(self.rate)), np.exp(np.float64(self.span * self.rate))
+        return f"a factor {_number(per_step)} per step, {_number(over)} over {self.span} steps"
 
 
 def _course(diagnosis: Any, flow: Any) -> _Course:
-    i = diagnosis.index(flow)
-    values = diagnosis.adjoints[i, 1:]
-    overflowed = int((~np.isfinite(values)).any(axis=0).sum())
-    receiving = int(np.median((values > 0.0).sum(axis=0)))
-    return _Course(
-        median(np.log(diagnosis.growth[i])), receiving, overflowed, bool(2 * overflowed > diagnosis.adjoints.shape[2])
-    )
+    i, span = diagnosis.index(flow), diagnosis.steps - 1
+    overflowed = int((~np.isfinite(diagnosis.adjoints[i, 1:])).any(axis=0).sum())
+    rate, worst = float(np.log(diagnosis.batch_growth[i])), _largest(diagnosis.horizon_growth[i])
+    return _Course(rate, span, worst, overflowed)
 
 
 def _share(of_modified: float, of_regular: float) -> float:
     """Return which share of R's rate the physics has by itself; 0 where M goes the other way or nowhere."""
     return 0.0 if np.isnan(of_modified) or of_modified * of_regular <= 0.0 else of_modified / of_regular
-
-
-def _says(who: str, course: _Course, span: int) -> str:
-    if np.isnan(course.rate):
-        return f"{who} reaches too few steps to have a rate"
-    return f"{who} changes by {_number(course.growth)} per step, {_number(course.over(span))} over {span} steps"
 
 
 def _radii(diagnosis: Any) -> str:
@@ -124,14 +120,21 @@ def table(diagnosis: Any) -> str:
 
 
 def _flows(diagnosis: Any) -> str:
-    header = ["feedback of", "growth per step", "over the horizon", "largest/smallest", "effective steps"]
-    header += ["by controller"] + ["update"] * bool(diagnosis.layers)
+    header = ["feedback of", "growth per step", "over the horizon", "worst sample", "batch", "largest/smallest"]
+    header += ["effective steps", "by controller"] + ["update"] * bool(diagnosis.layers)
     rows = []
+    growth, horizon = diagnosis.growth, diagnosis.horizon_growth
     with np.errstate(over="ignore"):
-        measures = [diagnosis.growth, diagnosis.horizon_growth, diagnosis.spread, diagnosis.effective_steps]
+        batch = diagnosis.batch_growth ** (diagnosis.steps - 1)
     share = diagnosis.controller_share
     for i, flow in enumerate(diagnosis.flows):
-        row: list[Any] = [f"{flow.letter} {flow.name}".strip(), *(median(measure[i]) for measure in measures)]
+        row: list[Any] = [f"{flow.letter} {flow.name}".strip(), median(growth[i]), median(horizon[i])]
+        row += [
+            _largest(horizon[i]),
+            float(batch[i]),
+            median(diagnosis.spread[i]),
+            median(diagnosis.effective_steps[i]),
+        ]
         row.append("" if isinstance(flow, Combined) or not np.isfinite(share[i]).any() else f"{median(share[i]):.0%}")
         rows.append(row + ([diagnosis.layers[-1].norms[flow.name]] if diagnosis.layers else []))
     return layout(header, rows)
@@ -162,7 +165,13 @@ def _layers(diagnosis: Any) -> str:
 
 def _both(values: np.ndarray) -> tuple[float, float]:
     """Return median and largest."""
-    return median(values), float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
+    return median(values), _largest(values)
+
+
+def _largest(values: np.ndarray) -> float:
+    """Return the largest of what is not nan; nan where there is nothing else."""
+    known = values[~np.isnan(values)]
+    return float(known.max()) if known.size else float("nan")
 
 
 def median(values: np.ndarray) -> float:

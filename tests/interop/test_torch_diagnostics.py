@@ -126,7 +126,7 @@ def test_adjoints_of_all_systems(system, when, device):
             x = states[n].detach().clone().requires_grad_()
             loss(*Rollout(system, net, steps - n, flow)(x), first=n).backward()
             np.testing.assert_allclose(found.adjoints[i, n], x.grad.norm(dim=1).cpu(), rtol=1e-9, atol=1e-15)
-    assert "R's feedback" in str(found) and found.why.kind == "level"
+    assert "R's feedback" in str(found)
 
 
 def test_spectra_equal_eigenvalues_of_jacrev(device):
@@ -248,6 +248,8 @@ def _linear(weight, system):
         (Polynomial(dt=0.1), 4.0, 1.4, 1.0, "explodes", "controller"),
         (Polynomial(dt=0.1), -4.0, 0.6, 1.0, "vanishes", "controller"),
         (Polynomial(dt=0.1), 0.5, 1.05, 1.0, "level", ""),
+        (Polynomial(dt=0.1), 1.0, 1.1, 1.0, "grows", "controller"),
+        (Polynomial(dt=0.1), -1.0, 0.9, 1.0, "shrinks", "controller"),
         (Springs(1, 1, 0.1, stiffness=-4.0, coupling=0.0, gain=1.0), 0.0, 1.4, 1.4, "explodes", "physics"),
         (Springs(1, 1, 0.1, stiffness=-2.0, coupling=0.0, gain=1.0), 2.0, 1.4, 1.2, "explodes", "both"),
         (Springs(1, 1, 0.1, stiffness=4.0, coupling=0.0, gain=1.0), 0.0, 0.6, 0.6, "vanishes", "physics"),
@@ -263,6 +265,8 @@ def test_verdicts_of_linear_loops(system, weight, of_regular, of_modified, kind,
         i = found.index(resolve(flow))
         np.testing.assert_allclose(found.growth[i], factor, rtol=1e-6)
         np.testing.assert_allclose(found.horizon_growth[i], factor**39, rtol=1e-4)
+        np.testing.assert_allclose(found.batch_growth[i], factor, rtol=1e-6)
+        np.testing.assert_allclose(found.batch[i], np.sqrt(2) * found.adjoints[i, :, 0], rtol=1e-6)
         np.testing.assert_allclose(found.spread[i], max(factor, 1 / factor) ** 39, rtol=1e-4)
         sizes = factor ** np.arange(40.0)
         np.testing.assert_allclose(found.effective_steps[i], sizes.sum() ** 2 / (sizes**2).sum(), rtol=1e-4)
@@ -270,9 +274,11 @@ def test_verdicts_of_linear_loops(system, weight, of_regular, of_modified, kind,
     np.testing.assert_allclose(found.spectra.physics_radius, of_modified, rtol=1e-6)
     assert (found.why.kind, found.why.path) == (kind, path)
     if kind == "explodes":
-        assert "R's feedback grows by a factor 1.4 per step through" in found.why.text
+        through = "both paths" if path == "both" else f"the {path} path"
+        assert "R's feedback explodes, it grows by a factor 1.4 per step" in found.why.text
+        assert f"through {through}; worst sample" in found.why.text
     if (kind, of_modified) == ("level", 1.4):
-        assert "The physics alone would explode, the controller's path holds it." in found.why.text
+        assert "The physics alone would grow, the controller's path holds it." in found.why.text
 
 
 def test_overflow_is_an_explosion():
