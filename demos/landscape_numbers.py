@@ -1,16 +1,18 @@
 """The numbers behind the picture of the plane of two parameters: settings, fields, minima, paths, a summary."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from controllers.settings import check_number
 from warp_phys import plane
 from warp_phys.flow import resolve
-from warp_phys.landscape import Landscape
-from warp_phys.optimisers import Adam, Descent, Optimiser
+from warp_phys.landscape import FlowLike, Landscape
 from warp_phys.systems import Polynomial
 
 FLOWS = ("R", "M", "S", "C")
@@ -77,9 +79,11 @@ class Settings:
         except RuntimeError as error:
             raise ValueError(f"device: {error}") from None
 
-    def rule(self) -> Optimiser:
-        """The optimiser."""
-        return Adam(self.rate) if self.optimiser == "adam" else Descent(self.rate)
+    def rule(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+        """Return the optimiser of parameters."""
+        if self.optimiser == "adam":
+            return torch.optim.Adam(parameters, self.rate, eps=1e-7)
+        return torch.optim.SGD(parameters, self.rate)
 
 
 class Found(NamedTuple):
@@ -115,11 +119,11 @@ def compute(settings: Settings) -> Found:
     at_points = landscape.evaluate(points, FLOWS)
     share = plane.rotation_share(landscape.jacobian(points, FLOWS))
     minima = landscape.minima((-settings.reach, settings.reach))
-    paths = np.stack([landscape.paths(settings.starts, f, settings.rule(), settings.iterations) for f in FLOWS])
+    paths = np.stack([find_paths(landscape, settings.starts, f, settings.rule, settings.iterations) for f in FLOWS])
     # a grid that leaves out the border
     ticks = settings.reach * np.linspace(-1.0, 1.0, GRID_STARTS + 2)[1:-1]
     grid = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
-    ends = [landscape.paths(grid, f, settings.rule(), settings.iterations)[-1] for f in FLOWS]
+    ends = [find_paths(landscape, grid, f, settings.rule, settings.iterations)[-1] for f in FLOWS]
     return Found(
         axis,
         at_points.loss.reshape(shape),
@@ -131,6 +135,42 @@ def compute(settings: Settings) -> Found:
         losses_at(landscape, paths),
         (losses_at(landscape, np.stack(ends)) < SOLVED).mean(axis=1),
     )
+
+
+def find_paths(
+    landscape: Landscape,
+    starts: np.ndarray | Sequence[Sequence[float]],
+    flow: FlowLike,
+    optimiser: Callable[[Sequence[torch.Tensor]], torch.optim.Optimizer],
+    iterations: int,
+) -> np.ndarray:
+    """Return the optimisation paths of one flow's update from many starts, all starts at once.
+
+    Args:
+        landscape: The plane.
+        starts: Points θ, shape (B, 2).
+        flow: The flow whose update the optimiser follows.
+        optimiser: Makes an optimiser of the parameters that it is given; it must work number by number.
+        iterations: Number of steps.
+
+    Returns:
+        Shape (iterations + 1, B, 2), float64; entry 0 is `starts`. A path that leaves the finite numbers is nan from
+        there on.
+    """
+    path = np.full((iterations + 1, len(starts), 2), np.nan)
+    path[0] = starts
+    theta = torch.tensor(path[0])
+    stepper = optimiser([theta])
+    for before, after in pairwise(path):
+        finite = np.isfinite(before).all(axis=1)
+        if not finite.any():
+            break
+        theta.grad = torch.full_like(theta, torch.nan)
+        theta.grad[finite] = torch.from_numpy(landscape.evaluate(before[finite], flow).updates[0])
+        stepper.step()
+        moved = theta.numpy()
+        after[:] = np.where(np.isfinite(moved).all(axis=1, keepdims=True), moved, np.nan)
+    return path
 
 
 def losses_at(landscape: Landscape, points: np.ndarray) -> np.ndarray:

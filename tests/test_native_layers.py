@@ -9,9 +9,9 @@ import warp as wp
 
 from tests.springs import Springs
 from warp_phys import native_kernels
-from warp_phys.native_kernels import Layer, Plan
 from warp_phys.network import Network, address_array, run
 from warp_phys.phases import Seeds, Trajectory
+from warp_phys.plan import PAD, Layer, Plan
 
 EXACT = {
     "identity": lambda z: z,
@@ -63,7 +63,7 @@ def _kernel(real):
 def _apply(name, z, dtype):
     """Return the activation of z, and its slope there."""
     real = wp.float64 if dtype is np.float64 else wp.float32
-    padded = np.zeros(-(-len(z) // native_kernels.PAD) * native_kernels.PAD, dtype)
+    padded = np.zeros(-(-len(z) // PAD) * PAD, dtype)
     padded[: len(z)] = z
     value, slope = (wp.zeros((len(EXACT), len(padded)), dtype=real, device="cpu") for _ in range(2))
     wp.launch(_kernel(real), 1, [wp.array(padded, device="cpu")], [value, slope], device="cpu")

@@ -4,7 +4,7 @@ Found from a stored trajectory through the two verbs of a `Simulator` and the li
 differences. Results are numpy arrays. `warp_phys.diagnostics` makes figures of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,31 +63,62 @@ def trace(
         seeds: ∂L/∂x_n and ∂L/∂c_n.
         flows: The flows.
     """
-    steps, batch, size = trajectory.controls.shape
-    gates = flow_gates(flows, steps)
     jacobian = controller_jacobians(controller, trajectory)
     loss_states, loss_controls = seeds.states.numpy(), seeds.controls.numpy()
-    shape = (len(flows), steps, batch)
-    real = loss_states.dtype
-    out = Feedback(
-        np.zeros((len(flows), steps + 1, *loss_states.shape[1:]), real),
-        np.zeros((*shape, loss_states.shape[2]), real),
-        np.zeros((*shape, loss_states.shape[2]), real),
-        np.zeros((*shape, size), real),
-    )
-    out.adjoints[:, steps] = loss_states[steps]
+    return _recur(lambda n, adj: _pull(system, trajectory, n, adj), jacobian, loss_states, loss_controls, flows)
+
+
+def retrace(
+    jacobians: StepJacobians, loss_states: np.ndarray, loss_controls: np.ndarray | None, flows: Sequence[Flow]
+) -> Feedback:
+    """Return the same from Jacobians that are there already: for another loss, other flows, or a shorter horizon.
+
+    The trajectory up to a step does not depend on the horizon, so the Jacobians of a long one serve all shorter ones.
+
+    Args:
+        jacobians: Jacobians of at least as many steps.
+        loss_states: ∂L/∂x_n, shape (steps + 1, samples, D).
+        loss_controls: ∂L/∂c_n, shape (steps, samples, K); zeros if None.
+        flows: The flows.
+    """
+    if loss_controls is None:
+        shape = (len(loss_states) - 1, loss_states.shape[1], jacobians.control.shape[3])
+        loss_controls = np.zeros(shape, loss_states.dtype)
+
+    def pull(n: int, adj: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = adj[:, :, None, :]
+        return (rows @ jacobians.physics[n])[:, :, 0], (rows @ jacobians.control[n])[:, :, 0]
+
+    return _recur(pull, jacobians.controller, loss_states, loss_controls, flows)
+
+
+def _recur(
+    pull: Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    jacobian: np.ndarray,
+    loss_states: np.ndarray,
+    loss_controls: np.ndarray,
+    flows: Sequence[Flow],
+) -> Feedback:
+    """Run n = T − 1 … 0; `pull` gives (∂S/∂x)ᵀ λ and (∂S/∂c)ᵀ λ at step n for λ of shape (flows, batch, D)."""
+    steps, real = len(loss_controls), loss_states.dtype
+    gates = flow_gates(flows, steps).astype(real)
+    shape = (len(flows), steps, *loss_states.shape[1:])
+    physics, controller = np.zeros(shape, real), np.zeros(shape, real)
+    adjoints, controls = np.zeros((len(flows), *loss_states.shape), real), []
+    adjoints[:, steps] = loss_states[steps]
     with np.errstate(over="ignore", invalid="ignore"):
         for n in reversed(range(steps)):
-            dx, dc = _pull(system, trajectory, n, out.adjoints[:, n + 1])
-            out.controls[:, n] = dc + loss_controls[n]
-            pulled = np.einsum("bkd,fbk->fbd", jacobian[n], out.controls[:, n])
-            for f, (alpha, beta) in enumerate(gates[:, n].astype(real)):
+            dx, dc = pull(n, adjoints[:, n + 1])
+            mu = dc + loss_controls[n]
+            pulled = (mu[:, :, None, :] @ jacobian[n])[:, :, 0]
+            for f, (alpha, beta) in enumerate(gates[:, n]):
                 if alpha != 0.0:  # a gate of zero is a cut: what lies behind it may be infinite
-                    out.physics[f, n] = alpha * dx[f]
+                    physics[f, n] = alpha * dx[f]
                 if beta != 0.0:
-                    out.controller[f, n] = beta * pulled[f]
-            out.adjoints[:, n] = loss_states[n] + out.physics[:, n] + out.controller[:, n]
-    return out
+                    controller[f, n] = beta * pulled[f]
+            adjoints[:, n] = loss_states[n] + physics[:, n] + controller[:, n]
+            controls.append(mu)
+    return Feedback(adjoints, physics, controller, np.stack(controls[::-1], axis=1))
 
 
 def step_jacobians(

@@ -1,4 +1,4 @@
-"""The two-parameter example: loss, updates, rotation, minima and optimisation paths over the plane of θ.
+"""The two-parameter example: loss, updates, rotation and minima over the plane of θ.
 
     x_{n+1} = S(x_n, c_n),   c_n = N(x_n; θ) = θ1 x_n² + θ2 x_n,   L = ½ (x_T − target)²
 
@@ -20,7 +20,6 @@ from warp_phys import kernels, landscape_kernels, plane
 from warp_phys.arrays import numpy_type, real_type
 from warp_phys.errors import check_count
 from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
-from warp_phys.optimisers import Adam, Optimiser
 from warp_phys.phases import flow_gates
 from warp_phys.systems.losses import chosen_array
 from warp_phys.systems.polynomial import Polynomial
@@ -138,34 +137,6 @@ class Landscape:
         double = replace(self, dtype=np.float64)
         target = self.system.target
         return plane.zero_curves(lambda theta: double._pass(theta, (), None).end - target, bounds, cells)
-
-    def paths(
-        self, starts: Any, flow: FlowLike, optimiser: Optimiser | None = None, iterations: int = 200
-    ) -> np.ndarray:
-        """Return the optimisation paths of one flow's update from many starts, all starts at once.
-
-        Args:
-            starts: Points θ, shape (B, 2).
-            flow: The flow whose update the optimiser follows.
-            optimiser: `Descent` or `Adam`; `Adam()` if None.
-            iterations: Number of steps.
-
-        Returns:
-            Shape (iterations + 1, B, 2), float64; entry 0 is `starts`. A path that leaves the finite numbers is nan
-            from there on.
-
-        Raises:
-            TypeError, ValueError: `starts` do not fit, the flow is unknown, the count is below one.
-        """
-        theta, flows = plane.check_points("starts", starts), (resolve(flow),)
-        step = (Adam() if optimiser is None else optimiser).begin()
-        path = np.empty((check_count("iterations", iterations) + 1, *theta.shape))
-        path[0] = theta
-        with np.errstate(over="ignore", invalid="ignore"):
-            for i in range(1, len(path)):
-                moved = path[i - 1] + step(self._pass(path[i - 1], flows, None).updates[0].astype(np.float64))
-                path[i] = np.where(np.isfinite(moved).all(axis=1, keepdims=True), moved, np.nan)
-        return path
 
     def _pass(
         self, points: np.ndarray, flows: Sequence[Flow | Combined], parameters: Mapping[str, Any] | None

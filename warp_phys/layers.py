@@ -11,8 +11,8 @@ from warp_phys.activations import ACTIVATIONS
 from warp_phys.adjoint import active_tape
 from warp_phys.arrays import aligned_zeros, check_array, numpy_type, real_type
 from warp_phys.errors import check_choice, check_count
-from warp_phys.native_kernels import dense_plan
 from warp_phys.network import Network
+from warp_phys.plan import dense_plan
 
 FUSED_WIDTH = 256
 """Widest layer of the fused unrolling; a sample's activations must stay in the first-level cache."""
@@ -142,7 +142,7 @@ class Dense:
 
     def _packed_network(self) -> Network:
         assert self._network is not None
-        self._network.pack([array.ptr for array in self.parameters])
+        self._network.pack([array.ptr for array in self.parameters], lasting=True)
         return self._network
 
     def unroll(

@@ -4,13 +4,17 @@ The Warp functions stay the definition of a system; the C++ of `native/` says th
 in each lane of a vector, and the tests hold one against the other.
 """
 
+import functools
 from typing import Any
 
 import warp as wp
 
+from warp_phys.kernels import weighted_step_function
+from warp_phys.rows import row_functions
+
 
 def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: type) -> tuple[Any, Any]:
-    """Return the functions `advance` and `retreat` of `native_kernels` for a struct of the folder `native`.
+    """Return the functions `advance` and `retreat` of a system for a struct of the folder `native`.
 
     Args:
         structure: The system; the struct takes its parameters in the order of `parameter_names`.
@@ -51,3 +55,53 @@ def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: typ
     ): ...  # fmt: skip
 
     return advance, retreat
+
+
+@functools.cache
+def advance_function(structure: Any, real: type) -> Any:
+    """Return `advance(states, controls, p, n, first, count)`: states[n + 1] of a block of samples from states[n]."""
+    types, functions = structure.types(real), structure.functions(real)
+    if functions.advance is not None:
+        return functions.advance
+    Parameters, step = types.Parameters, functions.step
+    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
+    load_x, store_x, load_c = x_row.load_at, x_row.store_at, c_row.load_at
+
+    @wp.func
+    def advance(
+        states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int
+    ):
+        for b in range(first, first + count):
+            store_x(states, n + 1, b, step(load_x(states, n, b), load_c(controls, n, b), p[b % p.shape[0]]))
+
+    return advance
+
+
+@functools.cache
+def retreat_function(structure: Any, real: type) -> Any:
+    """Return `retreat(states, controls, p, n, first, count, adj_x, adj_c)`, the adjoint of `advance_function`.
+
+    For every flow f and sample b of the block, adj_x[f, b] becomes (∂S/∂x)ᵀ adj_x[f, b], and adj_c[f, b − first]
+    becomes (∂S/∂c)ᵀ adj_x[f, b]. states[n + 1] may be read: it holds the step's result.
+    """
+    types, functions = structure.types(real), structure.functions(real)
+    if functions.retreat is not None:
+        return functions.retreat
+    Parameters, weighted_step = types.Parameters, weighted_step_function(structure, real)
+    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
+    load_x, store_x, load_c, store_c = x_row.load_at, x_row.store_at, c_row.load_at, c_row.store_at
+
+    @wp.func
+    def retreat(
+        states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int,
+        adj_x: wp.array3d[real], adj_c: wp.array3d[real],
+    ):  # fmt: skip
+        for f in range(adj_x.shape[0]):
+            for b in range(first, first + count):
+                dx, dc, _dp, _dy = wp.grad(weighted_step)(
+                    load_x(states, n, b), load_c(controls, n, b), p[b % p.shape[0]], load_x(adj_x, f, b)
+                )
+                store_x(adj_x, f, b, dx)
+                store_c(adj_c, f, b - first, dc)
+
+    return retreat

@@ -3,140 +3,26 @@
 A network is a `Plan` of layers, each a dense layer on windows of its input (`native/layers.h` says more). The C++ there
 holds the products of a layer; the kernels here put layers and physics together, for blocks of samples that stay in the
 cache. They run where the vectors of a CPU are; `dense_kernels` has what runs on any device.
-
-A row of a trajectory holds all levels of the network, input first, output last: `Plan.offsets`. Adjoints have the same
-layout. Where an activation does not tell its slope by its value, the slopes follow, `Plan.slopes` numbers behind.
 """
 
 import functools
-from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 import warp as wp
 
-from warp_phys.kernels import weighted_cost_function, weighted_step_function
+from warp_phys.kernels import weighted_cost_function
+from warp_phys.native_blocks import advance_function, retreat_function
+from warp_phys.plan import SAMPLES, Plan, padded
 from warp_phys.rows import row_functions
-
-SAMPLES = 8
-"""Samples of a block: they are unrolled together and share the weights that are loaded."""
 
 HEADERS = ("layers.h", "lanes.h", "cartpole.h", "repulsion.h", "quantum.h")
 """The C++ that stands in front of the kernels' own."""
-
-FEW = 8
-"""Most outputs of a last layer that is worth no register's width of outputs."""
-
-PAD = 16
-"""Widths of layers are padded to a multiple of this, as in native/layers.h."""
-
-CHUNK_NUMBERS = 16384
-"""Numbers of a flow's rows that a backward pass works on at a time: they stay in the second-level cache."""
 
 _CPP = {
     "tanh": "hyperbolic_tangent", "relu": "relu", "elu": "elu", "silu": "silu", "sigmoid": "sigmoid",
     "identity": "identity",
 }  # fmt: skip
-
-
-class Layer(NamedTuple):
-    """A dense layer on windows of its input row, all with the same weights, and its activation."""
-
-    positions: int
-    """Number of windows."""
-    window: int
-    """Numbers of a window."""
-    stride: int
-    """Numbers from one window to the next."""
-    outputs: int
-    """Outputs of a window."""
-    activation: str
-    """Name of the activation, one of `activations.ACTIVATIONS`."""
-    channels: int
-    """A window's number k stands for the weight (k mod channels) · (window / channels) + k / channels of an output."""
-
-
-class Plan(NamedTuple):
-    """A network: its layers, and how its input is ordered. Hashable: kernels are cached by it."""
-
-    inputs: int
-    """Numbers D of a state."""
-    channels: int
-    """Order of the input, as in `Layer.channels`; equal to `inputs` where it is read as it comes."""
-    layers: tuple[Layer, ...]
-    """The layers, the first one first."""
-
-    @property
-    def outputs(self) -> int:
-        """Numbers K of a control."""
-        return self.layers[-1].outputs
-
-    @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds of one evaluation of one row."""
-        return sum(layer.positions * layer.window * layer.outputs for layer in self.layers)
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Where each level starts in a row, input first, output last; the last entry is the length of all."""
-        sizes = [_padded(self.inputs), *((a.positions - 1) * a.outputs + _padded(a.outputs) for a in self.layers)]
-        for i, layer in enumerate(self.layers):
-            sizes[i] = max(sizes[i], (layer.positions - 1) * layer.stride + _padded(layer.window))
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + _padded(size))
-        return tuple(starts)
-
-    @property
-    def slopes(self) -> int:
-        """How far behind an activation its slope is kept; zero if no activation needs that."""
-        return self.offsets[-1] if any(layer.activation == "silu" for layer in self.layers) else 0
-
-    @property
-    def row(self) -> int:
-        """Numbers of a row."""
-        return self.offsets[-1] + self.slopes
-
-    def few(self, i: int) -> bool:
-        """Whether layer i has too few outputs for vectors of outputs."""
-        layer = self.layers[i]
-        return i > 0 and layer.positions == 1 and layer.outputs <= FEW
-
-    @property
-    def packed(self) -> tuple[int, ...]:
-        """Where each layer starts in the packed weights, and in gradients; the last entry is the length."""
-        starts = [0]
-        for i, layer in enumerate(self.layers):
-            columns = layer.outputs * _padded(layer.window) if self.few(i) else layer.window * _padded(layer.outputs)
-            starts.append(starts[-1] + _padded(layer.outputs) + columns)
-        return tuple(starts)
-
-    @property
-    def transposed(self) -> tuple[int, ...]:
-        """Where each layer's transposed weights start in their array; a layer of few outputs has none there."""
-        starts = [0]
-        for i, layer in enumerate(self.layers):
-            starts.append(starts[-1] + (0 if self.few(i) else layer.outputs * _padded(layer.window)))
-        return tuple(starts)
-
-    @property
-    def chunk(self) -> int:
-        """Rows that a backward pass takes at a time, if it can choose."""
-        return max(SAMPLES, min(64, CHUNK_NUMBERS // self.row))
-
-
-def dense_plan(sizes: Sequence[int], activation: str) -> Plan:
-    """Return dense layers of these sizes, D first and K last, with an activation after every layer but the last."""
-    last = len(sizes) - 2
-    layers = [
-        Layer(1, n, 0, m, activation if i < last else "identity", n)
-        for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
-    ]
-    return Plan(sizes[0], sizes[0], tuple(layers))
-
-
-def _padded(n: int) -> int:
-    return -(-n // PAD) * PAD
 
 
 @functools.cache
@@ -205,7 +91,7 @@ def _pull(plan: Plan, real: type) -> Any:
             f"warp_phys::slope_at<warp_phys::{_CPP[last]}>(h[s * {row} + {at[-2] + kept} + k]);",
         ]
     for i, layer in reversed(list(enumerate(_types(plan, real)))):
-        weights = f"packed.data + {plan.packed[i] + _padded(plan.layers[i].outputs)}"
+        weights = f"packed.data + {plan.packed[i] + padded(plan.layers[i].outputs)}"
         if not plan.few(i):
             weights = f"transposed.data + {plan.transposed[i]}"
         before = plan.layers[i - 1].activation if i else "identity"
@@ -264,7 +150,7 @@ def pack_kernel(plan: Plan, real: type) -> wp.Kernel:
     """
     scalar, lines = "double" if real is wp.float64 else "float", []
     for i, layer in enumerate(plan.layers):
-        width, out = _padded(layer.window), _padded(layer.outputs)
+        width, out = padded(layer.window), padded(layer.outputs)
         order = f"k % {layer.channels} * {layer.window // layer.channels} + k / {layer.channels}"
         lines += [
             "{",
@@ -302,7 +188,7 @@ def unpack_kernel(plan: Plan, real: type) -> wp.Kernel:
     """Add packed gradients to those of weights and biases, given by their addresses in turn for every flow, or 0."""
     scalar, lines = "double" if real is wp.float64 else "float", []
     for i, layer in enumerate(plan.layers):
-        width, out = _padded(layer.window), _padded(layer.outputs)
+        width, out = padded(layer.window), padded(layer.outputs)
         order = f"k % {layer.channels} * {layer.window // layer.channels} + k / {layer.channels}"
         source = f"g[{out} + o * {width} + k]" if plan.few(i) else f"g[{out} + k * {out} + o]"
         lines += [
@@ -328,56 +214,6 @@ def unpack_kernel(plan: Plan, real: type) -> wp.Kernel:
         unpack(gradients, wp.tid(), addresses)
 
     return unpack_layers
-
-
-@functools.cache
-def advance_function(structure: Any, real: type) -> Any:
-    """Return `advance(states, controls, p, n, first, count)`: states[n + 1] of a block of samples from states[n]."""
-    types, functions = structure.types(real), structure.functions(real)
-    if functions.advance is not None:
-        return functions.advance
-    Parameters, step = types.Parameters, functions.step
-    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
-    load_x, store_x, load_c = x_row.load_at, x_row.store_at, c_row.load_at
-
-    @wp.func
-    def advance(
-        states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int
-    ):
-        for b in range(first, first + count):
-            store_x(states, n + 1, b, step(load_x(states, n, b), load_c(controls, n, b), p[b % p.shape[0]]))
-
-    return advance
-
-
-@functools.cache
-def retreat_function(structure: Any, real: type) -> Any:
-    """Return `retreat(states, controls, p, n, first, count, adj_x, adj_c)`, the adjoint of `advance_function`.
-
-    For every flow f and sample b of the block, adj_x[f, b] becomes (∂S/∂x)ᵀ adj_x[f, b], and adj_c[f, b − first]
-    becomes (∂S/∂c)ᵀ adj_x[f, b]. states[n + 1] may be read: it holds the step's result.
-    """
-    types, functions = structure.types(real), structure.functions(real)
-    if functions.retreat is not None:
-        return functions.retreat
-    Parameters, weighted_step = types.Parameters, weighted_step_function(structure, real)
-    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
-    load_x, store_x, load_c, store_c = x_row.load_at, x_row.store_at, c_row.load_at, c_row.store_at
-
-    @wp.func
-    def retreat(
-        states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int,
-        adj_x: wp.array3d[real], adj_c: wp.array3d[real],
-    ):  # fmt: skip
-        for f in range(adj_x.shape[0]):
-            for b in range(first, first + count):
-                dx, dc, _dp, _dy = wp.grad(weighted_step)(
-                    load_x(states, n, b), load_c(controls, n, b), p[b % p.shape[0]], load_x(adj_x, f, b)
-                )
-                store_x(adj_x, f, b, dx)
-                store_c(adj_c, f, b - first, dc)
-
-    return retreat
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import warp as wp
 
 from warp_phys import native_kernels as native
 from warp_phys.arrays import aligned_zeros
-from warp_phys.native_kernels import SAMPLES, Plan
+from warp_phys.plan import SAMPLES, Plan
 
 KEPT_BYTES = 48 * 2**20
 """Most memory for the activations of a forward pass; a longer one computes them again on its way back.
@@ -69,9 +69,12 @@ class Network:
         self._lasting: dict[tuple, wp.array] = {}
         self._deltas = f"deltas of {plan}"
 
-    def pack(self, weights: Sequence[int]) -> None:
-        """Read the weights and biases, given by their addresses in turn; the memory must be the CPU's, contiguous."""
-        self.pack_launch(self._addresses([weights])).launch()
+    def pack(self, weights: Sequence[int], lasting: bool = False) -> None:
+        """Read the weights and biases, given by their addresses in turn; the memory must be the CPU's, contiguous.
+
+        The addresses are kept for the life of the network if they are `lasting`: a captured graph reads them.
+        """
+        self.pack_launch(self._addresses([weights], lasting)).launch()
 
     def unroll(
         self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool
@@ -106,7 +109,7 @@ class Network:
             trajectory: States, controls and physical parameters (`phases.Trajectory`).
             seeds: The explicit derivatives of the loss (`phases.Seeds`).
             gates: α and β, shape (flows, steps, 2).
-            adj_x: ∂L/∂x_T per flow on entry, λ_0 on return; shape (flows, batch, D).
+            adj_x: Written: λ_0 per flow, shape (flows, batch, D).
             workspace: Keeps the scratch arrays.
 
         Returns:
@@ -130,9 +133,9 @@ class Network:
     def unpack(self, gradients: wp.array, targets: Sequence[Sequence[int]], lasting: bool = False) -> None:
         """Add packed gradients to contiguous memory: per flow the addresses for weights and biases in turn, or 0.
 
-        The addresses are kept for the life of the network if they are `lasting`: a captured graph reads them.
+        `lasting`: as in `pack`.
         """
-        for launch in self.unpack_launches(gradients, self._addresses(targets) if lasting else address_array(targets)):
+        for launch in self.unpack_launches(gradients, self._addresses(targets, lasting)):
             launch.launch()
 
     def can_keep(self, controls: wp.array) -> bool:
@@ -227,7 +230,9 @@ class Network:
         kernel = native.unpack_kernel(self.plan, self.real)
         return [_record(kernel, len(addresses), [gradients[i], addresses]) for i in range(len(gradients))]
 
-    def _addresses(self, rows: Sequence[Sequence[int]]) -> wp.array:
+    def _addresses(self, rows: Sequence[Sequence[int]], lasting: bool) -> wp.array:
+        if not lasting:
+            return address_array(rows)
         key = tuple(map(tuple, rows))
         if key not in self._lasting:
             self._lasting[key] = address_array(rows)

@@ -5,12 +5,13 @@ import re
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
 from demos import landscape
 from demos.__main__ import list_demos
-from demos.landscape_numbers import FLOWS, Settings, Start, compute, summarise
+from demos.landscape_numbers import FLOWS, Settings, Start, compute, find_paths, summarise
 from warp_phys.flow import resolve
 from warp_phys.landscape import Landscape
 
@@ -48,6 +49,35 @@ def test_paths_begin_at_their_starts(found):
     np.testing.assert_array_equal(found.paths[:, 0], [[[0.5, -0.5], [-2.0, 1.0]]] * 4)
     expected = Landscape(device="cpu").evaluate(found.paths[2, -1], ()).loss
     np.testing.assert_array_equal(found.path_losses[2, -1], expected)
+
+
+def test_descent_follows_the_update():
+    plane, start, rate = Landscape(device="cpu"), np.array([[0.4, -0.3]]), 0.02
+    path = find_paths(plane, start, "M", lambda p: torch.optim.SGD(p, rate), 30)
+    theta = start
+    for at in path:
+        np.testing.assert_allclose(at, theta, rtol=1e-12)
+        theta = theta - rate * plane.evaluate(theta, "M").updates[0]
+    assert np.abs(path[-1] - path[0]).max() > 0.05
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p, 0.05), lambda p: torch.optim.SGD(p, 0.05)])
+def test_paths_do_not_feel_each_other(make):
+    """Also where a neighbour leaves the finite numbers: its path is nan from there on, the others go on."""
+    plane, starts = Landscape(device="cpu"), np.array([[0.3, 0.2], [-3.9, 3.9], [2.5, -0.5]])
+    together = find_paths(plane, starts, "R", make, 40)
+    for b in (0, 2):
+        np.testing.assert_array_equal(together[:, b], find_paths(plane, starts[b : b + 1], "R", make, 40)[:, 0])
+    assert np.isfinite(together[:, [0, 2]]).all()
+
+
+def test_a_lost_path_is_nan_from_there_on():
+    plane, starts = Landscape(device="cpu"), np.array([[0.3, 0.2], [-3.9, 3.9]])
+    path = find_paths(plane, starts, "R", lambda p: torch.optim.SGD(p, 0.05), 40)
+    lost = np.isnan(path[:, 1]).all(axis=1)
+    assert not lost[0] and lost[-1]
+    np.testing.assert_array_equal(lost, np.isnan(path[:, 1]).any(axis=1))
+    assert (np.diff(lost.astype(int)) >= 0).all()
 
 
 def test_who_leads_away_from_minima(found):

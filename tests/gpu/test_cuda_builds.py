@@ -19,6 +19,7 @@ from warp_phys import (
     row_kernels,
 )
 from warp_phys.activations import ACTIVATIONS
+from warp_phys.plan import dense_plan
 
 ARCHITECTURES = [80, 90]
 REALS = [wp.float32, wp.float64]
@@ -124,6 +125,6 @@ def test_what_is_for_a_cpu_says_so():
     """Kernels that are left out above cannot be built for CUDA by mistake: their C++ is given for a CPU alone."""
     options = native_kernels._module_options()["extra_build_options"]
     assert "namespace warp_phys" in options.extra_cpu_preamble and not options.extra_cuda_preamble
-    plan = native_kernels.dense_plan((4, 5, 1), "tanh")
+    plan = dense_plan((4, 5, 1), "tanh")
     for factory in (native_kernels.unroll_kernel, native_kernels.sweep_kernel):
         assert factory(CartPole(poles=1).structure, plan, wp.float32).module.options["extra_build_options"] is options

@@ -7,7 +7,8 @@ import pytest
 import warp as wp
 
 from tests.springs import Springs
-from warp_phys import CartPole, Quantum, Repulsion, native_kernels
+from warp_phys import CartPole, Quantum, Repulsion, native_blocks, native_kernels
+from warp_phys.plan import SAMPLES
 
 BATCH = 21  # two blocks and a part of one
 FLOWS = 2
@@ -30,10 +31,10 @@ SOME, SOME_NAMES = [SYSTEMS[i] for i in (1, 5, 8)], ["quantum", "cart-pole", "re
 def _kernels(system, real):
     """Step, and vector-Jacobian product, of a batch in blocks; two kernels, as a function that one kernel calls for its
     value has no gradient there in Warp."""
-    structure, samples = system.structure, native_kernels.SAMPLES
+    structure, samples = system.structure, SAMPLES
     Parameters = structure.types(real).Parameters
-    advance = native_kernels.advance_function(structure, real)
-    retreat = native_kernels.retreat_function(structure, real)
+    advance = native_blocks.advance_function(structure, real)
+    retreat = native_blocks.retreat_function(structure, real)
 
     @wp.kernel(module="unique", module_options=native_kernels._module_options())
     def step_blocks(controls: wp.array3d[real], p: wp.array[Parameters], states: wp.array3d[real]):
@@ -79,10 +80,10 @@ def _by_blocks(system, dtype, parameters):
     states = _array(np.stack([np.full_like(x, 7.0), x, np.full_like(x, 7.0), np.full_like(x, 7.0)]), dtype)
     controls = _array(np.stack([np.full_like(c, 7.0), c, np.full_like(c, 7.0)]), dtype)
     adj_x, adj_c = _array(adj, dtype), wp.zeros((FLOWS, BATCH, system.control_size), dtype=real, device="cpu")
-    scratch = wp.zeros((FLOWS, native_kernels.SAMPLES, system.control_size), dtype=real, device="cpu")
+    scratch = wp.zeros((FLOWS, SAMPLES, system.control_size), dtype=real, device="cpu")
     p = system.parameter_array(parameters, device="cpu", dtype=dtype)
     step, pull = _kernels(system, real)
-    blocks = -(-BATCH // native_kernels.SAMPLES)
+    blocks = -(-BATCH // SAMPLES)
     wp.launch(step, blocks, [controls, p], [states], device="cpu")
     wp.launch(pull, blocks, [states, controls, p, adj_x, scratch, adj_c], device="cpu")
     found = states.numpy()

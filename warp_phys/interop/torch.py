@@ -12,7 +12,7 @@ from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
-from warp_phys.interop.torch_controller import TorchController, check_pure
+from warp_phys.interop.torch_controller import TorchController, check_pure, precision_and_device
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_diagnostics import diagnose, rotation
 from warp_phys.interop.torch_direct import DirectPass, is_finite
@@ -81,7 +81,7 @@ class Rollout:
         self._workspaces: list[Workspace] = []
         self._gates: dict[tuple, tuple[np.ndarray, wp.array]] = {}
         self._direct: dict[tuple, DirectPass] = {}
-        self.dtype, self.device = _precision_and_device(controller, device)
+        self.dtype, self.device = precision_and_device(controller, device)
         check_sizes(system, self._adapter.dense() or controller)
         self._backend = check_choice("backend", backend, BACKENDS)
         choose_backend(backend, system, self._adapter, self.device.type == "cuda")
@@ -151,6 +151,8 @@ class Rollout:
         The numbers are those of `loss = system.loss(*rollout(x0), …)` and `loss.backward()` after clearing the
         gradients; what the gradients held is replaced. On the fused backend there is no graph of autograd in between
         and all memory is kept from one call to the next, the gradients' too, which makes an update much cheaper.
+
+        Two threads must not be in this method of one rollout at the same time: they would share that memory.
 
         Args:
             x0: Initial states, shape (batch, D): torch, numpy or any DLPack array.
@@ -405,24 +407,3 @@ def _without(trajectory: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     trajectory = trajectory.clone()
     trajectory[:, masked] = trajectory[:, healthy : healthy + 1]
     return trajectory
-
-
-def _precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[torch.dtype, torch.device]:
-    """Return the one precision and device of a module's parameters, or raise."""
-    parameters = list(controller.parameters())
-    kinds = {(p.dtype, p.device) for p in parameters}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"controller must have its parameters in one precision on one device, got {sorted(map(str, kinds))}"
-        )
-    dtype, own = kinds.pop() if kinds else (torch.float32, torch.device(device or "cpu"))
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"controller must have float32 or float64 parameters, got {dtype}")
-    wanted = own if device is None else torch.device(device)
-    if wanted.type == "cuda" and wanted.index is None:
-        wanted = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-    if wanted != own:
-        raise ValueError(
-            f"device is {wanted}, but the controller's parameters are on {own}: use controller.to('{wanted}')"
-        )
-    return dtype, own

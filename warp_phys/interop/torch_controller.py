@@ -8,7 +8,7 @@ import warp as wp
 
 from warp_phys.dense_kernels import padded_width
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
-from warp_phys.interop.torch_plan import ACTIVATIONS, PRECISIONS, are_hooks_everywhere, has_hooks, read_plan
+from warp_phys.interop.torch_plan import ACTIVATIONS, PRECISIONS, Planned, are_hooks_everywhere, has_hooks, read_plan
 from warp_phys.layers import Dense, Workspace
 from warp_phys.network import Network
 from warp_phys.phases import CHUNK_ROWS
@@ -25,10 +25,11 @@ class TorchController:
         self._key: tuple | None = None
         self._linears: tuple[list[torch.nn.Linear], str] | None = None
         self._network: Network | None = None
+        self._planned: tuple[tuple | None, Planned | None] = None, None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory."""
-        empty = {"_dense": None, "_key": None, "_linears": None, "_network": None}
+        empty = {"_dense": None, "_key": None, "_linears": None, "_network": None, "_planned": (None, None)}
         return {"module": self.module, "inputs": self.inputs, "by_hand": self.by_hand, **empty}
 
     def signature(self) -> tuple:
@@ -72,7 +73,7 @@ class TorchController:
         if not hasattr(system, "functions"):
             return False
         if self._on_cpu():
-            planned = read_plan(self.module, self.inputs)
+            planned = self.planned()
             return planned is not None and planned.plan.outputs == system.control_size
         dense = self.dense()
         if dense is None or (dense.state_size, dense.control_size) != (system.state_size, system.control_size):
@@ -135,13 +136,20 @@ class TorchController:
                 return None
             assert layer is not None
             parts += [id(layer), type(layer)]
-            for value in vars(layer).values():
-                if type(value) in (int, float, str, tuple):
-                    parts.append(value)
+            parts += [value for value in vars(layer).values() if isinstance(value, (int, float, str, tuple))]
             for p in layer._parameters.values():
                 if p is not None:
                     parts += [id(p), p.data_ptr(), p.shape, p.stride(), p.dtype, p.requires_grad]
         return tuple(parts)
+
+    def planned(self) -> Planned | None:
+        """Return what `read_plan` reads; read again only where the fingerprint has changed."""
+        fingerprint = self.fingerprint()
+        if fingerprint is None:
+            return None
+        if fingerprint != self._planned[0]:
+            self._planned = fingerprint, read_plan(self.module, self.inputs)
+        return self._planned[1]
 
     def _on_cpu(self) -> bool:
         parameter = next(self.module.parameters(), None)
@@ -155,7 +163,7 @@ class TorchController:
 
     def network(self) -> tuple[Network, tuple[torch.Tensor | None, ...]]:
         """Return the module as a network, and the tensors of its weights and biases in turn; `fits` must hold."""
-        planned = read_plan(self.module, self.inputs)
+        planned = self.planned()
         assert planned is not None
         plan, tensors = planned
         real = wp.dtype_from_torch(tensors[0].dtype)  # type: ignore[union-attr]
@@ -245,6 +253,11 @@ class TorchLinearisation:
         out.zero_() if adj is None else out.copy_(adj)
 
 
+def _flatten(parts: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return tensors as one flat tensor; None stands for zeros of the shape in `like`."""
+    return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(parts, like, strict=True)])
+
+
 def check_pure(linear: Any, stored: wp.array) -> None:
     """Raise a ValueError if a controller gives other controls for the same states than it gave in the forward pass."""
     if not isinstance(linear, TorchLinearisation):
@@ -259,6 +272,22 @@ def check_pure(linear: Any, stored: wp.array) -> None:
         )
 
 
-def _flatten(parts: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return tensors as one flat tensor; None stands for zeros of the shape in `like`."""
-    return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(parts, like, strict=True)])
+def precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[torch.dtype, torch.device]:
+    """Return the one precision and device of a module's parameters, or raise."""
+    parameters = list(controller.parameters())
+    kinds = {(p.dtype, p.device) for p in parameters}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"controller must have its parameters in one precision on one device, got {sorted(map(str, kinds))}"
+        )
+    dtype, own = kinds.pop() if kinds else (torch.float32, torch.device(device or "cpu"))
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"controller must have float32 or float64 parameters, got {dtype}")
+    wanted = own if device is None else torch.device(device)
+    if wanted.type == "cuda" and wanted.index is None:
+        wanted = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if wanted != own:
+        raise ValueError(
+            f"device is {wanted}, but the controller's parameters are on {own}: use controller.to('{wanted}')"
+        )
+    return dtype, own

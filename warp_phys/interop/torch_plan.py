@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from warp_phys.interop.torch_grid import FromGrid, ToGrid
-from warp_phys.native_kernels import Layer, Plan
+from warp_phys.plan import Layer, Plan
 
 ACTIVATIONS: dict[type, str] = {
     torch.nn.Tanh: "tanh",

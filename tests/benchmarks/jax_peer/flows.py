@@ -10,7 +10,6 @@ from jax import lax
 from tests.benchmarks.jax_peer.networks import Network
 from tests.benchmarks.jax_peer.physics import Physics
 
-VARIANTS = ("plain", "shared", "deferred")
 Gradient = Callable[[Any, Any, str], Any]
 
 

@@ -18,7 +18,7 @@ class Program:
 
     Args:
         case: What to update.
-        variant: One of `flows.VARIANTS`.
+        variant: "plain", "shared" or "deferred", see `flows.make_gradient`.
         inner: Updates of one compiled call.
         by_hand: Whether repulsion's forces have a hand-written derivative.
     """
