@@ -44,6 +44,9 @@ class Demo:
         """What is done in a file, where nobody can touch the demo: times in seconds, increasing, with actions."""
         return ()
 
+    def settle(self, time: float) -> None:
+        """In a file, before the picture at this time: wait for what runs beside the picture."""
+
     def press(self, event: Any) -> None:
         """A mouse button went down; `event` is matplotlib's, in `event.inaxes` at `event.xdata`, `event.ydata`."""
 

@@ -235,6 +235,7 @@ def render(stage: Stage, count: int, dt: float) -> Iterator[Image.Image]:
     for number in range(count):
         while script and script[0][0] <= number * dt:
             script.pop(0)[1]()
+        stage.demo.settle(number * dt)
         stage.show(dt)
         yield Image.fromarray(np.asarray(stage.canvas.buffer_rgba())[..., :3].copy())  # type: ignore[attr-defined]
 
