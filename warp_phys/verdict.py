@@ -22,8 +22,8 @@ VERBS = {"explodes": "explodes, it grows", "grows": "grows", "shrinks": "shrinks
 class Verdict:
     """Whether R explodes or vanishes, and through which path, by the size of all samples' adjoints together.
 
-    With r = log growth per step of that size: the physics path is named if r_M / r_R ≥ `MOSTLY`, the controller path if
-    it is ≤ 1 − `MOSTLY`, both in between; for M is R without the controller path.
+    With r = log growth per step of that size: the physics path is named if r_M / r_R ≥ `MOSTLY`, else the controller
+    path if it is ≤ 1 − `MOSTLY` or M stays level, else both; for M is R without the controller path.
     """
 
     kind: str
@@ -49,7 +49,9 @@ def judge(diagnosis: Any) -> Verdict:
             text += " The physics alone would grow, the controller's path holds it."
         return Verdict(kind, "", text)
     share = _share(of_modified.rate, of_regular.rate)
-    path = "physics" if share >= MOSTLY else "controller" if share <= 1.0 - MOSTLY else "both"
+    path = "physics" if share >= MOSTLY else "both"
+    if share <= 1.0 - MOSTLY or (path == "both" and of_modified.kind == "level"):
+        path = "controller"
     through = "both paths" if path == "both" else f"the {path} path"
     text = (
         f"R's feedback {VERBS[kind]} by {of_regular}, through {through}; worst sample {_number(of_regular.worst)}. "

@@ -6,19 +6,16 @@ import functools
 import numpy as np
 import pytest
 import torch
-import warp as wp
 
 from tests.interop.test_torch import SYSTEM, network, start
 from tests.rollout import reference
 from tests.springs import Springs
 from tests.toy import TwoControls
 from warp_phys import CartPole, Diverged, Flow, Polynomial, Quantum, Repulsion
-from warp_phys.feedback import retrace, step_jacobians
+from warp_phys.feedback import retrace
 from warp_phys.flow import resolve
-from warp_phys.interop.torch import Rollout, diagnose, pointwise_cost, rotation
-from warp_phys.interop.torch_dense import as_array
+from warp_phys.interop.torch import Rollout, diagnose, jacobians, pointwise_cost, rotation
 from warp_phys.landscape import Landscape
-from warp_phys.phases import Trajectory
 from warp_phys.plane import rotation_share
 from warp_phys.systems import System
 
@@ -164,14 +161,11 @@ def test_jacobians_serve_shorter_horizons(device):
     """A rollout's Jacobians give the adjoints of every shorter one."""
     net, x0 = network(device=device), start(device, 3, 1)
     long, short = Rollout(SYSTEM, net, STEPS), Rollout(SYSTEM, net, 7)
-    states, controls = (as_array(tensor.detach()) for tensor in long(x0))
-    trajectory = Trajectory(states, controls, SYSTEM.check_parameters(None, states, 1))
-    jacobians = step_jacobians(SYSTEM, long._adapter, trajectory)
     flows = [resolve(flow) for flow in FLOWS[:4]]
-    leaf = wp.to_torch(states)[:8].clone().requires_grad_()
+    leaf = long(x0)[0][:8].detach().requires_grad_()
     (seeds,) = torch.autograd.grad(SYSTEM.loss(leaf, when="every"), leaf)
     found = diagnose(short, x0, flows, "every")
-    again = retrace(jacobians, seeds.cpu().numpy(), None, flows)
+    again = retrace(jacobians(long, x0), seeds.cpu().numpy(), None, flows)
     np.testing.assert_allclose(np.linalg.norm(again.adjoints, axis=3), found.adjoints, rtol=1e-10, atol=1e-16)
     np.testing.assert_allclose(np.linalg.norm(again.controller, axis=3), found.controller, rtol=1e-10, atol=1e-16)
     np.testing.assert_allclose(found.batch, np.sqrt((found.adjoints**2).sum(axis=2)), rtol=1e-12)

@@ -14,7 +14,7 @@ from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
 from warp_phys.interop.torch_controller import TorchController, check_pure, precision_and_device
 from warp_phys.interop.torch_dense import as_array
-from warp_phys.interop.torch_diagnostics import diagnose, rotation
+from warp_phys.interop.torch_diagnostics import diagnose, jacobians, rotation
 from warp_phys.interop.torch_direct import DirectPass, is_finite
 from warp_phys.interop.torch_loss import pointwise_cost, refuse_second_derivative, rows_of_parameters, torch_stream
 from warp_phys.layers import Workspace
@@ -26,7 +26,7 @@ from warp_phys.systems.losses import chosen_times
 DIRECT_PASSES = 8
 """Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
 
-__all__ = ["Report", "Rollout", "diagnose", "pointwise_cost", "rotation"]
+__all__ = ["Report", "Rollout", "diagnose", "jacobians", "pointwise_cost", "rotation"]
 
 
 class Rollout:

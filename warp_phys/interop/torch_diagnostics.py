@@ -12,7 +12,7 @@ import warp as wp
 
 from warp_phys.diagnostics import Diagnosis, Layer, parts_of, path_norms, spectra
 from warp_phys.errors import check_count
-from warp_phys.feedback import step_jacobians, trace
+from warp_phys.feedback import StepJacobians, step_jacobians, trace
 from warp_phys.flow import MODIFIED, REGULAR, Combined, Flow, agreement, cosine, linear_parts, norm, resolve
 from warp_phys.interop.sums import split
 from warp_phys.interop.torch_controller import check_pure
@@ -160,6 +160,31 @@ def rotation(
     return {flow.name: one for flow, one in zip(wanted, found, strict=True)}
 
 
+def jacobians(
+    rollout: Rollout, x0: Any, parameters: Mapping[str, Any] | None = None, samples: int | None = None
+) -> StepJacobians:
+    """Return the Jacobians of every step of an unrolling: of the simulator, of the controller, of the closed loop.
+
+    Args:
+        rollout: The rollout.
+        x0: As in `diagnose`.
+        parameters: As in `diagnose`.
+        samples: For how many samples, the first ones; all if None.
+
+    Returns:
+        Numpy arrays in the precision of the rollout, without samples that diverged if the rollout masks them. Those of
+        a long unrolling serve all shorter ones, see `warp_phys.feedback.retrace`.
+
+    Raises:
+        TypeError, ValueError: As a call of the rollout does.
+        Diverged: A state is not finite, and the rollout's `on_divergence` is "raise".
+    """
+    count = None if samples is None else check_count("samples", samples)
+    trajectory = _unroll(rollout, x0, None, parameters).trajectory
+    with torch_stream(rollout.device), torch.autocast(rollout.device.type, enabled=False):
+        return step_jacobians(rollout.system, rollout._adapter, trajectory, count)
+
+
 class _Unrolled(NamedTuple):
     """One forward pass and the explicit derivatives of its loss, without samples that were masked."""
 
@@ -183,17 +208,15 @@ def _objective(rollout: Rollout, when: Any, control_cost: float, loss: Loss | No
     return lambda states, controls: own(states, controls, when, control_cost, parameters)
 
 
-def _unroll(rollout: Rollout, x0: Any, objective: Loss, parameters: Mapping[str, Any] | None) -> _Unrolled:
+def _unroll(rollout: Rollout, x0: Any, objective: Loss | None, parameters: Mapping[str, Any] | None) -> _Unrolled:
+    """Unroll, and differentiate the loss by the trajectory; without a loss those derivatives are 0."""
     x0 = rollout._initial_states(x0)
     rows = rows_of_parameters(rollout.system, parameters or {}, x0)
     states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
-    arguments = states.requires_grad_(), controls.requires_grad_()
-    with torch.enable_grad():
-        value = objective(*arguments)
-        if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
-            raise ValueError("loss must be a scalar tensor that depends on the states or the controls")
-        seeds = torch.autograd.grad(value, arguments, allow_unused=True, materialize_grads=True)
-    tensors = [tensor.detach() for tensor in (*arguments, *seeds)]
+    value, seeds = torch.zeros(()), (torch.zeros_like(states), torch.zeros_like(controls))
+    if objective is not None:
+        value, seeds = _derivatives(objective, states, controls)
+    tensors = [tensor.detach() for tensor in (states, controls, *seeds)]
     if len(masked):
         healthy = [b for b in range(len(x0)) if b not in set(masked.tolist())]
         tensors = [tensor[:, healthy] for tensor in tensors]
@@ -201,7 +224,20 @@ def _unroll(rollout: Rollout, x0: Any, objective: Loss, parameters: Mapping[str,
     with torch_stream(rollout.device):
         arrays = [as_array(tensor.contiguous()) for tensor in tensors]
         trajectory = Trajectory(arrays[0], arrays[1], rollout._structs(rows, arrays[0]), kept)
-    return _Unrolled(trajectory, Seeds(arrays[2], arrays[3]), float(value.detach()))
+    return _Unrolled(trajectory, Seeds(arrays[2], arrays[3]), float(value))
+
+
+def _derivatives(
+    objective: Loss, states: torch.Tensor, controls: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Return a loss and its explicit derivatives by states and controls."""
+    arguments = states.requires_grad_(), controls.requires_grad_()
+    with torch.enable_grad():
+        value = objective(*arguments)
+        if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
+            raise ValueError("loss must be a scalar tensor that depends on the states or the controls")
+        by_states, by_controls = torch.autograd.grad(value, arguments, allow_unused=True, materialize_grads=True)
+    return value.detach(), (by_states, by_controls)
 
 
 def _updates(rollout: Rollout, unrolled: _Unrolled, plain: Sequence[Flow]) -> torch.Tensor:
