@@ -4,7 +4,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from demos.colours import colour
 from demos.frame import Demo
 from demos.simulation import Simulation
 from demos.views import run
-from demos.weights import load_weights
+from demos.weights import load_weights, scaled
 from demos.widgets import button, choice
 from warp_phys.flow import resolve
 from warp_phys.systems import CartPole
@@ -28,8 +27,6 @@ DT = 0.02
 HIDDEN = (64, 64)
 REACH = 2.6
 """Metres to either side of the middle that are drawn."""
-GAIN = 10.0
-"""Force for an output of 1 [N]."""
 TRACE = 6.0
 """Seconds of the traces."""
 GRIP, DRAG, HOLD = 80.0, 16.0, 120.0
@@ -57,22 +54,24 @@ class Settings:
         check_number("seed", self.seed, int, at_least=0)
 
 
-class Policy(torch.nn.Module):
-    """Force on a cart: a dense network of sines, cosines and rates, and of a position that counts less when far.
+def make_controller(poles: int) -> torch.nn.Sequential:
+    """The network of the demo, before it is trained: of metres per second, radians and their rates, to newtons.
 
-    So it knows no difference between an angle and the same angle a whole turn on, and far away it does as nearby.
+    It does not see where the cart is, so it does the same everywhere.
     """
+    inputs = np.array([0.0, 0.3] + [1.0, 0.2] * poles)
+    return scaled(MLP(CartPole(poles=poles, dt=DT), hidden=HIDDEN, seed=0), inputs, gain=15.0)
 
-    def __init__(self, poles: int, seed: int = 0) -> None:
-        super().__init__()
-        sizes = SimpleNamespace(state_size=2 + 3 * poles, control_size=1)
-        self.network = MLP(sizes, hidden=HIDDEN, seed=seed)
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Forces (B, 1) at states (B, D)."""
-        position, velocity, angles, rates = states[:, :1], states[:, 1:2], states[:, 2::2], states[:, 3::2]
-        near = position / (1.0 + position.square()).sqrt()
-        return GAIN * self.network(torch.cat([near, 0.3 * velocity, angles.sin(), angles.cos(), 0.2 * rates], dim=1))
+def seen(states: np.ndarray) -> np.ndarray:
+    """States (…, D) as the controllers know them: every angle in [−π, π), 0 upright; it leaps where a pole hangs.
+
+    >>> seen(np.array([9.0, 0.0, 4.0 * np.pi, 0.0])).tolist()
+    [9.0, 0.0, 0.0, 0.0]
+    """
+    states = states.copy()
+    states[..., 2::2] = (states[..., 2::2] + np.pi) % (2.0 * np.pi) - np.pi
+    return states
 
 
 class CartPoleDemo(Demo):
@@ -122,7 +121,7 @@ class CartPoleDemo(Demo):
             axes.clear()
         system = CartPole(poles=self.poles, dt=DT)
         self.sketch = system.sketch(self.world)
-        self.simulation = Simulation(system, self.load(), np.zeros(system.state_size))
+        self.simulation = Simulation(system, self.load(), np.zeros(system.state_size), seen)
         artists = self.sketch(self.simulation.state, np.zeros(1))
         self.cart, pole_lines, self.push = artists[0], artists[1 : 1 + self.poles], artists[1 + self.poles]
         self.lines = [self.angles.plot([], [], color=line.get_color(), linewidth=1.2)[0] for line in pole_lines]
@@ -140,7 +139,7 @@ class CartPoleDemo(Demo):
 
     def load(self) -> Any:
         """The controller of the chosen flow and number of poles."""
-        return load_weights("cartpole", f"{self.poles}-{self.flow}", Policy(self.poles))
+        return load_weights("cartpole", f"{self.poles}-{self.flow}", make_controller(self.poles))
 
     def dress(self) -> None:
         """Give cart and title the colour of the flow."""
@@ -211,7 +210,7 @@ class CartPoleDemo(Demo):
 
     def remember(self) -> np.ndarray | None:
         """Note the state before a step; returns its force as `act` does."""
-        angles = np.degrees((self.simulation.state[2::2] + np.pi) % (2 * np.pi) - np.pi)
+        angles = np.degrees(seen(self.simulation.state)[2::2])
         self.trace.append((float(self.simulation.control[0]), *angles))
         return self.act()
 

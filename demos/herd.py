@@ -96,14 +96,15 @@ class HerdDemo(Demo):
         self.world.set(xticks=(), yticks=(), xlabel="", ylabel="")
         self.world.set_aspect("equal", adjustable="box")
         self.distances = figure.add_axes((0.68, 0.55, 0.3, 0.36))
-        self.distances.set(xlim=(-TRACE, 0), ylim=(0, 7), xlabel="time [s]", ylabel="distance to the target [m]")
+        self.distances.set(
+            xlim=(-TRACE, 0), ylim=(0, 7), xticks=(-20, -10, 0), xlabel="time [s]", ylabel="distance to the target [m]"
+        )
         self.simulation = Simulation(SYSTEM, self.load(), np.zeros(SYSTEM.state_size))
         artists = self.sketch(self.simulation.state, np.zeros(SYSTEM.control_size))
         self.dogs, self.sheep, self.pushes = artists[0], artists[1], artists[2:]
         self.cross = self.world.lines[0]
         self.lines = [self.distances.plot([], [], color="0.6", linewidth=0.8)[0] for _ in range(SYSTEM.evaders)]
         (self.mean,) = self.distances.plot([], [], linewidth=2, label="mean of the sheep")
-        self.distances.legend(loc="upper left", frameon=False)
         (self.leash,) = self.world.plot([], [], color="0.4", linewidth=1, linestyle=":", zorder=6)
         self.moving = [self.cross, self.dogs, self.sheep, *self.pushes, self.leash, *self.lines, self.mean]
         self.widgets = [
@@ -141,6 +142,7 @@ class HerdDemo(Demo):
         self.world.set_title(
             f"Dogs (▲) frighten the sheep (●) to the target (×): {self.flow}", color=ink, weight="bold"
         )
+        self.distances.legend(handles=[self.mean], loc="upper left", frameon=False)
         self.refresh()
 
     def begin(self) -> None:

@@ -112,7 +112,7 @@ class QuantumDemo(Demo):
         self.phases.set_yticklabels(["−π", "0", "π"])
         (self.pulse_line,) = self.pulse.plot([], [], color=ink, linewidth=1.2)
         self.pulse.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-        self.pulse.set(xlim=(-TRACE * system.dt, 0), ylim=(-8, 8), xlabel="time", ylabel="control")
+        self.pulse.set(xlim=(-TRACE * system.dt, 0), ylim=(-60, 60), xlabel="time", ylabel="control")
         (self.overlap_line,) = self.overlaps.plot([], [], color=ink, linewidth=1.5)
         self.overlaps.set(xlim=(-TRACE * system.dt, 0), ylim=(0, 1.02), xlabel="time")
         self.overlaps.set_title("|⟨ψ, target⟩|²")

@@ -26,7 +26,6 @@ from demos.weights import FOLDER, save_weights
 from warp_phys.interop.torch import Rollout
 from warp_phys.systems import CartPole, Quantum, System
 
-BATCH = 32
 CLIP = 1.0
 """Largest norm of an update."""
 
@@ -54,38 +53,44 @@ class Task:
     rate: float
     afresh: float = 0.3
     """Share of the pool that starts afresh after every update."""
+    batch: int = 32
+    when: str | Sequence[int] = "every"
+    """Times at which the loss looks at the states."""
     control_cost: float = 0.0
     extra: Callable[[torch.Tensor], Any] | None = None
     """Further cost, of states (steps + 1, B, D)."""
 
 
 def fresh_carts(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Carts near the middle whose poles are about together: a third hanging, a third upright, a third anywhere."""
+    """Carts whose poles are about together: half of them nearly at rest, hanging or upright, half of them anyhow."""
     states = generator.uniform(-1.0, 1.0, (count, system.state_size))
     spread = generator.choice([0.02, 0.1, 0.4], (count, 1))
-    places = [
-        np.full(count, np.pi),
-        2.0 * np.pi * generator.integers(0, 2, count),
-        generator.uniform(-np.pi, 3 * np.pi, count),
-    ]
-    kind = generator.integers(0, 3, count)
-    states[:, 0] *= 3.0
-    together = generator.uniform(-1.0, 1.0, (2, count, 1))
-    states[:, 2::2] = np.choose(kind, places)[:, None] + 0.5 * together[0] + spread * states[:, 2::2]
-    states[:, 3::2] = 2.0 * together[1] + 3.0 * spread * states[:, 3::2]
+    at_rest = generator.choice([0.0, np.pi], (count, 1)) + generator.uniform(-0.4, 0.4, (count, 1))
+    anyhow = generator.uniform(-np.pi, np.pi, (count, 1))
+    calm = generator.random((count, 1)) < 0.5
+    rates = np.where(calm, 0.5, 4.0) * generator.uniform(-1.0, 1.0, (count, 1))
+    states[:, 2::2] = np.where(calm, at_rest, anyhow) + spread * states[:, 2::2]
+    states[:, 3::2] = rates + 2.0 * spread * states[:, 3::2]
     return states
 
 
+def fresh_hanging_carts(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
+    """The system's own initial states, all poles hanging, some of them closer together and slower than others."""
+    states = system.sample(count, seed=int(generator.integers(2**31)), dtype=np.float64)
+    rest = np.zeros(system.state_size)
+    rest[2::2] = np.pi
+    return rest + generator.uniform(0.1, 1.0, (count, 1)) * (states - rest)
+
+
 def tame_carts(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Carts that are not too far and too fast."""
-    fit = (np.abs(states[:, 0]) < 8.0) & (np.abs(states[:, 1]) < 8.0)
-    return states, fit & (np.abs(states[:, 3::2]) < 20.0).all(axis=1)
+    """Angles back into their range; carts and poles that are not too fast."""
+    fit = (np.abs(states[:, 1]) < 10.0) & (np.abs(states[:, 3::2]) < 20.0).all(axis=1)
+    return cartpole.seen(states), fit
 
 
 def cart_cost(states: torch.Tensor) -> torch.Tensor:
-    """Cost of being far from the middle, and of speed."""
-    x, v = states[..., 0], states[..., 1]
-    return 0.1 * ((1.0 + x * x).sqrt() - 1.0).mean() + 0.003 * v.square().mean()
+    """Cost of a cart's speed."""
+    return 0.01 * states[..., 1].square().mean()
 
 
 def fresh_herds(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -99,6 +104,12 @@ def fresh_herds(system: System, count: int, generator: np.random.Generator) -> n
 def tame_herds(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Herds that have not scattered."""
     return states, (np.abs(states) < 12.0).all(axis=1)
+
+
+def herd_cost(states: torch.Tensor) -> torch.Tensor:
+    """Cost of dogs that run away: squared distance beyond 5 m from the target."""
+    dogs = states[..., : 4 * herd.SYSTEM.drivers].unflatten(-1, (-1, 4))[..., :2]
+    return 0.1 * (dogs.square().sum(dim=-1) - 25.0).clamp(min=0.0).mean()
 
 
 def fresh_waves(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -128,14 +139,15 @@ def tasks() -> list[Task]:
                     f"{poles}-{flow}",
                     flow,
                     system,
-                    partial(cartpole.Policy, poles),
-                    fresh_carts,
+                    partial(cartpole.make_controller, poles),
+                    fresh_carts if poles == 1 else fresh_hanging_carts,
                     tame_carts,
-                    steps=75,
-                    updates=1500,
+                    steps=100 if poles == 1 else 75,
+                    updates=5000 if poles == 1 else 3000,
                     rate=3e-3,
-                    # several equal poles cannot be held together for long, so they learn from better states
-                    afresh=0.3 if poles == 1 else 0.7,
+                    # several equal poles cannot be held together for long: they learn to swing up, and to hold a while
+                    afresh=0.4 if poles == 1 else 0.9,
+                    when="every" if poles == 1 else range(45, 76),
                     extra=cart_cost,
                 )
             )
@@ -153,6 +165,7 @@ def tasks() -> list[Task]:
                 updates=3000,
                 rate=2e-3,
                 control_cost=0.003,
+                extra=herd_cost,
             )
         )
     for target in quantum.TARGETS:
@@ -165,9 +178,11 @@ def tasks() -> list[Task]:
                 quantum.make_controller,
                 fresh_waves,
                 tame_waves,
-                steps=96,
-                updates=6000,
+                steps=128,
+                updates=8000,
                 rate=1e-3,
+                batch=8,
+                afresh=0.5,
             )
         )
     return found
@@ -187,10 +202,10 @@ def train(task: Task, updates: int = 0, tell: Callable[[int, float], Any] | None
     optimiser = torch.optim.Adam(controller.parameters(), lr=task.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, updates)
     generator = np.random.default_rng(0)
-    pool, losses = task.fresh(task.system, BATCH, generator), []
+    pool, losses = task.fresh(task.system, task.batch, generator), []
     for done in range(1, updates + 1):
         states, controls = rollout(pool.astype(np.float32))
-        loss = task.system.loss(states, controls, when="every", control_cost=task.control_cost)
+        loss = task.system.loss(states, controls, when=task.when, control_cost=task.control_cost)
         if task.extra:
             loss = loss + task.extra(states)
         optimiser.zero_grad()
@@ -200,8 +215,8 @@ def train(task: Task, updates: int = 0, tell: Callable[[int, float], Any] | None
         schedule.step()
         losses.append(loss.item())
         ends, fit = task.tame(states[-1].detach().numpy().astype(float))
-        afresh = ~fit | ~np.isfinite(ends).all(axis=1) | (generator.random(BATCH) < task.afresh)
-        pool = np.where(afresh[:, None], task.fresh(task.system, BATCH, generator), ends)
+        afresh = ~fit | ~np.isfinite(ends).all(axis=1) | (generator.random(task.batch) < task.afresh)
+        pool = np.where(afresh[:, None], task.fresh(task.system, task.batch, generator), ends)
         if tell and (done % max(1, updates // 10) == 0):
             tell(done, float(np.mean(losses)))
             losses = []

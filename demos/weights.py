@@ -55,7 +55,8 @@ def scaled(chain: torch.nn.Sequential, inputs: np.ndarray, gain: float) -> torch
 
     Args:
         chain: First layer linear, (B, D) to (B, K).
-        inputs: Factor of each state component, shape (D,); it goes into the first layer's weights.
+        inputs: Factor of each state component, shape (D,); it goes into the first layer's weights. A component whose
+            factor is 0 is not seen, and training does not change that.
         gain: Factor of all controls: one more layer, that is trained like the others.
     """
     last = [layer for layer in chain if isinstance(layer, torch.nn.Linear)][-1]
@@ -63,5 +64,7 @@ def scaled(chain: torch.nn.Sequential, inputs: np.ndarray, gain: float) -> torch
     outputs.weight.copy_(gain * torch.eye(last.out_features))
     first = chain[0]
     assert isinstance(first, torch.nn.Linear)
-    first.weight.mul_(torch.as_tensor(inputs, dtype=first.weight.dtype))
+    factors = torch.as_tensor(inputs, dtype=first.weight.dtype)
+    first.weight.mul_(factors)
+    first.weight.register_hook(lambda gradient: gradient * (factors != 0.0))
     return torch.nn.Sequential(*chain, outputs)
