@@ -1,7 +1,7 @@
 """Why gradients explode: a controller trained for some epochs, its diagnosis as a table and a picture.
 
-python -m demos.diagnose --save diagnosis.png
-python -m demos.diagnose --poles 2 --steps 200 --epochs 0
+    python -m demos.diagnose --save diagnosis.png
+    python -m demos.diagnose --poles 2 --steps 200 --epochs 0
 """
 
 import sys
