@@ -2,6 +2,8 @@
 
     python -m demos.diagnose --save diagnosis.png
     python -m demos.diagnose --poles 2 --steps 200 --epochs 0
+
+Opens a window unless it is told to save; docs/diagnostics.md says what one sees.
 """
 
 import sys
