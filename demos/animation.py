@@ -1,5 +1,7 @@
 """Small animations of trajectories, side by side."""
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,14 +35,33 @@ def write_gif(path: str | Path, system: Any, scenes: Sequence[Scene], frames: in
         frames: Pictures, spread evenly over the trajectory; 25 are shown per second.
         hold: Seconds for which the last one stays.
     """
-    pictures = draw_frames(system, scenes, frames)
+    write_pictures(path, draw_frames(system, scenes, frames), [40] * (frames - 1) + [40 + round(1000 * hold)])
+
+
+def write_pictures(
+    path: str | Path, pictures: Sequence[Image.Image], durations: Sequence[int], colours: int = 48
+) -> None:
+    """Write pictures as a GIF that repeats.
+
+    Args:
+        path: Where to.
+        pictures: At least one, of equal size.
+        durations: Milliseconds for which each is shown.
+        colours: Colours of the palette.
+    """
     # One palette for all, from the first picture and the last: no flicker, and what stands still costs no bytes.
     ends = Image.fromarray(np.concatenate([np.asarray(pictures[0]), np.asarray(pictures[-1])]))
-    palette = ends.quantize(colors=48, method=Image.Quantize.MAXCOVERAGE)
+    palette = ends.quantize(colors=colours, method=Image.Quantize.MAXCOVERAGE)
     flat = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-    durations = [40] * (frames - 1) + [40 + round(1000 * hold)]
     with atomic_write(path) as file:
-        flat[0].save(file, "GIF", save_all=True, append_images=flat[1:], duration=durations, loop=0, optimize=False)
+        flat[0].save(
+            file, "GIF", save_all=True, append_images=flat[1:], duration=list(durations), loop=0, optimize=False
+        )
+
+
+def has_display() -> bool:
+    """Whether a window could open here."""
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def draw_frames(system: Any, scenes: Sequence[Scene], frames: int) -> list[Image.Image]:

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 from controllers.checkpoint import atomic_write
 from controllers.commandline import Parser, add_flags
+from demos.animation import has_display
 from demos.landscape_numbers import DEFAULT_STARTS, Settings, Start, compute, summarise
 from demos.landscape_picture import draw, save
-from demos.swingup import has_display
 
 
 def read_start(text: str) -> Start:

@@ -33,7 +33,7 @@ from controllers.commandline import Parser, add_flags, stop_on_signals
 from controllers.record import Record, write_record
 from controllers.settings import Training, check_number
 from controllers.training import train
-from demos.animation import Scene, write_gif
+from demos.animation import Scene, has_display, write_gif
 from demos.colours import colour
 from warp_phys import Diverged
 from warp_phys.interop.torch import Rollout
@@ -248,11 +248,6 @@ def write_results(settings: Swingup, outcomes: Mapping[str, Outcome], seconds: f
     with atomic_write(out / "summary.txt") as file:
         file.write(summary.encode())
     return summary
-
-
-def has_display() -> bool:
-    """Whether a window could open here."""
-    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

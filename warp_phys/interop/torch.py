@@ -15,6 +15,7 @@ from warp_phys.interop.sums import combined_changes, split
 from warp_phys.interop.torch_compiled import name_of_rollout
 from warp_phys.interop.torch_controller import TorchController, check_pure, precision_and_device
 from warp_phys.interop.torch_dense import as_array
+from warp_phys.interop.torch_diagnostics import diagnose, jacobians, rotation
 from warp_phys.interop.torch_direct import DirectPass, is_finite
 from warp_phys.interop.torch_loss import (
     pointwise_cost,
@@ -33,7 +34,7 @@ from warp_phys.systems.losses import chosen_times
 DIRECT_PASSES = 8
 """Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
 
-__all__ = ["Report", "Rollout", "Step", "pointwise_cost"]
+__all__ = ["Report", "Rollout", "Step", "diagnose", "jacobians", "pointwise_cost", "rotation"]
 
 
 class Rollout:

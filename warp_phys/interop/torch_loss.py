@@ -35,7 +35,7 @@ def pointwise_cost(
         return torch.ops.warp_phys.cost(states, rows, list(times), system._torch_name)  # type: ignore[attr-defined]
     refuse_transforms("a loss")
     wp.init()
-    return _PointwiseCost.apply(states, system, times, rows)
+    return _PointwiseCost.apply(states, system, tuple(times), rows)
 
 
 class _PointwiseCost(torch.autograd.Function):
