@@ -255,7 +255,7 @@ def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
     """The whole forward unrolling, network and physics, all steps; one thread per block of `SAMPLES` samples.
 
     The rows of a block's trajectory stand together, sample by sample within a time step, so that a backward pass finds
-    them side by side; without `keep` there is room for one time step of one block.
+    them side by side, those of sample `origin` first; without `keep` there is room for one time step of one block.
     """
     types, advance, evaluate = structure.types(real), advance_function(structure, real), _evaluate(plan, real)
     Parameters, row, out = types.Parameters, plan.row, plan.offsets[-2]
@@ -266,6 +266,7 @@ def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
         packed: wp.array[real],
         p: wp.array[Parameters],
         begin: int,
+        origin: int,
         keep: int,
         # in and out: time step 0 is read, the others are written
         states: wp.array3d[real],
@@ -279,7 +280,7 @@ def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
         for n in range(controls.shape[0]):
             slot = int(0)
             if keep != 0:
-                slot = first * controls.shape[0] + n * count
+                slot = (first - origin) * controls.shape[0] + n * count
             evaluate(packed, states, batch, n, first, count, rows, slot)
             for s in range(count):
                 for k in range(controls.shape[2]):
@@ -347,6 +348,7 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
         gates: wp.array3d[real],
         begin: int,
         end: int,
+        origin: int,
         chunk: int,
         kept: int,
         # in if `kept`, else scratch for a chunk
@@ -375,7 +377,7 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
                 start = wp.max(0, stop - chunk)
                 base = int(0)
                 if kept != 0:
-                    base = first * steps + start * count
+                    base = (first - origin) * steps + start * count
                 else:
                     for n in range(start, stop):
                         evaluate(packed, states, batch, n, first, count, rows, (n - start) * count)

@@ -201,13 +201,12 @@ class Rollout:
         if direct is None:
             return self._value_and_grad_by_graph(x0, when, control_cost)
         with torch.no_grad():
-            direct.forward(x0)
+            direct.run(x0)
             if not is_finite(direct.states):
                 if self.on_divergence == "raise":
                     self._handle_divergence(direct.states, direct.controls)
                 return self._value_and_grad_by_graph(x0, when, control_cost)
             loss = direct.loss()
-            direct.backward()
             if self.reduce is not None:
                 self.reduce(direct.updates)
             self.report = direct.leave()

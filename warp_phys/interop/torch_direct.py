@@ -8,7 +8,6 @@ import torch
 import warp as wp
 
 from warp_phys import kernels
-from warp_phys.arrays import aligned_zeros
 from warp_phys.flow import Combined, Flow, distinct, linear_parts
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import split
@@ -16,7 +15,7 @@ from warp_phys.interop.torch_controller import TorchController, addresses_of
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.layers import Workspace
 from warp_phys.native_kernels import combine_kernel
-from warp_phys.network import OwnLoss, address_array, run
+from warp_phys.network import OwnLoss, address_array, run_sequences
 from warp_phys.phases import Trajectory, flow_gates
 from warp_phys.systems.losses import chosen_array
 
@@ -95,8 +94,6 @@ class DirectPass:
         network, tensors = adapter.network()
         x, c, lam = as_array(self.states), as_array(self.controls), as_array(self.lam)
         own, workspace, (steps, batch, _) = system.check_parameters(None, x, 1), Workspace(), c.shape
-        keep = network.can_keep(c)
-        rows = aligned_zeros((network.row_count(c, keep=True) if keep else network.scratch_count(c),), x.dtype, "cpu")
         gates = wp.array(flow_gates(self.flows, steps), dtype=x.dtype, device="cpu")
         gradients = network.gradients(len(self.flows), batch, workspace)
         sources = address_array([addresses_of(tensors)])
@@ -106,37 +103,31 @@ class DirectPass:
         targets = address_array(addresses)
         self._targets = targets.numpy()  # a view
         self._pack = network.pack_launch(sources)
-        self._unroll = network.unroll_launches(system, x, c, own, rows, keep)
-        self._sweep = network.sweep_launches(
-            system, Trajectory(x, c, own), self._loss, gates, lam, rows, keep, gradients, workspace
-        )
+        trajectory = Trajectory(x, c, own)
+        self._passes = network.pass_launches(system, trajectory, self._loss, gates, lam, gradients, workspace)
         self._unpack = network.unpack_launches(gradients, targets)
         self._gradients = wp.to_torch(gradients)
-        self._held += [network, adapter, x, c, lam, own, workspace, rows, gates, sources, targets]
+        self._held += [network, adapter, x, c, lam, own, workspace, gates, sources, targets]
 
-    def forward(self, x0: torch.Tensor) -> None:
-        """Write states and controls."""
+    def run(self, x0: torch.Tensor) -> None:
+        """Write states, controls, and every flow's update in `updates`, shape (flows, parameters)."""
         self.states[0] = x0
+        self.updates = torch.zeros_like(self.updates)  # the report keeps the last one
+        np.add(self._offsets, np.uint64(self.updates.data_ptr()), out=self._targets, where=self._trained)
+        self._gradients.zero_()
         self._pack.launch()
-        run(self._unroll)
+        run_sequences(self._passes)
+        for launch in self._unpack:
+            launch.launch()
 
     def loss(self) -> torch.Tensor:
-        """Return the loss of the states and controls that `forward` left."""
+        """Return the loss of the states and controls that `run` left."""
         self._cost.launch()
         value = self.costs.sum() * self.per_sample
         if self.control_cost:
             controls = self.controls.view(-1)
             value.add_(torch.dot(controls, controls), alpha=self.control_weight)
         return value
-
-    def backward(self) -> None:
-        """Leave every flow's update in `updates`, shape (flows, parameters)."""
-        self.updates = torch.zeros_like(self.updates)  # the report keeps the last one
-        np.add(self._offsets, np.uint64(self.updates.data_ptr()), out=self._targets, where=self._trained)
-        self._gradients.zero_()
-        run(self._sweep)
-        for launch in self._unpack:
-            launch.launch()
 
     def leave(self) -> Report:
         """Put the flow's update into the `.grad` of the parameters; return what the pass tells about itself."""
