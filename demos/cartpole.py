@@ -4,6 +4,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,26 +13,30 @@ from matplotlib.figure import Figure
 
 from controllers import MLP
 from controllers.settings import check_number
-from demos.colours import colour
+from demos.colours import POLES, colour
 from demos.frame import Demo
 from demos.simulation import Simulation
 from demos.views import run
-from demos.weights import load_weights, scaled
+from demos.weights import load_weights
 from demos.widgets import button, choice
 from warp_phys.flow import resolve
 from warp_phys.systems import CartPole
 
 FLOWS = ("R", "M", "S", "C")
 MOST_POLES = 4
-DT = 0.02
-HIDDEN = (64, 64)
 REACH = 2.6
 """Metres to either side of the middle that are drawn."""
+GAIN = 15.0
+"""Force for an output of 1 [N]."""
+FREE = 1.8
+"""Metres that the cart may go from the middle of the picture before the picture follows."""
 TRACE = 6.0
 """Seconds of the traces."""
+EPISODE = 2.5
+"""Seconds after which several poles hang again, so that they can swing up once more."""
 GRIP, DRAG, HOLD = 80.0, 16.0, 120.0
 """The hand at the cart: a spring [N/m], its damping [N s/m], its greatest force [N]."""
-KICK = 3.0
+KICK = 5.0
 """What a click adds to a pole's rate [rad/s]."""
 
 
@@ -54,24 +59,30 @@ class Settings:
         check_number("seed", self.seed, int, at_least=0)
 
 
-def make_controller(poles: int) -> torch.nn.Sequential:
-    """The network of the demo, before it is trained: of metres per second, radians and their rates, to newtons.
+def make_system(poles: int) -> CartPole:
+    """The cart of the demo; several poles are stepped as published, one pole in longer steps."""
+    return CartPole(poles=poles, dt=0.02 if poles == 1 else 0.01)
 
-    It does not see where the cart is, so it does the same everywhere.
+
+class Policy(torch.nn.Module):
+    """Force on a cart with one pole: a dense network of the cart's speed, the pole's sine and cosine, and its rate.
+
+    It does not see where the cart is, nor how often the pole has turned round, so it does the same everywhere.
     """
-    inputs = np.array([0.0, 0.3] + [1.0, 0.2] * poles)
-    return scaled(MLP(CartPole(poles=poles, dt=DT), hidden=HIDDEN, seed=0), inputs, gain=15.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = MLP(SimpleNamespace(state_size=4, control_size=1), hidden=(64, 64), seed=0)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Forces (B, 1) at states (B, 4)."""
+        speed, angle, rate = states[:, 1:2], states[:, 2:3], states[:, 3:4]
+        return GAIN * self.network(torch.cat([0.3 * speed, angle.sin(), angle.cos(), 0.2 * rate], dim=1))
 
 
-def seen(states: np.ndarray) -> np.ndarray:
-    """States (…, D) as the controllers know them: every angle in [−π, π), 0 upright; it leaps where a pole hangs.
-
-    >>> seen(np.array([9.0, 0.0, 4.0 * np.pi, 0.0])).tolist()
-    [9.0, 0.0, 0.0, 0.0]
-    """
-    states = states.copy()
-    states[..., 2::2] = (states[..., 2::2] + np.pi) % (2.0 * np.pi) - np.pi
-    return states
+def make_controller(poles: int) -> torch.nn.Module:
+    """The network of the demo, before it is trained: for several poles that of the published experiment."""
+    return Policy() if poles == 1 else MLP(make_system(poles), seed=0)
 
 
 class CartPoleDemo(Demo):
@@ -86,7 +97,7 @@ class CartPoleDemo(Demo):
         self.generator = np.random.default_rng(settings.seed)
         self.hand: float | None = None
         """Where the hand that holds the cart is [m]."""
-        self.world = figure.add_axes((0.05, 0.44, 0.74, 0.5))
+        self.world = figure.add_axes((0.05, 0.4, 0.74, 0.54))
         self.angles = figure.add_axes((0.085, 0.245, 0.705, 0.11))
         self.forces = figure.add_axes((0.085, 0.075, 0.705, 0.11))
         self.widgets = [
@@ -119,20 +130,23 @@ class CartPoleDemo(Demo):
         """Draw the world of the chosen number of poles."""
         for axes in (self.world, self.angles, self.forces):
             axes.clear()
-        system = CartPole(poles=self.poles, dt=DT)
+        system = make_system(self.poles)
         self.sketch = system.sketch(self.world)
-        self.simulation = Simulation(system, self.load(), np.zeros(system.state_size), seen)
+        self.simulation = Simulation(system, self.load(), np.zeros(system.state_size))
         artists = self.sketch(self.simulation.state, np.zeros(1))
         self.cart, pole_lines, self.push = artists[0], artists[1 : 1 + self.poles], artists[1 + self.poles]
+        for line, ink in zip(pole_lines, POLES, strict=False):
+            line.set_color(ink)
         self.lines = [self.angles.plot([], [], color=line.get_color(), linewidth=1.2)[0] for line in pole_lines]
         (self.force_line,) = self.forces.plot([], [], linewidth=1.2)
         self.angles.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         self.forces.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         self.angles.set(xlim=(-TRACE, 0), ylim=(-190, 190), yticks=(-180, 0, 180), ylabel="angle [°]", xticklabels=())
-        self.forces.set(xlim=(-TRACE, 0), ylim=(-40, 40), xlabel="time [s]", ylabel="force [N]")
+        self.forces.set(xlim=(-TRACE, 0), ylim=(-100, 100), xlabel="time [s]", ylabel="force [N]")
         (self.grip,) = self.world.plot([], [], "o-", color="0.4", linewidth=1, markersize=5, zorder=6)
-        self.world.set(ylim=(-1.25, 1.25))
-        self.moving = [*artists[: 2 + self.poles], *self.lines, self.force_line, self.grip]
+        # marks on the rail, a metre apart, move with the picture; numbers would have to be drawn anew each time
+        self.world.set(ylim=(-1.25, 1.25), xticks=(), xlabel="")
+        self.moving = [*artists, *self.lines, self.force_line, self.grip]
         for artist in self.moving:
             artist.set_animated(True)
         self.dress()
@@ -149,6 +163,8 @@ class CartPoleDemo(Demo):
         self.force_line.set_color(ink)
         who = f"trained with {self.flow}" if self.steering else "controller switched off"
         title = f"{who}: drag the cart, click beside a pole to kick it"
+        if self.poles > 1:
+            title += f" (every {EPISODE:g} s they hang again)"
         self.world.set_title(title, color=ink, fontweight="bold")
         self.refresh()
 
@@ -167,15 +183,18 @@ class CartPoleDemo(Demo):
         """Start anew from a state."""
         self.simulation.state = state.astype(np.float32)
         self.simulation.previous = self.simulation.state.copy()
-        self.middle, self.hand = 0.0, None
-        self.trace: deque[tuple[float, ...]] = deque(maxlen=round(TRACE / DT) + 1)
+        self.middle, self.hand, self.age = 0.0, None, 0.0
+        self.trace: deque[tuple[float, ...]] = deque(maxlen=round(TRACE / make_system(self.poles).dt) + 1)
         self.refresh()
 
     def hang(self) -> None:
         """Let all poles hang, nearly at rest."""
         state = np.zeros(self.simulation.system.state_size)
         state[2::2] = np.pi + self.generator.uniform(-0.3, 0.3, self.poles)
+        trace = getattr(self, "trace", ())
         self.begin(state)
+        self.trace.extend(entry for entry in trace if len(entry) == 1 + self.poles)
+        self.trace.append((np.nan,) * (1 + self.poles))
 
     def stand(self) -> None:
         """Put all poles upright, nearly."""
@@ -205,12 +224,14 @@ class CartPoleDemo(Demo):
 
     def advance(self, dt: float) -> None:
         """Step the physics, remember the traces."""
-        for _ in range(self.simulation.advance(dt, self.remember)):
-            pass
+        self.simulation.advance(dt, self.remember)
+        self.age += dt
+        if self.poles > 1 and self.age > EPISODE and self.steering and self.hand is None:
+            self.hang()
 
     def remember(self) -> np.ndarray | None:
         """Note the state before a step; returns its force as `act` does."""
-        angles = np.degrees(seen(self.simulation.state)[2::2])
+        angles = np.degrees((self.simulation.state[2::2] + np.pi) % (2.0 * np.pi) - np.pi)
         self.trace.append((float(self.simulation.control[0]), *angles))
         return self.act()
 
@@ -218,16 +239,14 @@ class CartPoleDemo(Demo):
         """Move cart, poles and traces; the picture follows a cart that leaves it."""
         state = self.simulation.between()
         self.sketch(state, self.simulation.control)
-        if abs(state[0] - self.middle) > REACH - 0.4:
-            self.middle = float(state[0])
-            self.refresh()
+        self.middle = float(np.clip(self.middle, state[0] - FREE, state[0] + FREE))
         self.world.set_xlim(self.middle - REACH, self.middle + REACH)
         held = self.hand is not None
         self.grip.set_data([self.hand, state[0]] if held else [], [0.0, 0.0] if held else [])
         if not self.trace:
             return
         values = np.array(self.trace)
-        times = DT * np.arange(1 - len(values), 1)
+        times = make_system(self.poles).dt * np.arange(1 - len(values), 1)
         self.force_line.set_data(times, values[:, 0])
         for line, angles in zip(self.lines, values[:, 1:].T, strict=True):
             # no stroke across the picture where an angle passes ±180°

@@ -14,6 +14,9 @@ COLOURS = {
     "minmod": "#56B4E9",  # sky blue
 }
 
+POLES = ("#332288", "#AA4499", "#999933", "#88CCEE")
+"""Colours of poles on a cart, in Paul Tol's palette; none of them is that of a flow which is drawn beside them."""
+
 
 def colour(flow: Any) -> str:
     """Colour of a flow, given by name, by letter or as a value; black for a flow without a name of its own.

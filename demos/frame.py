@@ -73,6 +73,8 @@ class Stage:
         self.started = self.last = time.perf_counter()
         self.timer: Any = None
         """What calls `tick`; kept here, since a canvas does not keep it."""
+        self.error: Exception | None = None
+        """What went wrong in a picture, if anything did."""
         self._background: Any = None
         for artist in demo.moving:
             artist.set_animated(True)

@@ -4,6 +4,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,21 @@ from demos.colours import colour
 from demos.frame import Demo
 from demos.simulation import Simulation
 from demos.views import run
-from demos.weights import load_weights, scaled
+from demos.weights import load_weights
 from demos.widgets import button, choice
 from warp_phys.flow import resolve
 from warp_phys.systems import Repulsion
 
 FLOWS = ("R", "M", "S", "C")
-SYSTEM = Repulsion(drivers=2, evaders=4, dt=1.0 / 30.0)
-HIDDEN = (64, 64)
-REACH = 6.5
+SYSTEM = Repulsion(drivers=2, evaders=4, dt=4.0 / 60.0)
+REACH = 9.0
 """Metres to either side of the middle that are drawn."""
 TRACE = 20.0
 """Seconds of the trace."""
+BOUNDS = ((-8.0, 0.0), (-3.0, 3.0))
+"""Least and largest c_radial and c_turn of the controllers [1/s²]."""
+LOST = 20.0
+"""Distance from the target at which a dog counts as lost [m]."""
 GRAB = 0.7
 """How near to a dog or to the target a click must be [m]."""
 PULL, BRAKE, STRONGEST = 12.0, 5.0, 60.0
@@ -50,9 +54,22 @@ class Settings:
         check_number("seed", self.seed, int, at_least=0)
 
 
-def make_controller() -> torch.nn.Sequential:
-    """The network of the demo, before it is trained."""
-    return scaled(MLP(SYSTEM, hidden=HIDDEN, seed=0), np.full(SYSTEM.state_size, 0.3), gain=3.0)
+class Policy(torch.nn.Module):
+    """Controls of the dogs: those of a dense network, within bounds in which no dog runs away.
+
+    A dog's c_radial is negative: it is drawn to where ρ = 0, four times as far from the target as the flock's centre,
+    in the same direction. That is behind the sheep, from where it frightens them to the target.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = SimpleNamespace(state_size=SYSTEM.state_size, control_size=SYSTEM.control_size)
+        self.network = MLP(sizes, hidden=(64, 64), seed=0)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Controls (B, K) at states (B, D)."""
+        least, most = (torch.tensor(pair).to(states).repeat(SYSTEM.drivers) for pair in zip(*BOUNDS, strict=True))
+        return least + (most - least) * torch.sigmoid(2.0 * self.network(0.25 * states))
 
 
 def lead(state: np.ndarray, control: np.ndarray, dog: int, mouse: np.ndarray) -> np.ndarray:
@@ -126,7 +143,7 @@ class HerdDemo(Demo):
 
     def load(self) -> Any:
         """The controller of the chosen flow."""
-        return load_weights("herd", self.flow, make_controller())
+        return load_weights("herd", self.flow, Policy())
 
     def choose(self, flow: str) -> None:
         """Take the dogs that were trained with another flow."""
@@ -177,8 +194,10 @@ class HerdDemo(Demo):
         return lead(self.simulation.state, self.simulation.decide(), self.held, self.mouse - self.target)
 
     def advance(self, dt: float) -> None:
-        """Step the physics."""
+        """Step the physics; where a dog has left for good, all start anew."""
         self.simulation.advance(dt, self.act)
+        if np.abs(self.simulation.state).max() > LOST:
+            self.begin()
 
     def draw(self) -> None:
         """Move everything; the axes' own coordinates start at the target."""
@@ -224,7 +243,7 @@ class HerdDemo(Demo):
 
     def script(self) -> Sequence[tuple[float, Callable[[], None]]]:
         """In a file: the target moves on, twice."""
-        places = [(4.0, (3.0, 2.0)), (8.0, (-2.0, -3.0))]
+        places = [(4.0, (1.5, 1.0)), (8.0, (0.0, -1.0))]
         return [(time, lambda place=place: self.move_target(np.array(place))) for time, place in places]  # type: ignore[misc]
 
 

@@ -124,7 +124,7 @@ class PlaneDemo(Demo):
         self.bars = self.circles.barh(range(len(FLOWS)), [0.0] * len(FLOWS), color=[colour(f) for f in FLOWS])
         self.circles.axvline(0, color="0.4", linewidth=0.8)
         self.circles.set(yticks=range(len(FLOWS)), yticklabels=FLOWS, xlim=(-1, 1), ylim=(3.6, -0.6))
-        self.circles.set_title("Gain of one round along the dotted loop (0: a gradient field)")
+        self.circles.set_title("Gain of one round along the dotted loop")
         self.moving = [*self.paths_lines, *self.heads, self.loop, self.dot, *self.loss_lines, *self.bars]
 
     def show_field(self, flow: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from controllers.settings import check_number
-from demos.colours import colour
+from demos.colours import POLES, colour
 from demos.frame import Demo
 from demos.race_training import DONE, FLOWS, PREPARING, Race
 from demos.views import run
@@ -104,6 +104,8 @@ class RaceDemo(Demo):
             artists = sketch(rest, np.zeros(1))
             artists[0].set_color(colour(flow))
             artists[1 + self.poles].set_color(colour(flow))
+            for line, ink in zip(artists[1 : 1 + self.poles], POLES, strict=False):
+                line.set_color(ink)
             axes.set(xticks=(), xlabel="")
             axes.set_title(f"{flow} {resolve(flow).name}", color=colour(flow), weight="bold")
             for spine in axes.spines.values():

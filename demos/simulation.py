@@ -16,7 +16,6 @@ class Simulation:
         system: What is simulated.
         controller: Maps states (1, D) to controls (1, K).
         state: Initial state, shape (D,).
-        seen: From a state to what the controller sees of it, (D,) to (D,); the state itself if None.
 
     >>> from controllers import MLP
     >>> from warp_phys import CartPole
@@ -26,15 +25,8 @@ class Simulation:
     5
     """
 
-    def __init__(
-        self,
-        system: System,
-        controller: torch.nn.Module,
-        state: np.ndarray,
-        seen: Callable[[np.ndarray], np.ndarray] | None = None,
-    ) -> None:
+    def __init__(self, system: System, controller: torch.nn.Module, state: np.ndarray) -> None:
         self.system, self.controller = system, controller
-        self.seen = seen or np.copy
         sizes = (system.state_size, system.control_size, system.state_size)
         self._x, self._c, self._y = (wp.zeros((1, size), dtype=wp.float32, device="cpu") for size in sizes)
         self.control = np.zeros(system.control_size, np.float32)
@@ -49,7 +41,7 @@ class Simulation:
     def decide(self) -> np.ndarray:
         """What the controller would do now, shape (K,)."""
         with torch.no_grad():
-            return self.controller(torch.from_numpy(self.seen(self.state)[None]))[0].numpy()
+            return self.controller(torch.from_numpy(self.state[None].copy()))[0].numpy()
 
     def step(self, control: np.ndarray | None = None) -> None:
         """One time step, with a control of one's own or the controller's."""

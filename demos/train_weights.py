@@ -3,15 +3,16 @@
     python -m demos.train_weights                  # all
     python -m demos.train_weights cartpole --only 1-C 2-C
 
-Unlike the published experiments these trainings go on where the last unrolling ended: a pool of states is unrolled,
-the controller updated, and the ends become the next starts, but for some that start afresh. So a controller learns to
-go on for as long as somebody watches.
+Where a demo shows a task of some seconds, its controllers are those of the published experiments. Where somebody may
+watch for minutes they are trained, or trained further, so that they last: a pool of states is unrolled, the controller
+updated, and the ends of the unrolling become the next starts, but for some that start afresh.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,52 @@ import numpy as np
 import torch
 import warp
 
+from controllers.checkpoint import CONTROLLER
 from controllers.commandline import Parser
+from controllers.networks import make_network
+from controllers.settings import Training
+from controllers.training import train
 from demos import cartpole, herd, quantum
+from demos.experiments.plan import find_runs
+from demos.experiments.published import EXPERIMENTS
 from demos.weights import FOLDER, save_weights
 from warp_phys.interop.torch import Rollout
-from warp_phys.systems import CartPole, Quantum, System
+from warp_phys.systems import Quantum, System
 
 CLIP = 1.0
 """Largest norm of an update."""
+
+
+Tell = Callable[[str, float], Any]
+
+
+Cost = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def quiet(_done: str, _loss: float) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """A training that goes on where the last unrolling ended."""
+
+    system: System
+    """What is steered."""
+    make: Callable[[], torch.nn.Module]
+    """Makes the network, if it was not trained before."""
+    fresh: Callable[[System, int, np.random.Generator], np.ndarray]
+    """Draws initial states, (B, D)."""
+    tame: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    """From the ends of an unrolling (B, D) to the next starts, and which of them are fit to go on from (B,)."""
+    steps: int
+    updates: int
+    rate: float
+    batch: int = 32
+    afresh: float = 0.4
+    """Share of the pool that starts afresh after every update."""
+    cost: Cost | None = None
+    """Loss of states (steps + 1, B, D) and controls (steps, B, K); that of the system at every time if None."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +79,10 @@ class Task:
     """Name of the controller in that file."""
     flow: str
     """Flow to train with."""
-    system: System
-    """What is steered."""
-    make: Callable[[], torch.nn.Module]
-    """Makes the network."""
-    fresh: Callable[[System, int, np.random.Generator], np.ndarray]
-    """Draws initial states, (B, D)."""
-    tame: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-    """From the ends of an unrolling (B, D) to the next starts, and which of them are fit to go on from (B,)."""
-    steps: int
-    updates: int
-    rate: float
-    afresh: float = 0.3
-    """Share of the pool that starts afresh after every update."""
-    batch: int = 32
-    when: str | Sequence[int] = "every"
-    """Times at which the loss looks at the states."""
-    control_cost: float = 0.0
-    extra: Callable[[torch.Tensor], Any] | None = None
-    """Further cost, of states (steps + 1, B, D)."""
+    published: Training | None = None
+    """First a training as published, if any."""
+    lasting: Lasting | None = None
+    """Then one that lasts, if any."""
 
 
 def fresh_carts(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -74,28 +98,23 @@ def fresh_carts(system: System, count: int, generator: np.random.Generator) -> n
     return states
 
 
-def fresh_hanging_carts(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
-    """The system's own initial states, all poles hanging, some of them closer together and slower than others."""
-    states = system.sample(count, seed=int(generator.integers(2**31)), dtype=np.float64)
-    rest = np.zeros(system.state_size)
-    rest[2::2] = np.pi
-    return rest + generator.uniform(0.1, 1.0, (count, 1)) * (states - rest)
-
-
 def tame_carts(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Angles back into their range; carts and poles that are not too fast."""
+    """Carts and poles that are not too fast."""
     fit = (np.abs(states[:, 1]) < 10.0) & (np.abs(states[:, 3::2]) < 20.0).all(axis=1)
-    return cartpole.seen(states), fit
+    return states, fit
 
 
-def cart_cost(states: torch.Tensor) -> torch.Tensor:
-    """Cost of a cart's speed."""
-    return 0.01 * states[..., 1].square().mean()
+def cart_cost(states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
+    """The system's loss, and a cost of speed: of the cart's, and of the pole's, since whirling round is a trap."""
+    loss = cartpole.make_system(1).loss(states, when="every")
+    return loss + 0.01 * states[..., 1].square().mean() + 0.002 * states[..., 3::2].square().mean()
 
 
 def fresh_herds(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
-    """The system's own initial states around any place, so that the target is up to 5 m away."""
+    """The system's own initial states around any place up to 4 m from the target, the dogs nearer or farther."""
     states = system.sample(count, seed=int(generator.integers(2**31)), dtype=np.float64).reshape(count, -1, 4)
+    dogs = herd.SYSTEM.drivers
+    states[:, :dogs, :2] *= generator.uniform(0.5, 1.5, (count, dogs, 1))
     angle, radius = generator.uniform(0.0, 2.0 * np.pi, count), generator.uniform(0.0, 4.0, count)
     states[:, :, :2] += np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, None]
     return states.reshape(count, -1)
@@ -104,12 +123,6 @@ def fresh_herds(system: System, count: int, generator: np.random.Generator) -> n
 def tame_herds(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Herds that have not scattered."""
     return states, (np.abs(states) < 12.0).all(axis=1)
-
-
-def herd_cost(states: torch.Tensor) -> torch.Tensor:
-    """Cost of dogs that run away: squared distance beyond 5 m from the target."""
-    dogs = states[..., : 4 * herd.SYSTEM.drivers].unflatten(-1, (-1, 4))[..., :2]
-    return 0.1 * (dogs.square().sum(dim=-1) - 25.0).clamp(min=0.0).mean()
 
 
 def fresh_waves(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -130,84 +143,101 @@ def tame_waves(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def tasks() -> list[Task]:
     """All controllers that come with the demos."""
     found = []
-    for poles in range(1, cartpole.MOST_POLES + 1):
-        for flow in cartpole.FLOWS:
-            system: System = CartPole(poles=poles, dt=cartpole.DT)
-            found.append(
-                Task(
-                    "cartpole",
-                    f"{poles}-{flow}",
-                    flow,
-                    system,
-                    partial(cartpole.make_controller, poles),
-                    fresh_carts if poles == 1 else fresh_hanging_carts,
-                    tame_carts,
-                    steps=100 if poles == 1 else 75,
-                    updates=5000 if poles == 1 else 3000,
-                    rate=3e-3,
-                    # several equal poles cannot be held together for long: they learn to swing up, and to hold a while
-                    afresh=0.4 if poles == 1 else 0.9,
-                    when="every" if poles == 1 else range(45, 76),
-                    extra=cart_cost,
-                )
-            )
-    for flow in herd.FLOWS:
-        found.append(
-            Task(
-                "herd",
-                flow,
-                flow,
-                herd.SYSTEM,
-                herd.make_controller,
-                fresh_herds,
-                tame_herds,
-                steps=90,
-                updates=3000,
-                rate=2e-3,
-                control_cost=0.003,
-                extra=herd_cost,
-            )
+    for flow in cartpole.FLOWS:
+        one = cartpole.make_system(1)
+        make = partial(cartpole.make_controller, 1)
+        look = Lasting(one, make, fresh_carts, tame_carts, steps=100, updates=1500, rate=3e-3, cost=cart_cost)
+        found.append(Task("cartpole", f"1-{flow}", flow, lasting=look))
+        for poles in range(2, cartpole.MOST_POLES + 1):
+            published = EXPERIMENTS["cartpole"].training(poles, flow=flow, out="")
+            found.append(Task("cartpole", f"{poles}-{flow}", flow, published))
+        look = Lasting(
+            herd.SYSTEM,
+            herd.Policy,
+            fresh_herds,
+            tame_herds,
+            steps=120,
+            updates=2000,
+            rate=2e-3,
         )
+        found.append(Task("herd", flow, flow, lasting=look))
     for target in quantum.TARGETS:
-        found.append(
-            Task(
-                "quantum",
-                str(target),
-                "C",
-                quantum.make_system(target),
-                quantum.make_controller,
-                fresh_waves,
-                tame_waves,
-                steps=128,
-                updates=8000,
-                rate=1e-3,
-                batch=8,
-                afresh=0.5,
-            )
+        well = quantum.make_system(target)
+        look = Lasting(
+            well,
+            quantum.make_controller,
+            fresh_waves,
+            tame_waves,
+            steps=128,
+            updates=8000,
+            rate=1e-3,
+            batch=8,
+            afresh=0.5,
         )
-    return found
+        found.append(Task("quantum", str(target), "C", lasting=look))
+    return sorted(found, key=lambda task: task.demo)
 
 
-def train(task: Task, updates: int = 0, tell: Callable[[int, float], Any] | None = None) -> torch.nn.Module:
-    """Train one controller; the same on every run.
+def make_controller(
+    task: Task, runs: str = "", epochs: int = 0, updates: int = 0, tell: Tell = quiet
+) -> torch.nn.Module:
+    """Train the controller of a task, in one stage or two.
 
     Args:
         task: What to train.
+        runs: Folder of `demos.paper` from which a run that is finished is taken, not trained again.
+        epochs: Number of epochs of the published training, in place of its own.
+        updates: Number of updates of the lasting training, in place of its own.
+        tell: Told now and then what is done, in words, and a loss.
+    """
+    controller = None
+    if task.published:
+        settings = replace(task.published, epochs=epochs or task.published.epochs)
+        controller = finished_run(settings, runs) if runs and not epochs else None
+        if controller is None:
+            controller = train(
+                settings, progress=lambda record: tell(f"epoch {record.epoch}", record.test_loss)
+            ).controller
+    if task.lasting:
+        controller = train_on(task.lasting, task.flow, controller or task.lasting.make(), updates, tell)
+    assert controller is not None
+    return controller
+
+
+def finished_run(settings: Training, runs: str) -> torch.nn.Module | None:
+    """The controller of a finished run of `demos.paper` with these settings, None where there is none."""
+    for run in find_runs(runs):
+        path = run.folder / CONTROLLER
+        if replace(run.settings, out="") == settings and path.exists():
+            controller = make_network(
+                settings.network, settings.make_system(), settings.hidden, settings.activation, settings.init, None
+            )
+            controller.load_state_dict(torch.load(path, weights_only=True))
+            return controller
+    return None
+
+
+def train_on(
+    task: Lasting, flow: str, controller: torch.nn.Module, updates: int = 0, tell: Tell = quiet
+) -> torch.nn.Module:
+    """Train a controller further; the same on every run.
+
+    Args:
+        task: How.
+        flow: The flow to train with.
+        controller: Is changed, and returned.
         updates: Number of updates in place of the task's own.
         tell: Told now and then how many updates are done, and the mean loss since it was told last.
     """
     updates = updates or task.updates
-    controller = task.make()
-    rollout = Rollout(task.system, controller, steps=task.steps, flow=task.flow, on_divergence="mask")
+    rollout = Rollout(task.system, controller, steps=task.steps, flow=flow, on_divergence="mask")
     optimiser = torch.optim.Adam(controller.parameters(), lr=task.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, updates)
     generator = np.random.default_rng(0)
     pool, losses = task.fresh(task.system, task.batch, generator), []
     for done in range(1, updates + 1):
         states, controls = rollout(pool.astype(np.float32))
-        loss = task.system.loss(states, controls, when=task.when, control_cost=task.control_cost)
-        if task.extra:
-            loss = loss + task.extra(states)
+        loss = task.cost(states, controls) if task.cost else task.system.loss(states, when="every")
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(controller.parameters(), CLIP)
@@ -217,10 +247,24 @@ def train(task: Task, updates: int = 0, tell: Callable[[int, float], Any] | None
         ends, fit = task.tame(states[-1].detach().numpy().astype(float))
         afresh = ~fit | ~np.isfinite(ends).all(axis=1) | (generator.random(task.batch) < task.afresh)
         pool = np.where(afresh[:, None], task.fresh(task.system, task.batch, generator), ends)
-        if tell and (done % max(1, updates // 10) == 0):
-            tell(done, float(np.mean(losses)))
+        if done % max(1, updates // 10) == 0:
+            tell(f"update {done}", float(np.mean(losses)))
             losses = []
     return controller
+
+
+class Teller:
+    """Prints how a training gets on, not more often than every two seconds."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.start, self.last = name, time.perf_counter(), -math.inf
+
+    def __call__(self, done: str, loss: float) -> None:
+        """Print it."""
+        now = time.perf_counter()
+        if now - self.last > 2.0:
+            self.last = now
+            print(f"{self.name}: {done}, loss {loss:.4g}, {now - self.start:.0f} s", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,23 +276,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demos", nargs="*", metavar="DEMO", help=f"Whose controllers: {', '.join(demos)} (default: all)."
     )
     parser.add_argument("--only", nargs="+", metavar="KEY", help="Only these of them, such as 1-C for the cart-pole.")
-    parser.add_argument("--updates", type=int, default=0, help="Updates of each training (default: its own number).")
+    parser.add_argument("--epochs", type=int, default=0, help="Epochs of each published training (default: 1000).")
+    parser.add_argument(
+        "--updates", type=int, default=0, help="Updates of each other training (default: its own number)."
+    )
+    parser.add_argument("--runs", default="", help="Take finished published runs from this folder of demos.paper.")
     parser.add_argument("--out", type=Path, default=FOLDER, help="Folder for the weights (default: where demos look).")
     given = parser.parse_args(arguments)
     chosen = [task for task in known if task.demo in (given.demos or demos) and task.key in (given.only or [task.key])]
     if not chosen or not set(given.demos) <= set(demos):
         parser.error(f"nothing to train; the controllers are {', '.join(f'{task.demo} {task.key}' for task in known)}")
-    if given.updates < 0:
-        parser.error(f"updates must be at least 1, or 0 for each training's own number, got {given.updates}")
+    for name in ("epochs", "updates"):
+        if getattr(given, name) < 0:
+            parser.error(f"{name} must be at least 1, or 0 for each training's own, got {getattr(given, name)}")
     warp.config.log_level = warp.LOG_WARNING
     torch.set_num_threads(1)
     for task in chosen:
-        start = time.perf_counter()
-
-        def tell(done: int, loss: float, name: str = f"{task.demo} {task.key}", start: float = start) -> None:
-            print(f"{name}: {done} updates, mean loss {loss:.4g}, {time.perf_counter() - start:.0f} s", flush=True)
-
-        path = save_weights(task.demo, {task.key: train(task, given.updates, tell)}, given.out)
+        tell = Teller(f"{task.demo} {task.key}")
+        controller = make_controller(task, given.runs, given.epochs, given.updates, tell)
+        path = save_weights(task.demo, {task.key: controller}, given.out)
     print(f"Weights: {path.parent.resolve()}")
     return 0
 

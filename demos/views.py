@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 import warp
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -85,6 +86,8 @@ def run(
         sized: Where `size` and `clip` are found, if `make` has none.
     """
     warp.config.log_level = warp.LOG_WARNING
+    # A controller is tiny: several threads would wait for one another, and the picture for them.
+    torch.set_num_threads(1)
     parser = Parser(prog=f"python -m demos.{name}", description=(doc or "").partition("\n")[0], allow_abbrev=False)
     add_flags(parser.add_argument_group("how to see it"), View)
     add_flags(parser.add_argument_group("the demo"), kind, taken=[entry.name for entry in fields(View)])
@@ -151,8 +154,14 @@ def play(stage: Stage, view: View, stop: Event, end: Callable[[], Any]) -> None:
         if stop.is_set() or over:
             timer.stop()
             end()
-        else:
+            return
+        try:
             stage.tick()
+        except Exception as error:
+            # a window system would print it, and wait for ever
+            stage.error = error
+            timer.stop()
+            end()
 
     timer.add_callback(tick)
     timer.start()
@@ -161,7 +170,9 @@ def play(stage: Stage, view: View, stop: Event, end: Callable[[], Any]) -> None:
 
 
 def tell_rate(stage: Stage, view: View) -> None:
-    """Print how many pictures were shown per second, if asked for."""
+    """Print how many pictures were shown per second, if asked for; raise what ended them, if anything did."""
+    if stage.error:
+        raise stage.error
     if view.fps:
         seconds = stage.last - stage.started
         print(f"{stage.frames} pictures in {seconds:.1f} s, {stage.frames / max(seconds, 1e-9):.1f} per second")
@@ -174,6 +185,7 @@ def serve(make: Callable[[Figure], Demo], view: View, size: tuple[float, float],
             FigureManagerWebAgg,
             WebAggApplication,
         )
+        from matplotlib.backends.backend_webagg_core import NavigationToolbar2WebAgg  # noqa: PLC0415
         from tornado.ioloop import IOLoop  # noqa: PLC0415
     except ImportError:
         raise CannotShow('a page needs tornado: pip install "warp_phys[browser]"') from None
@@ -187,10 +199,14 @@ def serve(make: Callable[[Figure], Demo], view: View, size: tuple[float, float],
             raise
         why = "in use" if error.errno == errno.EADDRINUSE else "not open to this user"
         raise CannotShow(f"port {view.port} is {why}; choose another with --port, such as {view.port + 1}") from None
+    # no tools that would move the axes under the mouse
+    NavigationToolbar2WebAgg.toolitems = [item for item in NavigationToolbar2WebAgg.toolitems if item[0] == "Download"]
     loop = IOLoop.current()
     figure = plt.figure(f"{name} – warp_phys", figsize=size)
     assert isinstance(figure.canvas.manager, FigureManagerWebAgg)
     try:
+        # Opaque pictures are sent as differences, of which a browser that falls behind loses some: traces would stay.
+        figure.patch.set_alpha(254 / 255)
         with staged(make, figure) as stage:
             play(stage, view, stop, loop.stop)
             address = f"http://127.0.0.1:{view.port}/{figure.number}"  # type: ignore[attr-defined]

@@ -47,24 +47,3 @@ def load_weights(name: str, key: str, controller: torch.nn.Module, folder: Path 
             f"no weights {key!r} in {path}: {error}; python -m demos.train_weights {name} makes them"
         ) from None
     return controller
-
-
-@torch.no_grad()
-def scaled(chain: torch.nn.Sequential, inputs: np.ndarray, gain: float) -> torch.nn.Sequential:
-    """Fit a chain of layers to the units of a system: states come in times `inputs`, controls leave times `gain`.
-
-    Args:
-        chain: First layer linear, (B, D) to (B, K).
-        inputs: Factor of each state component, shape (D,); it goes into the first layer's weights. A component whose
-            factor is 0 is not seen, and training does not change that.
-        gain: Factor of all controls: one more layer, that is trained like the others.
-    """
-    last = [layer for layer in chain if isinstance(layer, torch.nn.Linear)][-1]
-    outputs = torch.nn.utils.skip_init(torch.nn.Linear, last.out_features, last.out_features, bias=False)
-    outputs.weight.copy_(gain * torch.eye(last.out_features))
-    first = chain[0]
-    assert isinstance(first, torch.nn.Linear)
-    factors = torch.as_tensor(inputs, dtype=first.weight.dtype)
-    first.weight.mul_(factors)
-    first.weight.register_hook(lambda gradient: gradient * (factors != 0.0))
-    return torch.nn.Sequential(*chain, outputs)

@@ -96,11 +96,11 @@ def test_a_drag_moves_the_cart(page):
     opened.mouse.click(*place(opened, 0.9, 0.275))
     wait_until(lambda: abs(read()["x"] - read()["middle"]) < 0.1)
     before = read()["x"]
-    # the middle of the world: left 0.05, width 0.74; bottom 0.44, height 0.5, of which 2.5 m are drawn
-    opened.mouse.move(*place(opened, 0.42, 0.69))
+    # the middle of the world: left 0.05, width 0.74; bottom 0.4, height 0.54; the cart is in its middle
+    opened.mouse.move(*place(opened, 0.42, 0.67))
     opened.mouse.down()
     wait_until(lambda: read()["held"])
-    opened.mouse.move(*place(opened, 0.55, 0.69), steps=8)
+    opened.mouse.move(*place(opened, 0.55, 0.67), steps=8)
     wait_until(lambda: read()["x"] > before + 0.5)
     opened.mouse.up()
     wait_until(lambda: not read()["held"])

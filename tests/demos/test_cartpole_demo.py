@@ -12,7 +12,7 @@ from tests.demos.touch import choose, click, mouse, play, press_button, staged
 
 def angles(demo):
     """Angles of the poles, 0 upright."""
-    return cartpole.seen(demo.simulation.state)[2::2]
+    return (demo.simulation.state[2::2] + np.pi) % (2.0 * np.pi) - np.pi
 
 
 def test_it_draws_the_state():
@@ -27,7 +27,7 @@ def test_it_draws_the_state():
         assert demo.force_line.get_ydata()[-1] == demo.trace[-1][0]
         for i, line in enumerate(demo.lines):
             assert line.get_ydata()[-1] == pytest.approx(demo.trace[-1][1 + i])
-        assert len(demo.trace) == 50
+        assert 99 <= len(demo.trace) <= 100
 
 
 def test_combined_holds_a_pole_and_recovers_from_a_kick():
@@ -40,10 +40,19 @@ def test_combined_holds_a_pole_and_recovers_from_a_kick():
         # a click to the right of the pole pushes it to the left
         click(demo, demo.world, x + 0.4, 0.7)
         assert demo.simulation.state[3] == pytest.approx(before - cartpole.KICK)
-        play(stage, 0.3)
-        assert np.abs(angles(demo)).max() > 0.3, "the kick has thrown it"
+        play(stage, 0.12)
+        assert np.abs(angles(demo)).max() > 0.15, "the kick has moved it"
         play(stage, 8.0)
         assert np.abs(angles(demo)).max() < 0.2, "it has recovered"
+
+
+def test_combined_swings_up_four_poles_and_they_hang_again():
+    with staged(CartPoleDemo, Settings(poles=4, flow="C")) as (demo, stage):
+        assert np.cos(demo.simulation.state[2::2]).max() < -0.9
+        play(stage, 1.0)
+        assert np.cos(demo.simulation.state[2::2]).min() > 0.95
+        play(stage, 2.0)
+        assert demo.age < 1.0, "an episode is over, another one has begun"
 
 
 def test_without_the_controller_the_pole_falls():
@@ -94,13 +103,15 @@ def test_the_picture_follows_the_cart():
     with staged(CartPoleDemo, Settings()) as (demo, stage):
         demo.simulation.state[0] = demo.simulation.previous[0] = 7.0
         stage.show(0.0)
-        assert demo.world.get_xlim() == pytest.approx((7.0 - cartpole.REACH, 7.0 + cartpole.REACH))
+        assert demo.world.get_xlim() == pytest.approx(
+            (7.0 - cartpole.FREE - cartpole.REACH, 7.0 - cartpole.FREE + cartpole.REACH)
+        )
 
 
 def test_a_file(tmp_path):
     assert cartpole.main(["--save", str(tmp_path / "a.gif"), "--seconds", "0.2", "--poles", "2"]) == 0
     with Image.open(tmp_path / "a.gif") as image:
-        assert image.n_frames == 5
+        assert 2 <= image.n_frames <= 5  # pictures that are the same become one that stays longer
         assert image.size == (800, 512)
 
 

@@ -231,6 +231,29 @@ def test_a_signal_ends_the_page(number, tmp_path):
     assert "Traceback" not in wrong
 
 
+def test_a_mistake_in_a_demo_ends_it(capsys):
+    """It is raised, and the page is closed; without this the program would wait for ever."""
+    pytest.importorskip("tornado")
+
+    class Broken(Bar):
+        def draw(self):
+            super().draw()
+            if self.time > 0.0:
+                raise RuntimeError("broken")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    before = Bar.closed
+    try:
+        with pytest.raises(RuntimeError, match="broken"):
+            run("bar", "A bar.", Broken, Settings, ["--browser", "--port", str(port)])
+    finally:
+        plt.switch_backend("agg")
+    assert Bar.closed == before + 1
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port), 5)
+
+
 def test_no_thread_is_left(tmp_path):
     before = threading.active_count()
     main(["--save", str(tmp_path / "a.png")])

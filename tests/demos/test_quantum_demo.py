@@ -26,16 +26,16 @@ def test_it_draws_the_state():
 
 
 def test_the_state_is_reached_and_reached_again_after_a_click():
-    with staged(QuantumDemo, Settings(target=3)) as (demo, stage):
+    with staged(QuantumDemo, Settings(target=4, speed=40.0)) as (demo, stage):
         assert demo.overlap() < 0.1
         play(stage, 10.0)
-        assert np.mean([overlap for _, overlap in demo.trace][-32:]) > 0.7
+        reached = np.mean([overlap for _, overlap in demo.trace][-32:])
+        assert reached > 0.85
         click(demo, demo.world, 0.5, 1.0)
         assert norm(demo) == pytest.approx(1.0, abs=1e-5)
-        disturbed = demo.overlap()
-        assert disturbed < 0.9
+        assert demo.overlap() < reached - 0.05
         play(stage, 10.0)
-        assert np.mean([overlap for _, overlap in demo.trace][-32:]) > max(0.7, disturbed)
+        assert np.mean([overlap for _, overlap in demo.trace][-32:]) > 0.8
 
 
 def test_a_click_makes_a_bump_where_it_was():
@@ -68,4 +68,4 @@ def test_every_controller_is_there(target):
 def test_a_file(tmp_path):
     assert quantum.main(["--save", str(tmp_path / "a.gif"), "--seconds", "0.2"]) == 0
     with Image.open(tmp_path / "a.gif") as image:
-        assert image.n_frames == 5
+        assert 2 <= image.n_frames <= 5  # pictures that are the same become one that stays longer

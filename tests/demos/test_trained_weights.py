@@ -1,21 +1,23 @@
 """The weights that come with the demos: small, and made by a command that still works."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from controllers import MLP
-from demos import cartpole, train_weights
-from demos.weights import FOLDER, load_weights, save_weights, scaled
+from controllers.training import train
+from demos import cartpole, herd, quantum, train_weights
+from demos.experiments.plan import make_plan
+from demos.weights import FOLDER, load_weights, save_weights
 
 
 def test_the_command_trains(tmp_path, capsys):
     line = ["cartpole", "--only", "1-C", "--updates", "60", "--out", str(tmp_path)]
     assert train_weights.main(line) == 0
     said = capsys.readouterr().out
-    losses = [float(row.split("mean loss ")[1].split(",")[0]) for row in said.splitlines() if "mean loss" in row]
-    assert len(losses) == 10
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert re.search(r"^cartpole 1-C: update 6, loss [\d.]+, \d+ s$", said, re.MULTILINE)
     with np.load(tmp_path / "cartpole.npz") as file:
         first = dict(file)
     assert all(key.startswith("1-C/") for key in first)
@@ -27,9 +29,34 @@ def test_the_command_trains(tmp_path, capsys):
     load_weights("cartpole", "1-C", cartpole.make_controller(1), tmp_path)
 
 
+def test_training_on_learns():
+    (task,) = [task for task in train_weights.tasks() if (task.demo, task.key) == ("cartpole", "1-C")]
+    losses = []
+    train_weights.make_controller(task, updates=60, tell=lambda done, loss: losses.append(loss))
+    assert len(losses) == 10
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_published_runs_are_trained_or_taken(tmp_path):
+    (task,) = [task for task in train_weights.tasks() if (task.demo, task.key) == ("cartpole", "2-C")]
+    made = train_weights.make_controller(task, epochs=1)
+    # a run of demos.paper with the same settings, but for its length
+    (run,) = make_plan(tmp_path, {"cartpole": [2]}, ["C"], ["none"], [0], epochs=1)
+    train(run.settings)
+    taken = train_weights.finished_run(replace(task.published, epochs=1), str(tmp_path))
+    for mine, theirs in zip(made.parameters(), taken.parameters(), strict=True):
+        np.testing.assert_array_equal(mine.detach(), theirs.detach())
+    assert train_weights.finished_run(task.published, str(tmp_path)) is None
+
+
 def test_every_controller_of_the_command_comes_along():
+    makers = {
+        "cartpole": lambda key: cartpole.make_controller(int(key[0])),
+        "herd": lambda key: herd.Policy(),
+        "quantum": lambda key: quantum.make_controller(),
+    }
     for task in train_weights.tasks():
-        controller = load_weights(task.demo, task.key, task.make())
+        controller = load_weights(task.demo, task.key, makers[task.demo](task.key))
         assert all(parameter.isfinite().all() for parameter in controller.parameters())
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 1_000_000
 
@@ -45,15 +72,17 @@ def test_another_key_stays(tmp_path):
         load_weights("other", "a", torch.nn.Linear(2, 1), tmp_path)
 
 
-def test_what_is_not_seen_stays_unseen():
-    system = cartpole.CartPole(poles=1)
-    chain = scaled(MLP(system, hidden=(8,), seed=0), np.array([0.0, 1.0, 1.0, 1.0]), gain=2.0)
-    optimiser = torch.optim.Adam(chain.parameters())
-    chain(torch.ones(3, 4)).sum().backward()
-    optimiser.step()
-    assert (chain[0].weight[:, 0] == 0.0).all() and (chain[0].weight[:, 1:] != 0.0).any()
-    here, there = chain(torch.tensor([[0.0, 1.0, 1.0, 1.0], [5.0, 1.0, 1.0, 1.0]]))
-    assert here == there
+def test_one_pole_is_steered_alike_everywhere():
+    policy = cartpole.Policy()
+    states = torch.tensor([[0.0, 1.0, 0.5, -1.0], [7.0, 1.0, 0.5 - 2.0 * np.pi, -1.0]])
+    here, there = policy(states)
+    assert here.item() == pytest.approx(there.item(), rel=1e-4)
+
+
+def test_dogs_keep_their_bounds():
+    controls = herd.Policy()(torch.from_numpy(20.0 * herd.SYSTEM.sample(50, seed=0)))
+    for part, (least, most) in zip((controls[:, 0::2], controls[:, 1::2]), herd.BOUNDS, strict=True):
+        assert least <= part.min() and part.max() <= most
 
 
 def test_mistakes(capsys):
