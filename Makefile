@@ -4,6 +4,8 @@ PYTHON ?= python3
 # Which torch to install, in pip's words; whether that is a CPU or a CUDA build depends on the package index. The CPU build
 # is enough for both commands. For another one: make test TORCH="torch" (options of pip may follow).
 TORCH ?= torch==2.13.0
+# Processes that share the tests; each takes 2 GB.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -13,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m demos.swingup
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -35,7 +37,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "warp_phys needs Python 3.11 or newer, got " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,gymnasium,jax,newton]"
 	touch $@
 
 clean:

@@ -15,5 +15,7 @@ def list_demos() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for name, line in list_demos().items():
-        print(f"python -m demos.{name}    {line}")
+    found = list_demos()
+    width = max(map(len, found))
+    for name, line in found.items():
+        print(f"python -m demos.{name:{width}}  {line}")

@@ -9,6 +9,7 @@ import warp as wp
 
 from tests.springs import Springs
 from warp_phys import native_kernels
+from warp_phys.flow import agree, geometric, minmod
 from warp_phys.network import Network, address_array, run
 from warp_phys.phases import Seeds, Trajectory
 from warp_phys.plan import PAD, Layer, Plan
@@ -194,3 +195,23 @@ class _Guards:
 
     def array(self, name, shape, dtype, device):
         return self.guarded.array(np.zeros(shape)) if dtype is wp.float64 else wp.zeros(shape, dtype, device)
+
+
+@pytest.mark.parametrize("real", [wp.float32, wp.float64])
+@pytest.mark.parametrize("rule", [agree, geometric, minmod])
+def test_rules_of_agreement(rule, real):
+    dtype = np.float32 if real is wp.float32 else np.float64
+    least, most = np.finfo(dtype).smallest_subnormal, np.finfo(dtype).max
+    special = np.array([0.0, -0.0, 1.0, -1.0, 2.5, -0.3, least, -least, most, -most, np.inf, -np.inf, np.nan], dtype)
+    base, other = (grid.ravel() for grid in np.meshgrid(special, special))
+    out = np.full(len(base) + 1, 7.0, dtype)
+    addresses = wp.array([base.ctypes.data, other.ctypes.data, out.ctypes.data], dtype=wp.uint64, device="cpu")
+    wp.launch(native_kernels.combine_kernel(rule, real), 1, [addresses, len(base)], device="cpu")
+    with np.errstate(all="ignore"):
+        expected = rule(base, other)
+    np.testing.assert_allclose(out[:-1], expected, rtol=np.finfo(dtype).eps, atol=0.0)
+    assert out[-1] == 7.0
+
+
+def test_no_kernel_for_a_rule_of_ones_own():
+    assert native_kernels.combine_kernel(lambda base, other: base, wp.float32) is None

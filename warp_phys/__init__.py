@@ -1,6 +1,7 @@
 """warp_phys: a differentiable physics engine on NVIDIA Warp whose backward pass stays usable over long horizons."""
 
 from warp_phys.adjoint import gate
+from warp_phys.audit import audit
 from warp_phys.errors import Diverged
 from warp_phys.flow import COMBINED, CONTROLLER, MODIFIED, REGULAR, STOPPED, Combined, Flow, agree, geometric, minmod
 from warp_phys.layers import Dense
@@ -28,6 +29,7 @@ __all__ = [
     "Simulator",
     "System",
     "agree",
+    "audit",
     "gate",
     "geometric",
     "minmod",

@@ -6,6 +6,8 @@ captured graph) gives every flow: assign the weights, run it backward, and again
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,19 @@ def active_tape() -> wp.Tape | None:
     """Return the tape that is recording, if any."""
     wp.init()
     return wp._src.context.runtime.tape  # type: ignore[attr-defined]  # Warp has no public name for it
+
+
+@contextmanager
+def paused(tape: wp.Tape | None) -> Iterator[None]:
+    """Keep a tape from recording; Warp has no public switch for it."""
+    if tape is None:
+        yield
+        return
+    tape.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        tape.__enter__()
 
 
 def gate(x: wp.array, weight: Any) -> wp.array:

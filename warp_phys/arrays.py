@@ -115,6 +115,16 @@ def alias(array: wp.array, dtype: Any, shape: Sequence[int], strides: Sequence[i
     return view
 
 
+def for_all_streams(array: wp.array) -> wp.array:
+    """Return an array that is kept and read later, on any stream, once it is filled.
+
+    A copy to a CUDA device is ordered with the work of the stream that is current then, and with no other.
+    """
+    if array.device.is_cuda:  # type: ignore[union-attr]
+        wp.synchronize_stream(array.device)
+    return array
+
+
 CACHE_LINE = 64
 """Bytes that a CPU loads together; a vector that lies across two lines costs two loads."""
 

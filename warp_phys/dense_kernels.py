@@ -33,7 +33,7 @@ def dense_kernel(name: str, real: type) -> wp.Kernel:
     """y = activation(x Wᵀ + b), differentiable on a tape; one thread per output."""
     affine, act = _affine(real), activation(name, real).value
 
-    @wp.kernel(module="unique")
+    @wp.kernel(module="unique", enable_backward=True)
     def dense(
         # in
         x: wp.array2d[real],

@@ -19,7 +19,7 @@ def step_kernel(structure: Any, real: type) -> wp.Kernel:
     x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
     load_x, load_c, store_x = x_row.load, c_row.load, x_row.store
 
-    @wp.kernel(module="unique")
+    @wp.kernel(module="unique", enable_backward=True)
     def step_rows(
         # in
         x: wp.array2d[real],
@@ -170,7 +170,7 @@ def cost_kernel(structure: Any, real: type) -> wp.Kernel:
     cost, Parameters = structure.functions(real).cost, structure.types(real).Parameters
     load_x = row_functions(structure.state_size, real).load_at
 
-    @wp.kernel(module="unique")
+    @wp.kernel(module="unique", enable_backward=True)
     def cost_rows(
         # in
         states: wp.array3d[real],
@@ -229,7 +229,7 @@ def cost_vjp_kernel(structure: Any, real: type) -> wp.Kernel:
 def mean_kernel(real: type) -> wp.Kernel:
     """total[0] += weight Σ values, differentiable on a tape."""
 
-    @wp.kernel(module="unique")
+    @wp.kernel(module="unique", enable_backward=True)
     def add_weighted(values: wp.array2d[real], weight: real, total: wp.array[real]):
         i, j = wp.tid()
         wp.atomic_add(total, 0, weight * values[i, j])
@@ -241,7 +241,7 @@ def mean_kernel(real: type) -> wp.Kernel:
 def mean_square_kernel(real: type) -> wp.Kernel:
     """total[0] += weight Σ values², differentiable on a tape."""
 
-    @wp.kernel(module="unique")
+    @wp.kernel(module="unique", enable_backward=True)
     def add_weighted_squares(values: wp.array3d[real], weight: real, total: wp.array[real]):
         i, j, k = wp.tid()
         wp.atomic_add(total, 0, weight * values[i, j, k] * values[i, j, k])

@@ -11,6 +11,7 @@ from typing import Any
 
 import warp as wp
 
+from warp_phys.flow import agree, geometric, minmod
 from warp_phys.kernels import weighted_cost_function
 from warp_phys.native_blocks import advance_function, retreat_function
 from warp_phys.plan import SAMPLES, Plan, padded
@@ -216,12 +217,45 @@ def unpack_kernel(plan: Plan, real: type) -> wp.Kernel:
     return unpack_layers
 
 
+_RULES = {
+    agree: "m",
+    geometric: "wp::sign(m) * (wp::sqrt(wp::abs(m)) * wp::sqrt(wp::abs(r)))",
+    minmod: "(wp::abs(m) < wp::abs(r) ? m : r)",
+}
+"""What the rules of `flow` give where the signs agree."""
+
+
+@functools.cache
+def combine_kernel(rule: Any, real: type) -> wp.Kernel | None:
+    """Combine two updates by a rule of `flow`: base, other and result by their addresses. None for any other rule."""
+    if rule not in _RULES:
+        return None
+    scalar = "double" if real is wp.float64 else "float"
+
+    @wp.func_native(f"""
+        const auto* base = (const {scalar}*)addresses.data[0];
+        const auto* other = (const {scalar}*)addresses.data[1];
+        auto* combined = ({scalar}*)addresses.data[2];
+        for (int i = 0; i < size; ++i) {{
+            const {scalar} m = base[i], r = other[i], sum = m + r;
+            const bool agree = (m > 0) == (r > 0) && (m < 0) == (r < 0);
+            combined[i] = sum != sum ? sum : agree ? {_RULES[rule]} : 0;
+        }}""")
+    def combine(addresses: wp.array[wp.uint64], size: int): ...
+
+    @wp.kernel(module="unique", module_options=_module_options())
+    def combine_updates(addresses: wp.array[wp.uint64], size: int):
+        combine(addresses, size)
+
+    return combine_updates
+
+
 @functools.cache
 def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
     """The whole forward unrolling, network and physics, all steps; one thread per block of `SAMPLES` samples.
 
     The rows of a block's trajectory stand together, sample by sample within a time step, so that a backward pass finds
-    them side by side; without `keep` there is room for one time step of one block.
+    them side by side, those of sample `origin` first; without `keep` there is room for one time step of one block.
     """
     types, advance, evaluate = structure.types(real), advance_function(structure, real), _evaluate(plan, real)
     Parameters, row, out = types.Parameters, plan.row, plan.offsets[-2]
@@ -232,6 +266,7 @@ def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
         packed: wp.array[real],
         p: wp.array[Parameters],
         begin: int,
+        origin: int,
         keep: int,
         # in and out: time step 0 is read, the others are written
         states: wp.array3d[real],
@@ -245,7 +280,7 @@ def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
         for n in range(controls.shape[0]):
             slot = int(0)
             if keep != 0:
-                slot = first * controls.shape[0] + n * count
+                slot = (first - origin) * controls.shape[0] + n * count
             evaluate(packed, states, batch, n, first, count, rows, slot)
             for s in range(count):
                 for k in range(controls.shape[2]):
@@ -313,6 +348,7 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
         gates: wp.array3d[real],
         begin: int,
         end: int,
+        origin: int,
         chunk: int,
         kept: int,
         # in if `kept`, else scratch for a chunk
@@ -341,7 +377,7 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
                 start = wp.max(0, stop - chunk)
                 base = int(0)
                 if kept != 0:
-                    base = first * steps + start * count
+                    base = (first - origin) * steps + start * count
                 else:
                     for n in range(start, stop):
                         evaluate(packed, states, batch, n, first, count, rows, (n - start) * count)

@@ -36,6 +36,21 @@ class OwnLoss(NamedTuple):
     """Factor of the square of a control."""
 
 
+class Sweeps(NamedTuple):
+    """What the launches of one backward pass have in common."""
+
+    system: Any
+    """The system."""
+    trajectory: Any
+    """States, controls and physical parameters."""
+    loss: Any
+    """Its explicit derivatives (`phases.Seeds`), or an `OwnLoss`."""
+    gates: wp.array
+    """α and β, shape (flows, steps, 2)."""
+    adj_x: wp.array
+    """Written: λ_0 per flow, shape (flows, batch, D)."""
+
+
 class Rows:
     """A buffer for the rows of a trajectory, and a count of the passes that have written to it."""
 
@@ -74,7 +89,8 @@ class Network:
 
         The addresses are kept for the life of the network if they are `lasting`: a captured graph reads them.
         """
-        self.pack_launch(self._addresses([weights], lasting)).launch()
+        addresses = self._addresses([weights], lasting)
+        self.pack_launch(addresses).launch()
 
     def unroll(
         self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool
@@ -135,7 +151,8 @@ class Network:
 
         `lasting`: as in `pack`.
         """
-        for launch in self.unpack_launches(gradients, self._addresses(targets, lasting)):
+        addresses = self._addresses(targets, lasting)
+        for launch in self.unpack_launches(gradients, addresses):
             launch.launch()
 
     def can_keep(self, controls: wp.array) -> bool:
@@ -179,13 +196,11 @@ class Network:
         self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, rows: wp.array, keep: bool
     ) -> list[Any]:
         """Return the launches of the unrolling, one per thread."""
-        kernel, launches = native.unroll_kernel(system.structure, self.plan, self.real), []
-        shares = self.shares(controls.shape[1])
-        for i, (begin, end) in enumerate(shares):
-            own = rows if keep else _share(rows, i, len(shares))
-            inputs = [self._packed, parameters, begin, int(keep), states, controls, own]
-            launches.append(_record(kernel, -(-(end - begin) // SAMPLES), inputs))
-        return launches
+        arrays, shares = (states, controls, parameters), self.shares(controls.shape[1])
+        return [
+            self._unroll(system, arrays, share, 0, rows if keep else _share(rows, i, len(shares)), keep)
+            for i, share in enumerate(shares)
+        ]
 
     def sweep_launches(
         self,
@@ -203,27 +218,83 @@ class Network:
 
         They add to `gradients`; `rows` holds the activations if they are `kept`; `loss` is `Seeds` or an `OwnLoss`.
         """
+        sweeps, shares = Sweeps(system, trajectory, loss, gates, adj_x), self.shares(trajectory.controls.shape[1])
+        return [
+            self._sweep(
+                sweeps, share, 0, rows if kept else _share(rows, i, len(shares)), kept, gradients[i], workspace, i
+            )
+            for i, share in enumerate(shares)
+        ]
+
+    def pass_launches(
+        self,
+        system: Any,
+        trajectory: Any,
+        loss: "OwnLoss",
+        gates: wp.array,
+        adj_x: wp.array,
+        gradients: wp.array,
+        workspace: Any,
+    ) -> list[list[Any]]:
+        """Return every thread's launches, forward and backward in turns: a block's activations are still in the cache.
+
+        What they compute is what all of `unroll_launches` and then all of `sweep_launches` do.
+        """
+        sweeps, controls = Sweeps(system, trajectory, loss, gates, adj_x), trajectory.controls
+        arrays, shares = (trajectory.states, controls, trajectory.parameters), self.shares(controls.shape[1])
+        length = len(controls) * SAMPLES * self.plan.row
+        keep = length * len(shares) * self._packed.strides[0] <= KEPT_BYTES
+        if not keep:
+            length = self.chunk(controls) * SAMPLES * self.plan.row
+        sequences = []
+        for i, (begin, end) in enumerate(shares):
+            rows = workspace.array(f"rows of {self.plan}, {i}", (length,), self.real, "cpu")
+            sequence = []
+            for first in range(begin, end, SAMPLES):
+                block = first, min(first + SAMPLES, end)
+                sequence.append(self._unroll(system, arrays, block, first, rows, keep))
+                sequence.append(self._sweep(sweeps, block, first, rows, keep, gradients[i], workspace, i))
+            sequences.append(sequence)
+        return sequences
+
+    def _unroll(
+        self, system: Any, arrays: tuple[wp.array, ...], share: tuple[int, int], origin: int, rows: wp.array, keep: bool
+    ) -> Any:
+        """Return the launch that unrolls a share of the batch; the rows begin with those of sample `origin`."""
+        kernel, (begin, end) = native.unroll_kernel(system.structure, self.plan, self.real), share
+        states, controls, parameters = arrays
+        inputs = [self._packed, parameters, begin, origin, int(keep), states, controls, rows]
+        return _record(kernel, -(-(end - begin) // SAMPLES), inputs)
+
+    def _sweep(
+        self,
+        sweeps: "Sweeps",
+        share: tuple[int, int],
+        origin: int,
+        rows: wp.array,
+        kept: bool,
+        gradients: wp.array,
+        workspace: Any,
+        thread: int,
+    ) -> Any:
+        """Return the launch that takes a share of the batch backward; each thread has scratch arrays of its own."""
+        system, trajectory, loss, gates, adj_x = sweeps
         flows, chunk, plan, real = len(adj_x), self.chunk(trajectory.controls), self.plan, self.real
-        kernel, launches = native.sweep_kernel(system.structure, plan, real), []
         if isinstance(loss, OwnLoss):
             nothing = workspace.array("nothing", (0, 0, 0), real, "cpu")
             derivatives = [nothing, nothing, *loss]
         else:
             none_chosen = workspace.array("none chosen", (0,), wp.int32, "cpu")
             derivatives = [loss.states, loss.controls, none_chosen, 0.0, 0.0]
-        shares = self.shares(trajectory.controls.shape[1])
-        for i, (begin, end) in enumerate(shares):
-            # of this plan alone: the adjoints of numbers that no window reads are never written, and must stay zero
-            deltas = workspace.array(f"{self._deltas}, {i}", (flows * chunk * SAMPLES * plan.row,), real, "cpu")
-            adj_c = workspace.array(f"adj_c of a block, {i}", (flows, SAMPLES, plan.outputs), real, "cpu")
-            seeds = workspace.array(f"seeds of a block, {i}", (SAMPLES, plan.inputs), real, "cpu")
-            inputs = [
-                self._packed, self._transposed, trajectory.parameters, trajectory.states, trajectory.controls,
-                *derivatives, gates, begin, end, chunk, int(kept), rows if kept else _share(rows, i, len(shares)),
-                deltas, adj_c, seeds, adj_x, gradients[i],
-            ]  # fmt: skip
-            launches.append(_record(kernel, 1, inputs))
-        return launches
+        # of this plan alone: the adjoints of numbers that no window reads are never written, and must stay zero
+        deltas = workspace.array(f"{self._deltas}, {thread}", (flows * chunk * SAMPLES * plan.row,), real, "cpu")
+        adj_c = workspace.array(f"adj_c of a block, {thread}", (flows, SAMPLES, plan.outputs), real, "cpu")
+        seeds = workspace.array(f"seeds of a block, {thread}", (SAMPLES, plan.inputs), real, "cpu")
+        inputs = [
+            self._packed, self._transposed, trajectory.parameters, trajectory.states, trajectory.controls,
+            *derivatives, gates, *share, origin, chunk, int(kept), rows, deltas, adj_c, seeds, adj_x, gradients,
+        ]  # fmt: skip
+        return _record(native.sweep_kernel(system.structure, plan, real), 1, inputs)
 
     def unpack_launches(self, gradients: wp.array, addresses: wp.array) -> list[Any]:
         """Return the launches of the unpacking, to be run one after the other: the threads' shares are added."""
@@ -287,17 +358,27 @@ class Network:
         return kept.rows
 
 
-def address_array(rows: Sequence[Sequence[int]]) -> wp.array:
+def address_array(rows: Sequence[Sequence[int]] | np.ndarray) -> wp.array:
     """Return addresses as the kernels take them, shape (rows, addresses); the caller keeps the memory there alive."""
     return wp.array(np.array(rows, dtype=np.uint64), dtype=wp.uint64, device="cpu")
 
 
 def run(launches: Sequence[Any]) -> None:
     """Run launches at the same time, each in a thread of its own; a launch lets other Python threads run."""
-    others = [_pool().submit(launch.launch) for launch in launches[1:]]
-    launches[0].launch()
+    run_sequences([[launch] for launch in launches])
+
+
+def run_sequences(sequences: Sequence[Sequence[Any]]) -> None:
+    """Run sequences of launches at the same time, each in a thread of its own."""
+    others = [_pool().submit(_run_in_turn, sequence) for sequence in sequences[1:]]
+    _run_in_turn(sequences[0])
     for other in others:
         other.result()
+
+
+def _run_in_turn(launches: Sequence[Any]) -> None:
+    for launch in launches:
+        launch.launch()
 
 
 @functools.cache

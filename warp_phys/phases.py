@@ -200,8 +200,9 @@ def backward(
         parallel = parallel_in_time(system, controller, trajectory, flows)
     pass_ = _Pass(system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check)
     adj_p = pass_.parameter_adjoints(batch, real, device)
-    for low in range(0, batch, CHUNK_ROWS):
-        block = slice(low, min(low + CHUNK_ROWS, batch))
+    size = CHUNK_ROWS if isinstance(system, System) else batch  # a simulator may have just so many samples
+    for low in range(0, batch, size):
+        block = slice(low, min(low + size, batch))
         length = max(1, CHUNK_ROWS // batch)  # one if the samples come in blocks: then rows are contiguous
         for last in range(steps, 0, -length):
             pass_.chunk(trajectory, seeds, lam, adj_p, block, range(max(0, last - length), last))

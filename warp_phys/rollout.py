@@ -8,7 +8,7 @@ import numpy as np
 import warp as wp
 
 from warp_phys import row_kernels
-from warp_phys.adjoint import active_tape
+from warp_phys.adjoint import active_tape, paused
 from warp_phys.arrays import alias, check_array, numpy_type, parameter_numbers, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import COMBINED, Combined, Flow, agree, linear_parts, resolve
@@ -113,7 +113,7 @@ class Rollout:
         controls = make((self.steps, len(x0), self.system.control_size))
         if isinstance(self.system, System):
             parameters = self.system.check_parameters(parameters, x0, len(x0))
-        with _Paused(tape):
+        with paused(tape):
             wp.copy(states[0], x0)
             forward(self.system, self.controller, states, controls, parameters, self.backend == "fused")
         if self.on_divergence == "raise":
@@ -224,21 +224,6 @@ def _as_rows(array: wp.array) -> wp.array:
     if array.ndim == 2:
         return array
     return alias(array, array.dtype, (1, len(array)), (array.strides[0] * len(array), array.strides[0]))
-
-
-class _Paused:
-    """Keep a tape from recording; Warp has no public switch for it."""
-
-    def __init__(self, tape: wp.Tape | None):
-        self.tape = tape
-
-    def __enter__(self):
-        if self.tape is not None:
-            self.tape.__exit__(None, None, None)
-
-    def __exit__(self, *_error):
-        if self.tape is not None:
-            self.tape.__enter__()
 
 
 def check_sizes(system: Any, controller: Any) -> None:

@@ -61,9 +61,16 @@ def source(name: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
+def skip_without_jax(needed: bool) -> None:
+    """Skip a test that needs JAX where there is none."""
+    if needed:
+        pytest.importorskip("jax", reason='needs JAX: pip install "warp_phys[jax]"')
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if code(p)], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_code_blocks_run(page, tmp_path):
     """A page's blocks run in order, in a module on disk: Warp reads the source of kernels from their file."""
+    skip_without_jax("import jax" in code(page))
     name = "documented_" + page.stem.lower()
     file = tmp_path / f"{name}.py"
     file.write_text(code(page), encoding="utf-8")
@@ -87,6 +94,7 @@ def test_readme_example_trains():
 
 @pytest.mark.parametrize("name", modules())
 def test_doctests(name):
+    skip_without_jax(name.startswith("warp_phys.interop.jax"))
     results = doctest.testmod(importlib.import_module(name), extraglobs={"np": np})
     assert results.attempted > 0
     assert results.failed == 0

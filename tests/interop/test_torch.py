@@ -440,7 +440,7 @@ def test_by_hand_equals_autograd(device):
                     net[1] = activation()
                 results = []
                 for by_hand in (True, False):
-                    rollout = Rollout(system, net, 10, "C")
+                    rollout = Rollout(system, net, 10, "C", backend="general")
                     rollout._adapter.by_hand = by_hand
                     net.zero_grad()
                     x0 = start(device, 6, system=system).to(dtype)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import warp as wp
 
+from tests.springs import Springs
 from tests.toy import TwoControls
 from warp_phys import CartPole, Dense, Diverged, Rollout, gate
 from warp_phys.arrays import parameter_numbers
@@ -358,3 +359,17 @@ def test_diverged_in_pure_warp(device):
     with pytest.raises(Diverged, match="at step 1; 5 sample") as caught:
         Rollout(system, controller, STEPS)(x0)
     assert caught.value.step == 1 and caught.value.samples == (0, 1, 2, 3, 4)
+
+
+def test_warps_switch_for_backward_passes(device, monkeypatch):
+    """Kernels that a tape runs backward are compiled for that, whatever Warp's switch says when they are made."""
+    monkeypatch.setattr(wp.config, "enable_backward", False)
+    system = Springs(size=3, pushes=1)  # no other test has its kernels
+    make = {"dtype": wp.float64, "device": device, "requires_grad": True}
+    states, controls = wp.zeros((2, 4, 3), **make), wp.zeros((1, 4, 1), **make)
+    states[0].assign(system.sample(4, 0, np.float64))
+    with wp.Tape() as tape:
+        system.step(states[0], controls[0], states[1])
+        loss = system.loss(states, controls, "final", 0.1)
+    tape.backward(loss)
+    assert np.abs(controls.grad.numpy()).min() > 0.0 and np.abs(states.grad.numpy()[0]).max() > 0.0

@@ -23,7 +23,7 @@ class Report:
     updates: torch.Tensor | None = None
     """Their updates of the controller's parameters, shape (flows, parameters), of this pass alone."""
     changes: tuple[torch.Tensor, ...] = ()
-    """What this pass added to the gradient of each trained parameter."""
+    """What this pass added to the gradients of the trained parameters, in one tensor or several."""
     diverged: tuple[int, ...] = ()
     """Samples that left the finite numbers and were masked."""
 

@@ -6,6 +6,7 @@ makes to the combination, C(Σ + new) − C(Σ), and `p.grad` always holds C of 
 it.
 """
 
+import threading
 import weakref
 from collections.abc import Sequence
 
@@ -15,6 +16,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from warp_phys.flow import Combined
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+PASSES = 8
+"""Passes of autograd whose updates wait for p.grad: one per thread that is in one, and those of torch.autograd.grad,
+which never reach it."""
 
 
 class PassUpdates:
@@ -39,9 +44,9 @@ class ParameterSums:
     def __init__(self, parameter: torch.Tensor):
         self.grad: torch.Tensor | None = None
         self.version = -1
-        self.task = -1
         self.settled: dict[Combined, PassUpdates | Pair] = {}
-        self.pending: dict[Combined, PassUpdates | Pair] = {}
+        self.pending: dict[int, dict[Combined, PassUpdates | Pair]] = {}  # by pass of autograd
+        self.lock = threading.RLock()  # passes may run in several threads
         # autograd calls the one before it adds to p.grad, the other after; neither may keep the parameter alive
         reference = weakref.ref(parameter)
         parameter.register_hook(lambda _grad: self._forget_if_changed(reference()))
@@ -49,35 +54,36 @@ class ParameterSums:
 
     def add(self, flow: Combined, parameter: torch.Tensor, new: PassUpdates) -> tuple[Pair, Pair] | None:
         """Add one pass's updates; return the sums before and after it, or None if it is the first."""
-        self._forget_if_changed(parameter)
-        task = torch._C._current_graph_task_id()
-        if task != self.task:  # what an earlier torch.autograd.grad left has never reached p.grad
-            self.pending.clear()
-            self.task = task
-        known = self.pending.get(flow, self.settled.get(flow))
-        if known is None:
-            self.pending[flow] = new
-            return None
-        before, update = known.pair() if isinstance(known, PassUpdates) else known, new.pair()
-        after = before[0] + update[0], before[1] + update[1]
-        self.pending[flow] = after
-        return before, after
+        with self.lock:
+            self._forget_if_changed(parameter)
+            pending = self.pending.setdefault(torch._C._current_graph_task_id(), {})
+            if len(self.pending) > PASSES:
+                self.pending.pop(next(iter(self.pending)))
+            known = pending.get(flow, self.settled.get(flow))
+            if known is None:
+                pending[flow] = new
+                return None
+            before, update = known.pair() if isinstance(known, PassUpdates) else known, new.pair()
+            after = before[0] + update[0], before[1] + update[1]
+            pending[flow] = after
+            return before, after
 
     def _settle(self, parameter: torch.Tensor) -> None:
-        if torch._C._current_graph_task_id() == self.task:
-            self.settled.update(self.pending)
-        self.pending.clear()
-        self.grad = parameter.grad
-        self.version = -1 if self.grad is None else self.grad._version
+        with self.lock:
+            self.settled.update(self.pending.pop(torch._C._current_graph_task_id(), {}))
+            self.grad = parameter.grad
+            self.version = -1 if self.grad is None else self.grad._version
 
     def _forget_if_changed(self, parameter: torch.Tensor | None) -> None:
-        grad = None if parameter is None else parameter.grad
-        if grad is None or grad is not self.grad or grad._version != self.version:
-            self.settled.clear()
-            self.grad = None
+        with self.lock:
+            grad = None if parameter is None else parameter.grad
+            if grad is None or grad is not self.grad or grad._version != self.version:
+                self.settled.clear()
+                self.grad = None
 
 
 _SUMS = WeakIdKeyDictionary()
+_LOCK = threading.Lock()
 
 
 def combined_changes(
@@ -94,9 +100,11 @@ def combined_changes(
     changes = split(flow.rule(base, other), parameters)
     start = 0
     for i, parameter in enumerate(parameters):
-        if parameter not in _SUMS:
-            _SUMS[parameter] = ParameterSums(parameter)
-        sums = _SUMS[parameter].add(flow, parameter, PassUpdates(base, other, start, parameter))
+        with _LOCK:
+            if parameter not in _SUMS:
+                _SUMS[parameter] = ParameterSums(parameter)
+            own = _SUMS[parameter]
+        sums = own.add(flow, parameter, PassUpdates(base, other, start, parameter))
         start += parameter.numel()
         if sums is not None:
             before, after = sums

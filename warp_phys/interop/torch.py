@@ -7,15 +7,24 @@ import numpy as np
 import torch
 import warp as wp
 
-from warp_phys.arrays import as_structs, shape_message
+from warp_phys.arrays import as_structs, for_all_streams, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
+from warp_phys.interop.torch_compiled import name_of_rollout
 from warp_phys.interop.torch_controller import TorchController, check_pure, precision_and_device
 from warp_phys.interop.torch_dense import as_array
+from warp_phys.interop.torch_diagnostics import diagnose, jacobians, rotation
 from warp_phys.interop.torch_direct import DirectPass, is_finite
-from warp_phys.interop.torch_loss import pointwise_cost, refuse_second_derivative, rows_of_parameters, torch_stream
+from warp_phys.interop.torch_loss import (
+    pointwise_cost,
+    refuse_second_derivative,
+    refuse_transforms,
+    rows_of_parameters,
+    torch_stream,
+)
+from warp_phys.interop.torch_ops import Step, name_of
 from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
 from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
@@ -25,7 +34,7 @@ from warp_phys.systems.losses import chosen_times
 DIRECT_PASSES = 8
 """Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
 
-__all__ = ["Report", "Rollout", "pointwise_cost"]
+__all__ = ["Report", "Rollout", "Step", "diagnose", "jacobians", "pointwise_cost", "rotation"]
 
 
 class Rollout:
@@ -80,6 +89,9 @@ class Rollout:
         self._workspaces: list[Workspace] = []
         self._gates: dict[tuple, tuple[np.ndarray, wp.array]] = {}
         self._direct: dict[tuple, DirectPass] = {}
+        if isinstance(system, System):
+            name_of(system)  # for losses in compiled code
+        self._name = name_of_rollout(self)
         self.dtype, self.device = precision_and_device(controller, device)
         check_sizes(system, self._adapter.dense() or controller)
         self._backend = check_choice("backend", backend, BACKENDS)
@@ -110,6 +122,13 @@ class Rollout:
         """Leave out what points into memory, so that copies and pickles are possible."""
         return {**vars(self), "_workspaces": [], "_gates": {}, "_direct": {}, "report": Report()}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy a name of its own."""
+        vars(self).update(state)
+        if isinstance(self.system, System):
+            name_of(self.system)
+        self._name = name_of_rollout(self)
+
     @property
     def flow(self) -> Flow | Combined:
         """The flow of the next backward passes; a name or a letter may be assigned."""
@@ -137,12 +156,24 @@ class Rollout:
             TypeError, ValueError: x0 or a parameter does not fit.
             Diverged: A state is not finite, and `on_divergence` is "raise".
         """
+        if torch.compiler.is_compiling():
+            return self._as_operator(x0, parameters)
+        refuse_transforms("a rollout")
         x0 = self._initial_states(x0)
         rows = rows_of_parameters(self.system, parameters or {}, x0)
         trainable = self._adapter.trainable
         if torch.is_grad_enabled() and (trainable or x0.requires_grad or (rows is not None and rows.requires_grad)):
             return _Unroll.apply(self, x0, rows, *trainable)
         return self._forward(x0, rows, keep=False)[:2]
+
+    def _as_operator(self, x0: Any, parameters: Mapping[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the same as one opaque node of a graph that torch compiles; x0 is checked when that runs."""
+        if not isinstance(x0, torch.Tensor):
+            x0 = torch.as_tensor(x0).to(self.device, self.dtype)
+        rows = rows_of_parameters(self.system, parameters or {}, x0)
+        trainable = self._adapter.trainable
+        states, controls, _ = torch.ops.warp_phys.unroll(x0, rows, trainable, self._steps, self._name)
+        return states, controls
 
     def value_and_grad(self, x0: Any, when: str | Sequence[int] = "final", control_cost: float = 0.0) -> torch.Tensor:
         """Return the loss of `System.loss`, and leave the flow's update in the `.grad` of the controller's parameters.
@@ -170,16 +201,15 @@ class Rollout:
         if direct is None:
             return self._value_and_grad_by_graph(x0, when, control_cost)
         with torch.no_grad():
-            direct.forward(x0)
+            direct.run(x0)
             if not is_finite(direct.states):
                 if self.on_divergence == "raise":
                     self._handle_divergence(direct.states, direct.controls)
                 return self._value_and_grad_by_graph(x0, when, control_cost)
             loss = direct.loss()
-            direct.backward()
             if self.reduce is not None:
                 self.reduce(direct.updates)
-            self.report = direct.leave(self.flow)
+            self.report = direct.leave()
         return loss
 
     def _direct_pass(self, batch: int, when: str | Sequence[int], control_cost: float) -> DirectPass | None:
@@ -194,11 +224,13 @@ class Rollout:
             self._check_place()
             if not isinstance(self.system, System) or self.backend != "fused":
                 return None
-            flows = distinct([part for flow in (self.flow, *self.observe) for part in linear_parts(resolve(flow))])
+            observe = [part for flow in self.observe for part in linear_parts(resolve(flow))]
             times, shape = chosen_times(when, self.steps), (self.steps, batch)
             if len(self._direct) >= DIRECT_PASSES:
                 self._direct.pop(next(iter(self._direct)))
-            self._direct[key] = DirectPass(self.system, self._adapter, shape, flows, times, control_cost, self.dtype)
+            self._direct[key] = DirectPass(
+                self.system, self._adapter, shape, self._flow, observe, times, control_cost, self.dtype
+            )
         return self._direct[key]
 
     def _value_and_grad_by_graph(
@@ -226,9 +258,8 @@ class Rollout:
             raise TypeError(f"x0 must hold {self.dtype} as the controller does, got {x0.dtype}")
         if x0.device != self.device:
             raise ValueError(f"x0 must be on device {self.device} as the controller is, got {x0.device}")
-        finite = torch.isfinite(x0)
-        if not finite.all():
-            bad = torch.nonzero(~finite.all(dim=1)).flatten().tolist()
+        if not is_finite(x0):
+            bad = torch.nonzero(~torch.isfinite(x0).all(dim=1)).flatten().tolist()
             raise ValueError(f"x0 must be finite, rows {bad[:8]} are not")
         return x0
 
@@ -338,7 +369,8 @@ class Rollout:
         key = (flows, steps)
         if key not in self._gates:
             gates = flow_gates(flows, steps)
-            self._gates[key] = gates, wp.array(gates, dtype=wp.dtype_from_torch(self.dtype), device=str(self.device))
+            array = wp.array(gates, dtype=wp.dtype_from_torch(self.dtype), device=str(self.device))
+            self._gates[key] = gates, for_all_streams(array)
         return self._gates[key]
 
     def _updates(self, updates: torch.Tensor, trainable: list[torch.nn.Parameter]) -> list[torch.Tensor]:

@@ -8,7 +8,15 @@ import warp as wp
 
 from warp_phys.dense_kernels import padded_width
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
-from warp_phys.interop.torch_plan import ACTIVATIONS, PRECISIONS, Planned, are_hooks_everywhere, has_hooks, read_plan
+from warp_phys.interop.torch_plan import (
+    ACTIVATIONS,
+    PRECISIONS,
+    READ,
+    Planned,
+    are_hooks_everywhere,
+    has_hooks,
+    read_plan,
+)
 from warp_phys.layers import Dense, Workspace
 from warp_phys.network import Network
 from warp_phys.phases import CHUNK_ROWS
@@ -136,7 +144,7 @@ class TorchController:
                 return None
             assert layer is not None
             parts += [id(layer), type(layer)]
-            parts += [value for value in vars(layer).values() if isinstance(value, (int, float, str, tuple))]
+            parts += [getattr(layer, name) for name in READ.get(type(layer), ())]
             for p in layer._parameters.values():
                 if p is not None:
                     parts += [id(p), p.data_ptr(), p.shape, p.stride(), p.dtype, p.requires_grad]

@@ -8,14 +8,14 @@ import torch
 import warp as wp
 
 from warp_phys import kernels
-from warp_phys.arrays import aligned_zeros
-from warp_phys.flow import Combined, Flow, linear_parts
+from warp_phys.flow import Combined, Flow, distinct, linear_parts
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import split
 from warp_phys.interop.torch_controller import TorchController, addresses_of
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.layers import Workspace
-from warp_phys.network import OwnLoss, address_array, run
+from warp_phys.native_kernels import combine_kernel
+from warp_phys.network import OwnLoss, address_array, run_sequences
 from warp_phys.phases import Trajectory, flow_gates
 from warp_phys.systems.losses import chosen_array
 
@@ -27,7 +27,8 @@ class DirectPass:
         system: The system.
         adapter: The controller, whose `fits` and `sweeps` hold; its parameters must stay where they are.
         shape: Steps and batch.
-        flows: The flows that run; the first ones are those of the update.
+        flow: The flow of the update.
+        observe: Further flows that run, for the report.
         times: Steps at which the pointwise cost counts.
         control_cost: Factor of the mean squared control.
         dtype: Precision.
@@ -38,26 +39,29 @@ class DirectPass:
         system: Any,
         adapter: TorchController,
         shape: tuple[int, int],
-        flows: Sequence[Flow],
+        flow: Flow | Combined,
+        observe: Sequence[Flow],
         times: tuple[int, ...],
         control_cost: float,
         dtype: torch.dtype,
     ):
         steps, batch = shape
-        self.flows, self.control_cost = tuple(flows), control_cost
+        self.flow, self.control_cost = flow, control_cost
+        self.flows = distinct([*linear_parts(flow), *observe])
         self.states = torch.zeros((steps + 1, batch, system.state_size), dtype=dtype)
         self.controls = torch.zeros((steps, batch, system.control_size), dtype=dtype)
-        self.lam = torch.zeros((len(flows), batch, system.state_size), dtype=dtype)
+        self.lam = torch.zeros((len(self.flows), batch, system.state_size), dtype=dtype)
         self.costs = torch.zeros((len(times), batch), dtype=dtype)
         self.trainable = adapter.trainable
         self.frozen = [p for p in adapter.module.parameters() if not p.requires_grad]
         size = sum(p.numel() for p in self.trainable)
-        self.updates = torch.zeros((len(flows), size), dtype=dtype)
+        self.updates = torch.zeros((len(self.flows), size), dtype=dtype)
         self.grad = torch.zeros(size, dtype=dtype)
         self.grads = split(self.grad, self.trainable)
         self.per_sample = 1.0 / (self.costs.numel() if system.time_average else batch)
         self._record_cost(system, times)
         self._record_passes(system, adapter)
+        self._record_rule()
 
     def _record_cost(self, system: Any, times: tuple[int, ...]) -> None:
         """Record the launch of the cost."""
@@ -69,64 +73,85 @@ class DirectPass:
         self._held = [own, chosen]  # a recorded launch does not keep its arrays alive
         counts = np.zeros(len(self.states), dtype=np.int32)
         counts[list(times)] = 1
-        control_weight = self.control_cost / self.controls.numel()
-        self._loss = OwnLoss(wp.array(counts, dtype=wp.int32, device="cpu"), self.per_sample, control_weight)
+        self.control_weight = self.control_cost / self.controls.numel()
+        self._loss = OwnLoss(wp.array(counts, dtype=wp.int32, device="cpu"), self.per_sample, self.control_weight)
+
+    def _record_rule(self) -> None:
+        """Record the launch that combines the updates, if the flow needs one and the rule has a kernel."""
+        self._parts, self._rule = [self.flows.index(part) for part in linear_parts(self.flow)], None
+        if not isinstance(self.flow, Combined):
+            return
+        kernel = combine_kernel(self.flow.rule, wp.dtype_from_torch(self.grad.dtype))
+        if kernel is not None:
+            addresses = wp.zeros(3, dtype=wp.uint64, device="cpu")
+            inputs = [addresses, len(self.grad)]
+            self._rule = wp.launch(kernel, 1, inputs, device="cpu", record_tape=False, record_cmd=True)
+            self._rule_addresses = addresses.numpy()  # a view
+            self._held.append(addresses)
 
     def _record_passes(self, system: Any, adapter: TorchController) -> None:
         """Record the launches of the forward and of the backward pass."""
         network, tensors = adapter.network()
         x, c, lam = as_array(self.states), as_array(self.controls), as_array(self.lam)
         own, workspace, (steps, batch, _) = system.check_parameters(None, x, 1), Workspace(), c.shape
-        keep = network.can_keep(c)
-        rows = aligned_zeros((network.row_count(c, keep=True) if keep else network.scratch_count(c),), x.dtype, "cpu")
         gates = wp.array(flow_gates(self.flows, steps), dtype=x.dtype, device="cpu")
         gradients = network.gradients(len(self.flows), batch, workspace)
         sources = address_array([addresses_of(tensors)])
-        targets = address_array(adapter.targets(tensors, list(self.updates)))
+        addresses = np.array(adapter.targets(tensors, list(self.updates)), dtype=np.uint64)
+        self._trained = addresses != 0
+        self._offsets = addresses - np.uint64(self.updates.data_ptr())
+        targets = address_array(addresses)
+        self._targets = targets.numpy()  # a view
         self._pack = network.pack_launch(sources)
-        self._unroll = network.unroll_launches(system, x, c, own, rows, keep)
-        self._sweep = network.sweep_launches(
-            system, Trajectory(x, c, own), self._loss, gates, lam, rows, keep, gradients, workspace
-        )
+        trajectory = Trajectory(x, c, own)
+        self._passes = network.pass_launches(system, trajectory, self._loss, gates, lam, gradients, workspace)
         self._unpack = network.unpack_launches(gradients, targets)
         self._gradients = wp.to_torch(gradients)
-        self._held += [network, adapter, x, c, lam, own, workspace, rows, gates, sources, targets]
+        self._held += [network, adapter, x, c, lam, own, workspace, gates, sources, targets]
 
-    def forward(self, x0: torch.Tensor) -> None:
-        """Write states and controls."""
+    def run(self, x0: torch.Tensor) -> None:
+        """Write states, controls, and every flow's update in `updates`, shape (flows, parameters)."""
         self.states[0] = x0
-        self._pack.launch()
-        run(self._unroll)
-
-    def loss(self) -> torch.Tensor:
-        """Return the loss of the states and controls that `forward` left."""
-        self._cost.launch()
-        value = self.costs.sum() * self.per_sample
-        if self.control_cost:
-            value += self.control_cost * self.controls.square().mean()
-        return value
-
-    def backward(self) -> None:
-        """Leave every flow's update in `updates`, shape (flows, parameters)."""
-        self.updates.zero_()
+        self.updates = torch.zeros_like(self.updates)  # the report keeps the last one
+        np.add(self._offsets, np.uint64(self.updates.data_ptr()), out=self._targets, where=self._trained)
         self._gradients.zero_()
-        run(self._sweep)
+        self._pack.launch()
+        run_sequences(self._passes)
         for launch in self._unpack:
             launch.launch()
 
-    def leave(self, flow: Flow | Combined) -> Report:
+    def loss(self) -> torch.Tensor:
+        """Return the loss of the states and controls that `run` left."""
+        self._cost.launch()
+        value = self.costs.sum() * self.per_sample
+        if self.control_cost:
+            controls = self.controls.view(-1)
+            value.add_(torch.dot(controls, controls), alpha=self.control_weight)
+        return value
+
+    def leave(self) -> Report:
         """Put the flow's update into the `.grad` of the parameters; return what the pass tells about itself."""
-        updates = self.updates.clone()  # the report's own: it is read later, when other passes have run
-        parts = [updates[self.flows.index(part)] for part in linear_parts(flow)]
-        update = flow.rule(*parts) if isinstance(flow, Combined) else parts[0]
+        update = self._combine()
         self.grad.copy_(update)
         for parameter, grad in zip(self.trainable, self.grads, strict=True):
             parameter.grad = grad
         for parameter in self.frozen:
             parameter.grad = None
-        return Report(self.flows, updates, tuple(split(update, self.trainable)))
+        return Report(self.flows, self.updates, (update,))
+
+    def _combine(self) -> torch.Tensor:
+        """Return the update of the flow."""
+        if not isinstance(self.flow, Combined):
+            return self.updates[0]
+        base, other = (self.updates[i] for i in self._parts)
+        if self._rule is None:
+            return self.flow.rule(base, other)
+        update = torch.empty_like(self.grad)
+        self._rule_addresses[:] = base.data_ptr(), other.data_ptr(), update.data_ptr()
+        self._rule.launch()
+        return update
 
 
 def is_finite(states: torch.Tensor) -> bool:
     """Whether all numbers of a tensor are finite."""
-    return bool(np.isfinite(float(states.sum()))) or bool(torch.isfinite(states).all())
+    return bool(np.isfinite(float(states.detach().sum()))) or bool(torch.isfinite(states).all())

@@ -22,6 +22,16 @@ WIDEST = 65536
 """Most inputs or outputs of a layer: beyond it a matrix library is as good."""
 
 
+READ: dict[type, tuple[str, ...]] = {
+    torch.nn.Conv1d: ("stride", "padding", "dilation", "groups"),
+    torch.nn.ELU: ("alpha",),
+    torch.nn.Flatten: ("start_dim", "end_dim"),
+    torch.nn.Unflatten: ("dim", "unflattened_size"),
+    ToGrid: ("channels",),
+}
+"""What a plan depends on besides types and parameters, by torch module."""
+
+
 class Planned(NamedTuple):
     """A module as layers."""
 

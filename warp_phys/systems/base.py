@@ -11,7 +11,7 @@ import numpy as np
 import warp as wp
 
 from warp_phys import kernels
-from warp_phys.arrays import as_structs, check_array, numpy_type, parameter_rows, real_type
+from warp_phys.arrays import as_structs, check_array, for_all_streams, numpy_type, parameter_rows, real_type
 from warp_phys.rows import row_functions
 from warp_phys.systems import losses
 
@@ -92,7 +92,7 @@ def _types(structure: "System", real: type) -> SystemTypes:
 @functools.cache
 def _defaults(system: "System", real: type, device: str) -> wp.array:
     """Return the system's own parameters on a device, shape (1,); made once, so that a step allocates nothing."""
-    return system.parameter_array(device=device, dtype=real)
+    return for_all_streams(system.parameter_array(device=device, dtype=real))
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,9 @@ class System(ABC):
     def step(self, x: wp.array, c: wp.array, y: wp.array, parameters: wp.array | None = None) -> None:
         """Write y = S(x, c), one time step of every row.
 
-        Runs on the arrays' device and current stream, is recorded by an active `wp.Tape`, can be captured in a graph
-        once it has run before, allocates nothing and does not wait.
+        Runs on the arrays' device and its current stream, is recorded by an active `wp.Tape`, and changes no setting of
+        the process. Its first call loads a kernel and places the system's own parameters on the device; from then on
+        it allocates nothing, does not wait, and can be captured in a graph.
 
         Args:
             x: States, shape (batch, D), float32 or float64, any strides.
@@ -233,6 +234,8 @@ class System(ABC):
         adj_parameters: wp.array | None = None,
     ) -> None:
         """Write adj_x = (∂S/∂x)ᵀ adj_y and adj_c = (∂S/∂c)ᵀ adj_y, and likewise for the physical parameters if asked.
+
+        What `step` says of itself holds here, but for the tape: no tape records it.
 
         Args:
             x: States at which the step is linearised, shape (batch, D).

@@ -9,7 +9,7 @@ import numpy as np
 import warp as wp
 
 from warp_phys import kernels
-from warp_phys.arrays import real_type, shape_message
+from warp_phys.arrays import for_all_streams, real_type, shape_message
 from warp_phys.errors import check_choice
 
 
@@ -31,6 +31,10 @@ def loss(
         from warp_phys.interop.torch_loss import pointwise_cost  # noqa: PLC0415, the caller has imported torch already
 
         costs = pointwise_cost(system, states, times, parameters)
+    elif _is_jax(states):
+        from warp_phys.interop.jax_loss import pointwise_cost as jax_cost  # noqa: PLC0415, likewise
+
+        costs = jax_cost(system, states, times, parameters)
     else:
         controls = None if controls is None else np.asarray(controls)
         costs = _numpy_costs(system, np.asarray(states), times, parameters)
@@ -41,6 +45,11 @@ def loss(
 def _is_torch(array: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
+
+
+def _is_jax(array: Any) -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(array, jax.Array)
 
 
 def check_trajectory(system: Any, states: Any, controls: Any, control_cost: float) -> None:
@@ -76,7 +85,7 @@ def chosen_times(when: str | Sequence[int], steps: int) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=64)
 def chosen_array(times: tuple[int, ...], device: str) -> wp.array:
     """Return chosen times on a device; kept, since a training asks for the same ones again and again."""
-    return wp.array(times, dtype=int, device=device)
+    return for_all_streams(wp.array(times, dtype=int, device=device))
 
 
 def _numpy_costs(system, states, times, parameters) -> np.ndarray:

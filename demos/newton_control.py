@@ -1,0 +1,147 @@
+"""A network trained with R, M, S and C on a model of Newton's: its cart with two poles, or its ant.
+
+    python -m demos.newton_control --save newton.png
+    python -m demos.newton_control --task ant --save ant.png
+
+Needs Newton, `pip install "warp_phys[newton]"`. Opens a window unless it is told to save; prints the losses either way.
+"""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import warp
+from matplotlib.figure import Figure
+
+from controllers.checkpoint import atomic_write
+from controllers.commandline import Parser, add_flags
+from controllers.networks import MLP
+from demos.colours import colour
+from demos.newton_tasks import TASKS, Task
+from demos.swingup import has_display
+from warp_phys.errors import check_choice, check_count
+from warp_phys.flow import resolve
+from warp_phys.interop.torch import Rollout
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the demo."""
+
+    task: str = "cartpole"
+    """What is trained: cartpole (two poles in a chain are kept upright) or ant (it sets off towards +x)."""
+    flows: str = "RMSC"
+    """Letters of the flows that are trained with, one after the other, from the same weights."""
+    updates: int = 100
+    """Updates of each training."""
+    worlds: int = 16
+    """Samples of an update, each a world of the model."""
+    steps: int = 0
+    """Control steps of a rollout; 0: as many as suit the task."""
+    rate: float = 0.003
+    """Learning rate of Adam."""
+    seed: int = 0
+    """Seed of the weights and of the initial states."""
+    save: str = ""
+    """File for the picture; without, a window opens."""
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_choice("task", self.task, tuple(TASKS))
+        check_count("updates", self.updates)
+        check_count("worlds", self.worlds)
+        check_count("steps", self.steps, least=0)
+        for letter in self.flows:
+            resolve(letter)
+        if not self.flows:
+            raise ValueError("flows must name at least one flow, got none")
+        if not self.rate > 0.0:
+            raise ValueError(f"rate must be positive, got {self.rate}")
+
+
+class Curve(NamedTuple):
+    """A training."""
+
+    losses: list[float]
+    """Loss over the test states, before the first update and after every update."""
+    seconds: float
+    """Wall-clock time of an update, the median."""
+
+
+def train(task: Task, system: Any, settings: Settings, flow: str) -> Curve:
+    """Train a network with one flow; the loss is the mean cost of all states of a rollout."""
+    network = MLP(system, hidden=(64, 64), init="zero-last", seed=settings.seed)
+    rollout = Rollout(system, network, settings.steps or task.steps, flow=flow)
+    optimiser = torch.optim.Adam(network.parameters(), lr=settings.rate)
+    test = task.start(system, np.random.default_rng([settings.seed, 0]))
+    losses, seconds = [], []
+    for update in range(settings.updates + 1):
+        with torch.no_grad():
+            losses.append(float(task.cost(*rollout(test))))
+        if update == settings.updates:
+            break
+        start = time.perf_counter()
+        optimiser.zero_grad()
+        task.cost(*rollout(task.start(system, np.random.default_rng([settings.seed, update + 1])))).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        seconds.append(time.perf_counter() - start)
+    return Curve(losses, float(np.median(seconds)))
+
+
+def draw(figure: Any, settings: Settings, curves: Mapping[str, Curve]) -> None:
+    """Draw the losses over the updates."""
+    axes = figure.subplots()
+    for letter, curve in curves.items():
+        axes.plot(curve.losses, color=colour(letter), label=f"{letter} {resolve(letter).name}")
+    title = f"{TASKS[settings.task].title}, seed {settings.seed}"
+    axes.set(xlabel="update", ylabel="test loss", title=title)
+    axes.legend()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns its exit status."""
+    warp.config.log_level = warp.LOG_WARNING
+    parser = Parser(prog="python -m demos.newton_control", description=(__doc__ or "").partition("\n")[0])
+    add_flags(parser, Settings)
+    try:
+        settings = Settings(**vars(parser.parse_args(arguments)))
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    if not settings.save and not has_display():
+        parser.error("there is no display to open a window on; give --save FILE.png")
+    torch.set_num_threads(1)  # the networks are small
+    task = TASKS[settings.task]
+    system = task.build(settings.worlds)
+    print(f"{system}, {settings.steps or task.steps} steps, {settings.updates} updates, seed {settings.seed}")
+    curves = {}
+    for letter in settings.flows:
+        curves[letter] = curve = train(task, system, settings, letter)
+        best = min(curve.losses)
+        print(
+            f"{letter} {resolve(letter).name:<9} test loss {curve.losses[0]:.4f} → {curve.losses[-1]:.4f}, best "
+            f"{best:.4f}, {curve.seconds:.2f} s per update",
+            flush=True,
+        )
+    layout: dict[str, Any] = {"figsize": (7, 4.2), "layout": "constrained"}
+    if settings.save:
+        figure, path = Figure(**layout), Path(settings.save)
+        draw(figure, settings, curves)
+        with atomic_write(path) as file:
+            figure.savefig(file, format=path.suffix[1:].lower() or "png", dpi=110)
+        print(f"Picture: {path.resolve()}")
+    else:
+        from matplotlib import pyplot as plt  # noqa: PLC0415, it looks for a display as soon as it is imported
+
+        draw(plt.figure(**layout), settings, curves)
+        plt.show()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

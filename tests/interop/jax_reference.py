@@ -1,0 +1,46 @@
+"""The cart-pole and its flows in JAX, unrolled by JAX itself, with `stop_gradient` where a flow stops feedback."""
+
+import jax
+import jax.numpy as jnp
+
+
+def cart_pole_step(system, x, c):
+    """One semi-implicit Euler step, batched over rows; written from the equations, not from the engine."""
+    g, m, total, l, dt = system.gravity, system.pole_mass, system.total_mass, system.half_length, system.dt
+    angle, rate, force = x[:, 2::2], x[:, 3::2], c
+    push = (force + m * l * jnp.sin(angle) * rate**2) / total
+    turn = (g * jnp.sin(angle) - jnp.cos(angle) * push) / (l * (4 / 3 - m * jnp.cos(angle) ** 2 / total))
+    swing = (jnp.sin(angle) * rate**2 - turn * jnp.cos(angle)).sum(1, keepdims=True)
+    speed = x[:, 1:2] + dt * (force + m * l * swing) / total
+    rate = rate + dt * turn
+    poles = jnp.stack([angle + dt * rate, rate], axis=2).reshape(len(x), -1)
+    return jnp.concatenate([x[:, :1] + dt * speed, speed, poles], axis=1)
+
+
+def gated(x, weight):
+    """The identity forward; backward its adjoint is multiplied by `weight`."""
+    return weight * x + jax.lax.stop_gradient((1 - weight) * x)
+
+
+def unroll(step, controller, params, x0, gates):
+    """Return states and controls of an unrolling whose feedback passes the gates, shape (steps, 2)."""
+
+    def advance(x, gate):
+        c = controller(params, gated(x, gate[1]))
+        y = step(gated(x, gate[0]), c)
+        return y, (y, c)
+
+    _, (states, controls) = jax.lax.scan(advance, x0, gates)
+    return jnp.concatenate([x0[None], states]), controls
+
+
+def cart_pole_loss(states, controls, when, control_cost):
+    """1 − mean cos θ over samples, poles and times, plus the control cost."""
+    chosen = states[-1:] if when == "final" else states[1:]
+    return 1 - jnp.cos(chosen[:, :, 2::2]).mean() + control_cost * (controls * controls).mean()
+
+
+def relative(a, b):
+    """Return ‖a − b‖ / ‖b‖ of two pytrees."""
+    a, b = (jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (a, b))
+    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))

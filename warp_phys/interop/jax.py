@@ -1,0 +1,301 @@
+"""The bridge to JAX: rollouts whose reverse-mode derivative is a flow of one's choice, under `jit`, inside `grad`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from warp_phys.arrays import shape_message
+from warp_phys.errors import Diverged, check_count
+from warp_phys.flow import Combined, Flow, linear_parts, resolve
+from warp_phys.interop import jax_calls as calls
+from warp_phys.interop.extras import require
+from warp_phys.interop.jax_arrays import check_rows, is_traced, key_of, real_of, rows_of_parameters, shape_of
+from warp_phys.interop.jax_loss import loss
+from warp_phys.interop.jax_mlp import MLP
+from warp_phys.interop.jax_step import step, step_pull, step_rows
+from warp_phys.phases import flow_gates
+from warp_phys.rollout import check_sizes
+from warp_phys.systems.base import Simulator, System
+
+require("jax", "jax")
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+__all__ = ["MLP", "check_finite", "loss", "rollout", "step", "trajectory"]
+
+
+def rollout(
+    system: Simulator,
+    controller: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    x0: Any,
+    steps: int,
+    flow: str | Flow | Combined = "combined",
+    parameters: Mapping[str, Any] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return states (steps + 1, batch, D) and controls (steps, batch, K) of x_{n+1} = S(x_n, N(params, x_n)).
+
+    What `jax.grad` finds for `params` is the flow's update, for x0 and physical parameters the flow's adjoints. Of a
+    combined flow the sums over time and batch are compared, those of this call. Works under `jit`, `vmap` and inside
+    `grad` and `vjp`; forward-mode and second derivatives are refused by JAX.
+
+    Args:
+        system: A `System`, a `JaxSystem`, or anything with `step` and `step_vjp` (see `Simulator`).
+        controller: A JAX function of (params, states (batch, D)) to controls (batch, K), row by row. It is a key of
+            compiled programs: define it once, and hand it all that changes through `params`.
+        params: What the controller is made of, any pytree.
+        x0: Initial states, shape (batch, D), float32, or float64 if JAX is set to use it.
+        steps: Number of time steps T.
+        flow: A name, a letter, a `Flow` or a `Combined`.
+        parameters: Physical parameters by name, a number or one per sample each, differentiable.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; the message names the argument, what came, what is expected.
+        Diverged: A state is not finite. Under `jit` and inside `grad` numbers are not known: see `check_finite`.
+    """
+    if not callable(controller):
+        raise TypeError(f"controller must be a function of (params, states), got {type(controller).__name__}")
+    check_sizes(system, controller)
+    flow, steps = resolve(flow), check_count("steps", steps)
+    x0 = check_rows("x0", x0, system)
+    rows = rows_of_parameters(system, parameters, x0)
+    _check_controller(controller, params, x0, system.control_size)
+    spec = _Spec(key_of(system), controller, steps, flow, bool(parameters))
+    flow_gates(linear_parts(flow), steps)  # raises if gates are given for another number of steps
+    states, controls = _unroll(spec, params, x0, rows)
+    return check_finite(states), controls
+
+
+def trajectory(
+    system: System,
+    x0: Any,
+    controls: Any,
+    flow: str | Flow | Combined = "regular",
+    parameters: Mapping[str, Any] | None = None,
+) -> jax.Array:
+    """Return the states (steps + 1, batch, D) under given controls: an open loop, in one call of the engine.
+
+    Differentiable with respect to x0, controls and physical parameters. Without a controller the flow's physics gate
+    is all that counts, so "regular" and "modified" are the same.
+
+    Args:
+        system: A `System`.
+        x0: Initial states, shape (batch, D).
+        controls: Shape (steps, batch, K).
+        flow: A name, a letter, a `Flow` or a `Combined`.
+        parameters: Physical parameters by name, a number or one per sample each.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit.
+        Diverged: As for `rollout`.
+    """
+    if not isinstance(system, System):
+        raise TypeError(f"system must be a warp_phys.System, got {type(system).__name__}: scan over step instead")
+    x0, controls = check_rows("x0", x0, system), jnp.asarray(controls)
+    if controls.ndim != 3 or controls.shape[1:] != (len(x0), system.control_size) or len(controls) == 0:
+        expected = ("steps", len(x0), system.control_size)
+        raise ValueError(shape_message("controls", expected, controls.shape, ", ".join(system.controls)))
+    if controls.dtype != x0.dtype:
+        raise TypeError(f"controls must hold {x0.dtype} as x0 does, got {controls.dtype}")
+    flow = resolve(flow)
+    flow_gates(linear_parts(flow), len(controls))
+    spec = _Spec(key_of(system), None, len(controls), flow, bool(parameters))
+    return check_finite(_open_loop(spec, x0, controls, rows_of_parameters(system, parameters, x0)))
+
+
+def check_finite(states: jax.Array) -> jax.Array:
+    """Return the states of a trajectory, or raise `Diverged` if one is not finite.
+
+    Inside `jit` and `grad` there are no numbers yet and nothing is checked: what diverges is not finite in the
+    results. Return the states from there and call this function on them, or set `jax_debug_nans`.
+
+    Raises:
+        Diverged: The first step, and the samples.
+    """
+    if is_traced(states):
+        return states
+    finite = np.isfinite(np.asarray(states)).all(axis=2)
+    if not finite.all():
+        raise Diverged(int(np.argmin(finite.all(axis=1))), np.flatnonzero(~finite.all(axis=0)).tolist())
+    return states
+
+
+class _Spec(NamedTuple):
+    """What shapes a program: a key of JAX's caches."""
+
+    system: Any
+    controller: Any
+    steps: int
+    flow: Flow | Combined
+    want_rows: bool
+    """Whether the adjoints of the physical parameters may be wanted."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(spec: _Spec, params: Any, x0: jax.Array, rows: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    if _is_fused(spec):
+        return spec.controller.unroll(spec.system, params, x0, rows, spec.steps)
+
+    def advance(x, _):
+        c = spec.controller(params, x)
+        y = step_rows(spec.system, x, c, rows)
+        return y, (y, c)
+
+    _, (states, controls) = jax.lax.scan(advance, x0, None, length=spec.steps)
+    return jnp.concatenate([x0[None], states]), controls
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _unroll(spec: _Spec, params: Any, x0: jax.Array, rows: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    return _forward(spec, params, x0, rows)
+
+
+def _unroll_forward(spec, params, x0, rows):
+    states, controls = _forward(spec, params, x0, rows)
+    return (states, controls), (params, states, controls, rows)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unroll_backward(spec: _Spec, residuals: tuple, seeds: tuple) -> tuple:
+    rows = residuals[-1]
+    gates = flow_gates(linear_parts(spec.flow), spec.steps)
+    phases = functools.partial(_phases, spec, gates)
+    if _is_fused(spec) and not spec.want_rows:
+        fused = functools.partial(_fused_phases, spec, gates)
+        updates, lam, adj_rows = jax.lax.platform_dependent(residuals, seeds, cpu=fused, default=phases)
+    else:
+        updates, lam, adj_rows = phases(residuals, seeds)
+    adj_rows = None if rows is None else jnp.zeros_like(rows) if adj_rows is None else _combine(spec.flow, adj_rows)
+    update = jax.tree.map(lambda *parts: _combine(spec.flow, parts), *updates)
+    return update, _combine(spec.flow, lam), adj_rows
+
+
+def _phases(spec: _Spec, gates: np.ndarray, residuals: tuple, seeds: tuple) -> tuple:
+    """Linearise, sweep, contract: the flows' updates of params, λ_0, and the adjoints of physical parameters."""
+    params, states, controls, rows = residuals
+    over_time = jax.vmap(spec.controller, in_axes=(None, 0))
+    if isinstance(spec.system, System):
+        jacobian = _jacobian(lambda x: over_time(params, x), states[:-1], controls) if gates[:, :, 1].any() else None
+        lam, mu, adj_rows = _sweep(spec, states, controls, rows, jacobian, seeds, gates)
+    else:
+        lam, mu = _walk(spec, params, states, controls, seeds, gates)
+        adj_rows = None
+    pull = jax.vjp(lambda p: over_time(p, states[:-1]), params)[1]
+    return [pull(mu[f])[0] for f in range(len(gates))], lam, adj_rows
+
+
+def _fused_phases(spec: _Spec, gates: np.ndarray, residuals: tuple, seeds: tuple) -> tuple:
+    """Do the same in one call of the engine."""
+    params, states, controls, rows = residuals
+    on_device = jnp.asarray(gates, states.dtype)
+    return *spec.controller.sweep(spec.system, params, (states, controls), rows, seeds, on_device), None
+
+
+def _is_fused(spec: _Spec) -> bool:
+    return isinstance(spec.controller, MLP) and spec.controller.fits(spec.system)
+
+
+_unroll.defvjp(_unroll_forward, _unroll_backward)
+
+
+def _combine(flow: Flow | Combined, parts: Any) -> jax.Array:
+    """Return a flow's own update from those of its linear parts."""
+    if len(parts) == 1 or parts[0].dtype == jax.dtypes.float0:  # the second: integers have no derivative
+        return parts[0]
+    assert isinstance(flow, Combined)
+    return flow.rule(parts[0], parts[1])
+
+
+def _jacobian(controller: Callable, states: jax.Array, controls: jax.Array) -> jax.Array:
+    """Return ∂N/∂x at all rows, shape (steps, batch, K, D): one backward pass per control component."""
+    pull = jax.vjp(controller, states)[1]
+    units = jnp.eye(controls.shape[2], dtype=controls.dtype)
+    seeds = jnp.broadcast_to(units[:, None, None, :], (len(units), *controls.shape))
+    return jnp.moveaxis(jax.vmap(pull)(seeds)[0], 0, 2)
+
+
+def _sweep(spec, states, controls, rows, jacobian, seeds, gates):
+    """Phase 2 in one launch for all flows; see `jax_calls.sweep_call`."""
+    steps, batch, size = controls.shape
+    flows, real = len(gates), real_of(states)
+    if jacobian is None:
+        jacobian = jnp.zeros((0, batch, size, states.shape[2]), states.dtype)
+    dims = {
+        "lam": (flows, batch, states.shape[2]),
+        "mu": (flows, steps, batch, size),
+        "adj_p": (flows if spec.want_rows else 0, steps, batch, rows.shape[1]),
+    }
+    inputs = [states, controls, rows, jacobian, *seeds, jnp.asarray(gates, states.dtype)]
+    lam, mu, adj_p = calls.sweep_call(spec.system.structure, real)(*inputs, output_dims=dims)
+    return lam, mu, adj_p.sum(axis=1) if spec.want_rows else None
+
+
+def _walk(spec, params, states, controls, seeds, gates):
+    """Phase 2 step by step, through the verbs of a `Simulator` and the controller's own vector-Jacobian product."""
+
+    def retreat(lam, at):
+        x, c, adj_x, adj_c, own = at
+        back, mus = [], []
+        for f in range(len(gates)):
+            dx, dc, _ = step_pull(spec.system, x, c, None, lam[f])
+            mu = adj_c + dc
+            total = adj_x + _gated(own[f, 0], dx)
+            if gates[f, :, 1].any():
+                (pulled,) = jax.vjp(lambda x: spec.controller(params, x), x)[1](mu)
+                total += _gated(own[f, 1], pulled)
+            back.append(total)
+            mus.append(mu)
+        return jnp.stack(back), jnp.stack(mus)
+
+    own = jnp.asarray(np.swapaxes(gates, 0, 1), states.dtype)
+    last = jnp.broadcast_to(seeds[0][-1], (len(gates), *states.shape[1:]))
+    steps = (states[:-1], controls, seeds[0][:-1], seeds[1], own)
+    lam, mu = jax.lax.scan(retreat, last, steps, reverse=True)
+    return lam, jnp.swapaxes(mu, 0, 1)
+
+
+def _gated(gate: jax.Array, value: jax.Array) -> jax.Array:
+    """Return the product; a gate of zero is a cut: what lies behind it may be infinite."""
+    return jnp.where(gate == 0.0, 0.0, gate * value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
+def _open_loop(spec: _Spec, x0: jax.Array, controls: jax.Array, rows: jax.Array) -> jax.Array:
+    call = calls.trajectory_call(spec.system.structure, real_of(x0))
+    return call(x0, controls, rows, output_dims=(spec.steps + 1, *x0.shape))[0]
+
+
+def _open_loop_forward(spec, x0, controls, rows):
+    states = _open_loop(spec, x0, controls, rows)
+    return states, (states, controls, rows)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _open_loop_backward(spec, residuals, adj_states):
+    states, controls, rows = residuals
+    gates = flow_gates(linear_parts(spec.flow), spec.steps)
+    seeds = adj_states, jnp.zeros_like(controls)
+    lam, mu, adj_rows = _sweep(spec, states, controls, rows, None, seeds, gates)
+    adj_rows = jnp.zeros_like(rows) if adj_rows is None else _combine(spec.flow, adj_rows)
+    return _combine(spec.flow, lam), _combine(spec.flow, mu), adj_rows
+
+
+_open_loop.defvjp(_open_loop_forward, _open_loop_backward)
+
+
+def _check_controller(controller: Callable, params: Any, x0: jax.Array, size: int) -> None:
+    """Raise a TypeError or ValueError if a controller returns something else than controls."""
+    try:
+        hash(controller)
+    except TypeError:
+        raise TypeError("controller must be hashable, it is a key of compiled programs: use a plain function") from None
+    out = jax.eval_shape(controller, params, shape_of(x0))
+    if not isinstance(out, jax.ShapeDtypeStruct):
+        raise TypeError(f"controller must return an array, got {type(out).__name__}")
+    if out.shape != (len(x0), size):
+        raise ValueError(shape_message("what controller returns", (len(x0), size), out.shape))
+    if out.dtype != x0.dtype:
+        raise TypeError(f"controller must return {x0.dtype} as x0 holds, got {out.dtype}")
