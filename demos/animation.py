@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -39,7 +40,11 @@ def write_gif(path: str | Path, system: Any, scenes: Sequence[Scene], frames: in
 
 
 def write_pictures(
-    path: str | Path, pictures: Sequence[Image.Image], durations: Sequence[int], colours: int = 48
+    path: str | Path,
+    pictures: Sequence[Image.Image],
+    durations: Sequence[int],
+    colours: int = 48,
+    keep: Sequence[str] = (),
 ) -> None:
     """Write pictures as a GIF that repeats.
 
@@ -48,9 +53,13 @@ def write_pictures(
         pictures: At least one, of equal size.
         durations: Milliseconds for which each is shown.
         colours: Colours of the palette.
+        keep: Colours that shall be in it, however few pixels have them.
     """
     # One palette for all, from the first picture and the last: no flicker, and what stands still costs no bytes.
-    ends = Image.fromarray(np.concatenate([np.asarray(pictures[0]), np.asarray(pictures[-1])]))
+    own = np.array([to_rgb(name) for name in keep]).reshape(-1, 3)
+    rows = np.repeat((255.0 * own).round().astype(np.uint8), 16, axis=0)
+    swatches = np.broadcast_to(rows[:, None], (len(rows), pictures[0].width, 3))
+    ends = Image.fromarray(np.concatenate([np.asarray(pictures[0]), np.asarray(pictures[-1]), swatches]))
     palette = ends.quantize(colors=colours, method=Image.Quantize.MAXCOVERAGE)
     flat = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     with atomic_write(path) as file:

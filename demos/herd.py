@@ -24,13 +24,13 @@ from warp_phys.systems import Repulsion
 
 FLOWS = ("R", "M", "S", "C")
 SYSTEM = Repulsion(drivers=2, evaders=4, dt=4.0 / 60.0)
-REACH = 9.0
-"""Metres to either side of the middle that are drawn."""
+REACH, ROOM, HASTE = 6.5, 1.15, 2.0
+"""Metres to either side of the middle that are drawn at least; more where agents need it; how soon [1/s]."""
 TRACE = 20.0
 """Seconds of the trace."""
 BOUNDS = ((-8.0, 0.0), (-3.0, 3.0))
 """Least and largest c_radial and c_turn of the controllers [1/s²]."""
-LOST = 20.0
+LOST = 40.0
 """Distance from the target at which a dog counts as lost [m]."""
 GRAB = 0.7
 """How near to a dog or to the target a click must be [m]."""
@@ -106,7 +106,7 @@ class HerdDemo(Demo):
         """The dog that is led, or −1 for the target, or None."""
         self.mouse = np.zeros(2)
         """Where the mouse is in the world [m]."""
-        self.target = np.zeros(2)
+        self.target, self.reach = np.zeros(2), REACH
         """Where the target is in the world [m]."""
         self.world = figure.add_axes((0.02, 0.04, 0.58, 0.89))
         self.sketch = SYSTEM.sketch(self.world)
@@ -196,15 +196,21 @@ class HerdDemo(Demo):
     def advance(self, dt: float) -> None:
         """Step the physics; where a dog has left for good, all start anew."""
         self.simulation.advance(dt, self.act)
-        if np.abs(self.simulation.state).max() > LOST:
+        wanted = max(REACH, ROOM * float(np.abs(self.positions()).max()))
+        self.reach += (wanted - self.reach) * min(1.0, HASTE * dt)
+        if self.held is None and np.abs(self.simulation.state).max() > LOST:
             self.begin()
 
+    def look(self) -> None:
+        """Set the part of the world that is seen; the axes' own coordinates start at the target."""
+        left, low = -self.reach - self.target
+        self.world.set(xlim=(left, left + 2.0 * self.reach), ylim=(low, low + 2.0 * self.reach))
+
     def draw(self) -> None:
-        """Move everything; the axes' own coordinates start at the target."""
+        """Move everything."""
         state = self.simulation.between()
         self.sketch(state, self.simulation.control)
-        self.world.set(xlim=(-REACH - self.target[0], REACH - self.target[0]))
-        self.world.set(ylim=(-REACH - self.target[1], REACH - self.target[1]))
+        self.look()
         led = self.held is not None and self.held >= 0
         ends = np.stack([state.reshape(-1, 4)[self.held, :2], self.mouse - self.target]) if led else np.zeros((0, 2))
         self.leash.set_data(*ends.T)
@@ -234,8 +240,7 @@ class HerdDemo(Demo):
         if self.held < 0:
             self.move_target(self.mouse)
             # the axes' coordinates follow at once, so that the next event is read in them
-            self.world.set(xlim=(-REACH - self.target[0], REACH - self.target[0]))
-            self.world.set(ylim=(-REACH - self.target[1], REACH - self.target[1]))
+            self.look()
 
     def release(self, event: Any) -> None:
         """Let go."""

@@ -4,8 +4,8 @@
     python -m demos.train_weights cartpole --only 1-C 2-C
 
 Where a demo shows a task of some seconds, its controllers are those of the published experiments. Where somebody may
-watch for minutes they are trained, or trained further, so that they last: a pool of states is unrolled, the controller
-updated, and the ends of the unrolling become the next starts, but for some that start afresh.
+watch for minutes they are trained so that they last: a pool of states is unrolled, the controller updated, and the ends
+of the unrolling become the next starts, but for some that start afresh.
 """
 
 import math
@@ -38,8 +38,6 @@ CLIP = 1.0
 
 
 Tell = Callable[[str, float], Any]
-
-
 Cost = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -54,7 +52,7 @@ class Lasting:
     system: System
     """What is steered."""
     make: Callable[[], torch.nn.Module]
-    """Makes the network, if it was not trained before."""
+    """Makes the network."""
     fresh: Callable[[System, int, np.random.Generator], np.ndarray]
     """Draws initial states, (B, D)."""
     tame: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -79,10 +77,8 @@ class Task:
     """Name of the controller in that file."""
     flow: str
     """Flow to train with."""
-    published: Training | None = None
-    """First a training as published, if any."""
-    lasting: Lasting | None = None
-    """Then one that lasts, if any."""
+    training: Training | Lasting
+    """How: as published, or so that it lasts."""
 
 
 def fresh_carts(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -147,7 +143,7 @@ def tasks() -> list[Task]:
         one = cartpole.make_system(1)
         make = partial(cartpole.make_controller, 1)
         look = Lasting(one, make, fresh_carts, tame_carts, steps=100, updates=1500, rate=3e-3, cost=cart_cost)
-        found.append(Task("cartpole", f"1-{flow}", flow, lasting=look))
+        found.append(Task("cartpole", f"1-{flow}", flow, look))
         for poles in range(2, cartpole.MOST_POLES + 1):
             published = EXPERIMENTS["cartpole"].training(poles, flow=flow, out="")
             found.append(Task("cartpole", f"{poles}-{flow}", flow, published))
@@ -160,7 +156,7 @@ def tasks() -> list[Task]:
             updates=2000,
             rate=2e-3,
         )
-        found.append(Task("herd", flow, flow, lasting=look))
+        found.append(Task("herd", flow, flow, look))
     for target in quantum.TARGETS:
         well = quantum.make_system(target)
         look = Lasting(
@@ -174,34 +170,29 @@ def tasks() -> list[Task]:
             batch=8,
             afresh=0.5,
         )
-        found.append(Task("quantum", str(target), "C", lasting=look))
+        found.append(Task("quantum", str(target), "C", look))
     return sorted(found, key=lambda task: task.demo)
 
 
 def make_controller(
     task: Task, runs: str = "", epochs: int = 0, updates: int = 0, tell: Tell = quiet
 ) -> torch.nn.Module:
-    """Train the controller of a task, in one stage or two.
+    """Train the controller of a task; the same on every run.
 
     Args:
         task: What to train.
         runs: Folder of `demos.paper` from which a run that is finished is taken, not trained again.
-        epochs: Number of epochs of the published training, in place of its own.
-        updates: Number of updates of the lasting training, in place of its own.
+        epochs: Number of epochs of a published training, in place of its own.
+        updates: Number of updates of a lasting training, in place of its own.
         tell: Told now and then what is done, in words, and a loss.
     """
-    controller = None
-    if task.published:
-        settings = replace(task.published, epochs=epochs or task.published.epochs)
-        controller = finished_run(settings, runs) if runs and not epochs else None
-        if controller is None:
-            controller = train(
-                settings, progress=lambda record: tell(f"epoch {record.epoch}", record.test_loss)
-            ).controller
-    if task.lasting:
-        controller = train_on(task.lasting, task.flow, controller or task.lasting.make(), updates, tell)
-    assert controller is not None
-    return controller
+    if isinstance(task.training, Lasting):
+        return train_lasting(task.training, task.flow, updates, tell)
+    settings = replace(task.training, epochs=epochs or task.training.epochs)
+    taken = finished_run(settings, runs) if runs and not epochs else None
+    if taken is not None:
+        return taken
+    return train(settings, progress=lambda record: tell(f"epoch {record.epoch}", record.test_loss)).controller
 
 
 def finished_run(settings: Training, runs: str) -> torch.nn.Module | None:
@@ -217,18 +208,16 @@ def finished_run(settings: Training, runs: str) -> torch.nn.Module | None:
     return None
 
 
-def train_on(
-    task: Lasting, flow: str, controller: torch.nn.Module, updates: int = 0, tell: Tell = quiet
-) -> torch.nn.Module:
-    """Train a controller further; the same on every run.
+def train_lasting(task: Lasting, flow: str, updates: int = 0, tell: Tell = quiet) -> torch.nn.Module:
+    """Train a controller so that it lasts.
 
     Args:
         task: How.
         flow: The flow to train with.
-        controller: Is changed, and returned.
         updates: Number of updates in place of the task's own.
         tell: Told now and then how many updates are done, and the mean loss since it was told last.
     """
+    controller = task.make()
     updates = updates or task.updates
     rollout = Rollout(task.system, controller, steps=task.steps, flow=flow, on_divergence="mask")
     optimiser = torch.optim.Adam(controller.parameters(), lr=task.rate)

@@ -28,12 +28,15 @@ from controllers.checkpoint import atomic_write
 from controllers.commandline import Parser, add_flags, stop_on_signals
 from controllers.settings import check_number
 from demos.animation import has_display, write_pictures
+from demos.colours import POLES, colour
 from demos.frame import Demo, Stage
 
 FORMATS = (".gif", ".png", ".mp4")
 INTERVAL = 15
 """Milliseconds between two pictures at least, where they are shown as they are made."""
 STYLE: Any = {"font.size": 9.0, "axes.titlesize": 10.0, "toolbar": "None"}
+INKS = (*(colour(letter) for letter in "RMSC"), *POLES)
+"""Colours that a .gif keeps exactly."""
 HINT = "see it in a browser with --browser, or write a file with --save FILE.gif"
 
 
@@ -239,7 +242,7 @@ def save(make: Callable[[Figure], Demo], view: View, size: tuple[float, float], 
         with atomic_write(path) as file:
             pictures[-1].save(file, "PNG", optimize=True)
     elif kind == ".gif":
-        write_pictures(path, pictures, [round(1000 / view.rate)] * count)
+        write_pictures(path, pictures, [round(1000 / view.rate)] * count, colours=96, keep=INKS)
     else:
         write_film(path, pictures, view.rate)
     print(f"{'Picture' if kind == '.png' else 'Film'}: {path.resolve()}")

@@ -43,10 +43,10 @@ def test_published_runs_are_trained_or_taken(tmp_path):
     # a run of demos.paper with the same settings, but for its length
     (run,) = make_plan(tmp_path, {"cartpole": [2]}, ["C"], ["none"], [0], epochs=1)
     train(run.settings)
-    taken = train_weights.finished_run(replace(task.published, epochs=1), str(tmp_path))
+    taken = train_weights.finished_run(replace(task.training, epochs=1), str(tmp_path))
     for mine, theirs in zip(made.parameters(), taken.parameters(), strict=True):
         np.testing.assert_array_equal(mine.detach(), theirs.detach())
-    assert train_weights.finished_run(task.published, str(tmp_path)) is None
+    assert train_weights.finished_run(task.training, str(tmp_path)) is None
 
 
 def test_every_controller_of_the_command_comes_along():
