@@ -131,10 +131,12 @@ class RaceDemo(Demo):
 
     def advance(self, dt: float) -> None:
         """Let the carts ride; a new round shows what was learned meanwhile, by all four alike."""
+        assert self.race
+        if self.race.error is not None:
+            raise self.race.error
         self.clock += dt
         seconds = 1.0 / SLOWLY + REST
         if self.clock >= seconds or not any(self.rides):
-            assert self.race
             self.clock %= seconds
             self.rides = [lane.ride for lane in self.race.lanes.values()]
 

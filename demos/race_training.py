@@ -52,6 +52,7 @@ class Race(threading.Thread):
         self.poles, self.rate, self.seed, self.epochs = poles, rate, seed, epochs
         self.lanes = {flow: Lane(flow) for flow in FLOWS}
         self.state = PREPARING
+        self.error: Exception | None = None
         self._stopping, self._going = threading.Event(), threading.Event()
         self._going.set()
 
@@ -87,7 +88,14 @@ class Race(threading.Thread):
         return min((len(lane.losses) for lane in self.lanes.values() if not lane.diverged), default=self.epochs)
 
     def run(self) -> None:
-        """Body of the thread."""
+        """Body of the thread; what goes wrong is left in `error`."""
+        try:
+            self.train()
+        except Exception as error:
+            self.error = error
+
+    def train(self) -> None:
+        """Train all lanes, an epoch each in turns."""
         torch.set_num_threads(1)
         loops = {flow: Loop(self.training(flow)) for flow in FLOWS}
         for epoch in range(1, self.epochs + 1):

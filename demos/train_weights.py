@@ -273,7 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=FOLDER, help="Folder for the weights (default: where demos look).")
     given = parser.parse_args(arguments)
     chosen = [task for task in known if task.demo in (given.demos or demos) and task.key in (given.only or [task.key])]
-    if not chosen or not set(given.demos) <= set(demos):
+    unknown = set(given.only or ()) - {task.key for task in chosen}
+    if not chosen or unknown or not set(given.demos) <= set(demos):
         parser.error(f"nothing to train; the controllers are {', '.join(f'{task.demo} {task.key}' for task in known)}")
     for name in ("epochs", "updates"):
         if getattr(given, name) < 0:

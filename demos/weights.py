@@ -1,6 +1,7 @@
 """Trained weights that come with the demos; `python -m demos.train_weights` makes them."""
 
 import io
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def load_weights(name: str, key: str, controller: torch.nn.Module, folder: Path 
         controller.load_state_dict(
             {part: torch.from_numpy(values.astype(np.float32)) for part, values in parts.items()}
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"no weights {key!r} in {path}: {error}; python -m demos.train_weights {name} makes them"
         ) from None

@@ -21,6 +21,9 @@ Buffers that wait for a later pass take as much again at most.
 """
 
 
+CACHED_BYTES = 2**20
+"""Activations that a pass forward leaves in the cache for the pass back."""
+
 WORKER_BLOCKS = 4
 """Fewest blocks of samples for which another thread is worth its while."""
 
@@ -236,24 +239,25 @@ class Network:
         gradients: wp.array,
         workspace: Any,
     ) -> list[list[Any]]:
-        """Return every thread's launches, forward and backward in turns: a block's activations are still in the cache.
+        """Return every thread's launches, forward and backward in turns: activations are still in the cache.
 
         What they compute is what all of `unroll_launches` and then all of `sweep_launches` do.
         """
         sweeps, controls = Sweeps(system, trajectory, loss, gates, adj_x), trajectory.controls
         arrays, shares = (trajectory.states, controls, trajectory.parameters), self.shares(controls.shape[1])
         length = len(controls) * SAMPLES * self.plan.row
-        keep = length * len(shares) * self._packed.strides[0] <= KEPT_BYTES
-        if not keep:
-            length = self.chunk(controls) * SAMPLES * self.plan.row
+        bytes_of_block = length * self._packed.strides[0]
+        keep = bytes_of_block * len(shares) <= KEPT_BYTES
+        samples = SAMPLES * max(1, CACHED_BYTES // bytes_of_block) if keep else controls.shape[1]
+        length = length * (samples // SAMPLES) if keep else self.chunk(controls) * SAMPLES * self.plan.row
         sequences = []
         for i, (begin, end) in enumerate(shares):
             rows = workspace.array(f"rows of {self.plan}, {i}", (length,), self.real, "cpu")
             sequence = []
-            for first in range(begin, end, SAMPLES):
-                block = first, min(first + SAMPLES, end)
-                sequence.append(self._unroll(system, arrays, block, first, rows, keep))
-                sequence.append(self._sweep(sweeps, block, first, rows, keep, gradients[i], workspace, i))
+            for first in range(begin, end, samples):
+                part = first, min(first + samples, end)
+                sequence.append(self._unroll(system, arrays, part, first, rows, keep))
+                sequence.append(self._sweep(sweeps, part, first, rows, keep, gradients[i], workspace, i))
             sequences.append(sequence)
         return sequences
 

@@ -40,6 +40,8 @@ class Verdict:
 def judge(diagnosis: Any) -> Verdict:
     """Return the verdict on a `Diagnosis`."""
     of_regular, of_modified = (_course(diagnosis, flow) for flow in (REGULAR, MODIFIED))
+    if of_regular.overflowed:
+        return _overflow(diagnosis, of_regular, of_modified)
     if np.isnan(of_regular.rate):
         return Verdict("unknown", "", "Too few steps receive feedback to say how R grows.")
     kind, modified = of_regular.kind, f"M changes by {of_modified}, worst sample {_number(of_modified.worst)}"
@@ -57,9 +59,16 @@ def judge(diagnosis: Any) -> Verdict:
         f"R's feedback {VERBS[kind]} by {of_regular}, through {through}; worst sample {_number(of_regular.worst)}. "
         f"{modified}. {_radii(diagnosis)}"
     )
-    if of_regular.overflowed:
-        text += f" R overflows in {of_regular.overflowed} of {diagnosis.adjoints.shape[2]} samples."
     return Verdict(kind, path, text)
+
+
+def _overflow(diagnosis: Any, of_regular: "_Course", of_modified: "_Course") -> Verdict:
+    """Return the verdict where R leaves the finite numbers: rates say nothing there, but M may overflow as well."""
+    text = (
+        f"R's feedback explodes: R overflows in {of_regular.overflowed} of {diagnosis.adjoints.shape[2]} samples, M in "
+        f"{of_modified.overflowed}. {_radii(diagnosis)}"
+    )
+    return Verdict("explodes", "both" if of_modified.overflowed else "controller", text)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,16 @@ def test_the_learning_rate_reaches_the_optimiser(finished):
     assert loop.optimiser.param_groups[0]["lr"] == 0.005 and len(lane.losses) == 1
 
 
+def test_an_error_in_the_thread_ends_the_demo(tmp_path, monkeypatch):
+    def fail(self, flow):
+        raise ValueError("no such training")
+
+    monkeypatch.setattr(Race, "training", fail)
+    with pytest.raises(ValueError, match="no such training"):
+        race.main(["--save", str(tmp_path / "race.png"), "--seconds", "1"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lane_that_diverges_is_named():
     class Broken:
         optimiser = Loop(Race(1, 1e-3, 0, 1).training("R")).optimiser

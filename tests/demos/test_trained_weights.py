@@ -68,6 +68,11 @@ def test_another_key_stays(tmp_path):
         load_weights("some", key, torch.nn.Linear(2, 1), tmp_path)
     with pytest.raises(ValueError, match=r"no weights 'c' in .*some\.npz"):
         load_weights("some", "c", torch.nn.Linear(2, 1), tmp_path)
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
+    (tmp_path / "text.npz").write_bytes(b"no archive")
+    for name in ("torn", "text"):
+        with pytest.raises(ValueError, match=rf"no weights 'a' in .*{name}\.npz"):
+            load_weights(name, "a", torch.nn.Linear(2, 1), tmp_path)
     with pytest.raises(ValueError, match=r"no weights 'a' in .*other\.npz"):
         load_weights("other", "a", torch.nn.Linear(2, 1), tmp_path)
 
@@ -88,4 +93,6 @@ def test_dogs_keep_their_bounds():
 def test_mistakes(capsys):
     with pytest.raises(SystemExit):
         train_weights.main(["cartpole", "--only", "9-C"])
+    with pytest.raises(SystemExit):
+        train_weights.main(["cartpole", "--only", "1-C", "9-Z"])
     assert "nothing to train; the controllers are cartpole 1-R" in capsys.readouterr().err

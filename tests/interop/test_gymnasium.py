@@ -266,3 +266,18 @@ def test_without_gymnasium(monkeypatch):
     for name in ("gymnasium", "gymnasium_torch"):
         with pytest.raises(ImportError, match=r'pip install "warp_phys\[gymnasium\]"'):
             importlib.import_module(f"warp_phys.interop.{name}")
+
+
+def test_a_step_before_the_first_reset():
+    with pytest.raises(gym.error.ResetNeeded, match="call reset before the first step"):
+        SystemVectorEnv("cartpole", 2).step(np.ones((2, 1)))
+
+
+def test_a_reset_that_fails_changes_nothing():
+    env = SystemVectorEnv("cartpole", 2, max_episode_steps=1, autoreset_mode="DISABLED")
+    env.reset(seed=0)
+    env.step(np.zeros((2, 1)))
+    with pytest.raises(ValueError, match="options"):
+        env.reset(options={"states": np.zeros((3, 4)), "reset_mask": np.array([True, True])})
+    with pytest.raises(gym.error.ResetNeeded, match="have ended"):
+        env.step(np.zeros((2, 1)))

@@ -186,3 +186,20 @@ def test_errors():
     action = torch.zeros(2, 1, dtype=torch.float64, requires_grad=True)
     with pytest.raises(RuntimeError, match="create_graph=True is not supported"):
         torch.autograd.grad(env.step(action)[1].sum(), action, create_graph=True)
+
+
+def test_the_last_observation_has_a_gate_of_its_own():
+    """What is seen at an episode's end is weighted as if the episode went on."""
+
+    def gradient(limit):
+        env = DifferentiableVectorEnv(
+            "cartpole", 2, max_episode_steps=limit, dtype="float64", flow=Flow(window=2), autoreset_mode="DISABLED"
+        )
+        seen, _ = env.reset(seed=0)
+        actions = torch.full((2, 1), 0.3, dtype=torch.float64, requires_grad=True)
+        for _ in range(3):
+            seen, *_ = env.step(actions)
+        return torch.autograd.grad(seen.sum(), actions)[0]
+
+    assert gradient(4).abs().min() > 0.0
+    torch.testing.assert_close(gradient(3), gradient(4), rtol=0.0, atol=0.0)

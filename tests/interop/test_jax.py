@@ -153,6 +153,28 @@ def test_physical_parameters():
     assert in_jax.relative(got, expected) < 1e-11
 
 
+@pytest.mark.parametrize("how", ["closed", "open"])
+def test_a_number_for_all_samples_is_summed_before_the_comparison(how):
+    """C of the sums over the batch of M and R, not the sum of what each sample's comparison leaves."""
+    x0, strong = _start(8), jax.tree.map(lambda array: 4.0 * array, _params())
+    controls = jnp.asarray(np.random.default_rng(0).standard_normal((STEPS, 8, 1)))
+
+    def loss(mass, flow):
+        if how == "open":
+            states = bridge.trajectory(SYSTEM, x0, controls, flow, {"pole_mass": mass})
+        else:
+            states, _ = bridge.rollout(SYSTEM, FUSED, strong, x0, STEPS, flow, {"pole_mass": mass})
+        return SYSTEM.loss(states, when="every")
+
+    names = ("modified", "regular") if how == "closed" else ("stopped", "regular")
+    flows = Combined(*(resolve(name) for name in names))
+    base, other, combined, alone = (jax.grad(loss)(0.1, flow) for flow in (*names, flows, flows.base))
+    assert float(base) == float(alone) and abs(float(base)) > 1e-6
+    np.testing.assert_allclose(combined, agree(np.asarray(base), np.asarray(other)), rtol=1e-10)
+    per_sample = jax.grad(loss)(jnp.full(8, 0.1), flows).sum()
+    assert abs(float(per_sample - combined)) > 1e-6 * abs(float(base))  # so the order matters here
+
+
 def test_open_loop():
     """With given controls: the adjoints of x0, controls and a mass, by autodiff, and truncated by a window."""
     x0, controls = _start(), jnp.asarray(np.random.default_rng(0).standard_normal((STEPS, 5, 1)))

@@ -1,6 +1,7 @@
 """Diagnosis of torch rollouts, in float64: held against autograd with `detach`, jacrev, and the updates of training."""
 
 import copy
+import dataclasses
 import functools
 
 import numpy as np
@@ -360,3 +361,12 @@ def test_errors(device):
         rotation(Rollout(SYSTEM, net.requires_grad_(False), 5), x0)
     frozen = diagnose(rollout, x0)
     assert frozen.layers == () and frozen.contributions is None and "R's feedback" in str(frozen)
+
+
+def test_one_sample_that_overflows_does_not_hide_the_explosion():
+    system = Polynomial()
+    found = diagnose(Rollout(system, _linear(0.1, system), 5), np.zeros((3, 1)))
+    adjoints = np.ones_like(found.adjoints)
+    adjoints[found.index(resolve("R")), :5, 0] = np.inf
+    why = dataclasses.replace(found, adjoints=adjoints).why
+    assert (why.kind, why.path) == ("explodes", "controller") and "R overflows in 1 of 3 samples, M in 0" in why.text

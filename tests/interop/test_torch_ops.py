@@ -168,3 +168,64 @@ def test_copies_of_a_step(device):
     assert torch.equal(Step(copy.deepcopy(Step(foreign).system))(x, c), 2 * x + c)
     for twin in (copy.deepcopy(Step(SYSTEM)), pickle.loads(pickle.dumps(Step(SYSTEM)))):
         assert torch.equal(twin(x, c), Step(SYSTEM)(x, c))
+
+
+class Cosine(torch.nn.Module):
+    """A controller that the engine does not know by hand: its derivative is autograd's."""
+
+    def __init__(self, sizes, frozen=False):
+        super().__init__()
+        self.inner = torch.nn.Linear(*sizes, dtype=torch.float64)
+        self.scale = torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64), requires_grad=not frozen)
+
+    def forward(self, x):
+        return self.scale * self.inner(x) * x[:, :1].cos()
+
+
+@pytest.mark.parametrize("flow", ["regular", "combined"])
+def test_compiled_rollout_of_any_module(flow):
+    torch.manual_seed(0)
+    system = CartPole(poles=1)
+    module = Cosine((4, 1))
+    rollout = Rollout(system, module, 4, flow)
+    x0 = torch.as_tensor(system.sample(3, 0, np.float64))
+    found = []
+    for call in (rollout, torch.compile(rollout.__call__, backend="aot_eager", fullgraph=True)):
+        module.zero_grad()
+        call(x0)[0].square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+    assert found[0].abs().max() > 1e-3
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=0.0)
+
+
+def test_compiled_rollout_notices_a_frozen_parameter_that_changes():
+    module = Cosine((4, 1), frozen=True)
+    rollout = Rollout(CartPole(poles=1), module, 4, "regular")
+    x0 = torch.as_tensor(rollout.system.sample(3, 0, np.float64))
+    value = torch.compile(lambda x: rollout(x)[0].square().sum(), backend="aot_eager")(x0)
+    with torch.no_grad():
+        module.scale.mul_(3.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_a_step_of_a_torch_function():
+    function = TorchSystem(lambda x, c: x + 0.1 * torch.tanh(c), 2, 2)
+    step = Step(function)
+    x, c = (torch.rand(3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(step, (x, c))
+    with torch.inference_mode():
+        torch.testing.assert_close(step(x, c), x + 0.1 * torch.tanh(c))
+
+
+def test_a_simulator_with_slots():
+    class Slotted:
+        __slots__ = ()
+        state_size, control_size = 2, 1
+
+        def step(self, x, c, y): ...
+
+        def step_vjp(self, x, c, adj_y, adj_x, adj_c): ...
+
+    with pytest.raises(TypeError, match="Slotted has slots"):
+        Step(Slotted())

@@ -169,11 +169,10 @@ class SystemVectorEnv(BatchEnv):
             The observations of all environments, shape (num_envs, D), and an empty info.
         """
         options = options or {}
+        given = options.get("states")  # checked first: a reset that fails changes nothing
+        given = None if given is None else given_states(given, self.task, self._states.shape, "states")
         mask = self._episodes.reset(seed, options)
-        if "states" in options:
-            self._states[mask] = given_states(options["states"], self.task, self._states.shape, "states")[mask]
-        else:
-            self._states[mask] = self._episodes.draw(mask)
+        self._states[mask] = self._episodes.draw(mask) if given is None else given[mask]
         self._controls = None
         return self._states.copy(), {}
 

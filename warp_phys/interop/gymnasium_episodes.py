@@ -148,6 +148,8 @@ class Episodes:
         """Steps of the running episodes."""
         self.ended = np.zeros(count, dtype=bool)
         """Episodes that have ended and were not reset yet."""
+        self.begun = np.zeros(count, dtype=bool)
+        """Environments that have been reset at all."""
 
     def reset(self, seed: int | Sequence[int | None] | None, options: Mapping[str, Any]) -> np.ndarray:
         """Seed and begin the episodes of the environments that `options` choose; return their mask.
@@ -166,7 +168,7 @@ class Episodes:
         for i, own in enumerate(seeds):
             if mask[i] and own is not None:
                 self.generators[i], self.seeds[i] = seeding.np_random(int(own))
-        self.elapsed[mask], self.ended[mask] = 0, False
+        self.elapsed[mask], self.ended[mask], self.begun[mask] = 0, False, True
         return mask
 
     def draw(self, mask: np.ndarray) -> np.ndarray:
@@ -178,8 +180,10 @@ class Episodes:
         """Return the mask of the environments that the next step resets instead of moving them on.
 
         Raises:
-            ResetNeeded: An episode has ended, and the caller has to reset it.
+            ResetNeeded: An episode has not begun, or has ended and the caller has to reset it.
         """
+        if not self.begun.all():
+            raise ResetNeeded("call reset before the first step")
         if self.mode is AutoresetMode.DISABLED and self.ended.any():
             raise ResetNeeded(
                 f"environments {np.flatnonzero(self.ended).tolist()[:8]} have ended, and autoreset is disabled: "

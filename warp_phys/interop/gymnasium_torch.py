@@ -89,7 +89,7 @@ class DifferentiableVectorEnv(BatchEnv):
             )
         if steps is None and chosen.window is not None:
             raise ValueError("a flow with a window needs max_episode_steps")
-        self._flow, self._gates = chosen, torch.as_tensor(chosen.gates(steps or 1), **self._make)
+        self._flow, self._gates = chosen, torch.as_tensor(_table(chosen, steps), **self._make)
 
     def reset(  # type: ignore[override]
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -99,8 +99,10 @@ class DifferentiableVectorEnv(BatchEnv):
         `options["states"]` may be a tensor with a history: then gradients reach it.
         """
         options = options or {}
+        given = options.get("states")  # checked first: a reset that fails changes nothing
+        given = None if given is None else self._given(given)
         mask = self._episodes.reset(seed, options)
-        fresh = self._given(options["states"]) if "states" in options else self._drawn(mask)
+        fresh = self._drawn(mask) if given is None else given
         self._states = self._replaced(self._states, fresh, mask)
         self._controls = None
         return self._observation(), {}
@@ -141,7 +143,7 @@ class DifferentiableVectorEnv(BatchEnv):
 
     def _steps(self) -> torch.Tensor:
         """Return each environment's row in the table of gates."""
-        return torch.as_tensor(self._episodes.elapsed % len(self._gates), device=self._make["device"])
+        return torch.as_tensor(np.minimum(self._episodes.elapsed, len(self._gates) - 1), device=self._make["device"])
 
     def _observation(self) -> torch.Tensor:
         return _Gate.apply(self._states, self, CONTROLLER, self._steps())
@@ -215,6 +217,19 @@ class DifferentiableVectorEnv(BatchEnv):
         if not torch.isfinite(states).all():
             raise ValueError("options['states'] must be finite")
         return states
+
+
+def _table(flow: Flow, steps: int | None) -> np.ndarray:
+    """Return the gates by the steps that an episode has behind it, shape (steps + 1, 2): its last state is seen too.
+
+    Without a time limit all steps have the gates of one, shape (1, 2).
+    """
+    if steps is None:
+        return flow.gates(1)
+    last = [gate[-1] if isinstance(gate, tuple) else gate for gate in (flow.physics, flow.controller)]
+    if flow.window is not None and steps % flow.window == 0:
+        last = [0.0, 0.0]
+    return np.vstack([flow.gates(steps), last])
 
 
 class _Gate(torch.autograd.Function):

@@ -11,7 +11,15 @@ from warp_phys.errors import Diverged, check_count
 from warp_phys.flow import Combined, Flow, linear_parts, resolve
 from warp_phys.interop import jax_calls as calls
 from warp_phys.interop.extras import require
-from warp_phys.interop.jax_arrays import check_rows, is_traced, key_of, real_of, rows_of_parameters, shape_of
+from warp_phys.interop.jax_arrays import (
+    check_rows,
+    is_traced,
+    key_of,
+    real_of,
+    rows_of_parameters,
+    shape_of,
+    shared_columns,
+)
 from warp_phys.interop.jax_loss import loss
 from warp_phys.interop.jax_mlp import MLP
 from warp_phys.interop.jax_step import step, step_pull, step_rows
@@ -62,7 +70,8 @@ def rollout(
     x0 = check_rows("x0", x0, system)
     rows = rows_of_parameters(system, parameters, x0)
     _check_controller(controller, params, x0, system.control_size)
-    spec = _Spec(key_of(system), controller, steps, flow, bool(parameters))
+    shared = shared_columns(system, parameters)
+    spec = _Spec(key_of(system), controller, steps, flow, bool(parameters), shared)
     flow_gates(linear_parts(flow), steps)  # raises if gates are given for another number of steps
     states, controls = _unroll(spec, params, x0, rows)
     return check_finite(states), controls
@@ -101,7 +110,8 @@ def trajectory(
         raise TypeError(f"controls must hold {x0.dtype} as x0 does, got {controls.dtype}")
     flow = resolve(flow)
     flow_gates(linear_parts(flow), len(controls))
-    spec = _Spec(key_of(system), None, len(controls), flow, bool(parameters))
+    shared = shared_columns(system, parameters)
+    spec = _Spec(key_of(system), None, len(controls), flow, bool(parameters), shared)
     return check_finite(_open_loop(spec, x0, controls, rows_of_parameters(system, parameters, x0)))
 
 
@@ -131,6 +141,8 @@ class _Spec(NamedTuple):
     flow: Flow | Combined
     want_rows: bool
     """Whether the adjoints of the physical parameters may be wanted."""
+    shared: tuple[bool, ...] = ()
+    """Which physical parameters all samples share."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -167,7 +179,7 @@ def _unroll_backward(spec: _Spec, residuals: tuple, seeds: tuple) -> tuple:
         updates, lam, adj_rows = jax.lax.platform_dependent(residuals, seeds, cpu=fused, default=phases)
     else:
         updates, lam, adj_rows = phases(residuals, seeds)
-    adj_rows = None if rows is None else jnp.zeros_like(rows) if adj_rows is None else _combine(spec.flow, adj_rows)
+    adj_rows = None if rows is None else jnp.zeros_like(rows) if adj_rows is None else _combine_rows(spec, adj_rows)
     update = jax.tree.map(lambda *parts: _combine(spec.flow, parts), *updates)
     return update, _combine(spec.flow, lam), adj_rows
 
@@ -206,6 +218,15 @@ def _combine(flow: Flow | Combined, parts: Any) -> jax.Array:
         return parts[0]
     assert isinstance(flow, Combined)
     return flow.rule(parts[0], parts[1])
+
+
+def _combine_rows(spec: _Spec, parts: jax.Array) -> jax.Array:
+    """Return a flow's own adjoints of physical parameters, shape (batch, parameters).
+
+    What all samples share is summed before the comparison, and handed out in equal parts: JAX adds them up again.
+    """
+    own, total = _combine(spec.flow, parts), _combine(spec.flow, parts.sum(axis=1))
+    return jnp.where(jnp.asarray(spec.shared), total / len(own), own)
 
 
 def _jacobian(controller: Callable, states: jax.Array, controls: jax.Array) -> jax.Array:
@@ -279,7 +300,7 @@ def _open_loop_backward(spec, residuals, adj_states):
     gates = flow_gates(linear_parts(spec.flow), spec.steps)
     seeds = adj_states, jnp.zeros_like(controls)
     lam, mu, adj_rows = _sweep(spec, states, controls, rows, None, seeds, gates)
-    adj_rows = jnp.zeros_like(rows) if adj_rows is None else _combine(spec.flow, adj_rows)
+    adj_rows = jnp.zeros_like(rows) if adj_rows is None else _combine_rows(spec, adj_rows)
     return _combine(spec.flow, lam), _combine(spec.flow, mu), adj_rows
 
 
@@ -299,3 +320,6 @@ def _check_controller(controller: Callable, params: Any, x0: jax.Array, size: in
         raise ValueError(shape_message("what controller returns", (len(x0), size), out.shape))
     if out.dtype != x0.dtype:
         raise TypeError(f"controller must return {x0.dtype} as x0 holds, got {out.dtype}")
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)} if isinstance(controller, MLP) else set()
+    if kinds - {str(x0.dtype)}:
+        raise TypeError(f"params of an MLP must hold {x0.dtype} as x0 does, got {', '.join(sorted(kinds))}")

@@ -21,7 +21,12 @@ def real_of(array: jax.Array) -> type:
 
 def key_of(system: Any) -> Any:
     """Return what compiled programs are made for: a system's structure, since its numbers are an argument of theirs."""
-    return system.structure if isinstance(system, System) else system
+    key = system.structure if isinstance(system, System) else system
+    try:
+        hash(key)
+    except TypeError:
+        raise TypeError(f"system must be hashable for JAX to know it again, {type(system).__name__} is not") from None
+    return key
 
 
 def is_traced(array: Any) -> bool:
@@ -70,6 +75,12 @@ def rows_of_parameters(system: Any, values: Mapping[str, Any] | None, like: jax.
         return None
     columns = [_column(name, values.get(name, getattr(system, name)), like) for name in names]
     return jnp.stack(columns, axis=1)
+
+
+def shared_columns(system: Any, values: Mapping[str, Any] | None) -> tuple[bool, ...]:
+    """Return which physical parameters all samples share."""
+    names: Sequence[str] = getattr(system, "parameter_names", ())
+    return tuple(jnp.size((values or {}).get(name, 0.0)) == 1 for name in names)
 
 
 def _column(name: str, value: Any, like: jax.Array) -> jax.Array:

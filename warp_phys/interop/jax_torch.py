@@ -36,6 +36,8 @@ class _Costs(torch.autograd.Function):
 
 def _to_jax(tensor: torch.Tensor) -> jax.Array:
     """Return a copy: JAX may read the memory after torch has written to it again."""
+    if tensor.dtype == torch.float64 and not jax.config.read("jax_enable_x64"):
+        raise TypeError("states hold float64, which JAX is not set to use: jax.config.update('jax_enable_x64', True)")
     if tensor.is_cuda:
         return jax.numpy.array(jax.dlpack.from_dlpack(tensor.detach().contiguous()), copy=True).block_until_ready()
     return jax.numpy.asarray(tensor.detach().numpy().copy())

@@ -3,7 +3,7 @@
 A combined update is no linear function of what it combines: M and R must be summed apart, over all backward passes
 since the gradients were cleared, and compared afterwards. So each backward pass hands autograd the change that it
 makes to the combination, C(Σ + new) − C(Σ), and `p.grad` always holds C of the sums, besides whatever else adds to
-it.
+it. Passes may run in several threads; those that add to one `p.grad` must come one after the other.
 """
 
 import threading

@@ -151,6 +151,7 @@ class Rollout:
         Args:
             x0: Initial states, shape (batch, D): torch, numpy or any DLPack array.
             parameters: Physical parameters by name, a number or one per sample each; tensors may require gradients.
+                A combined flow compares sums over the batch if all are numbers, else it compares sample by sample.
 
         Raises:
             TypeError, ValueError: x0 or a parameter does not fit.
@@ -172,7 +173,8 @@ class Rollout:
             x0 = torch.as_tensor(x0).to(self.device, self.dtype)
         rows = rows_of_parameters(self.system, parameters or {}, x0)
         trainable = self._adapter.trainable
-        states, controls, _ = torch.ops.warp_phys.unroll(x0, rows, trainable, self._steps, self._name)
+        frozen = [p for p in self.controller.parameters() if not p.requires_grad]
+        states, controls, _ = torch.ops.warp_phys.unroll(x0, rows, trainable, frozen, self._steps, self._name)
         return states, controls
 
     def value_and_grad(self, x0: Any, when: str | Sequence[int] = "final", control_cost: float = 0.0) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from warp_phys.interop.torch_loss import costs_at, costs_vjp
-from warp_phys.interop.torch_ops import system_of
+from warp_phys.interop.torch_ops import autograd_inside, system_of
 
 _ROLLOUTS: Any = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -26,11 +26,17 @@ def name_of_rollout(rollout: Any) -> str:
 
 @torch.library.custom_op("warp_phys::unroll", mutates_args=())
 def unroll(
-    x0: torch.Tensor, rows: torch.Tensor | None, parameters: Sequence[torch.Tensor], steps: int, name: str
+    x0: torch.Tensor,
+    rows: torch.Tensor | None,
+    parameters: Sequence[torch.Tensor],
+    frozen: Sequence[torch.Tensor],
+    steps: int,
+    name: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return states, controls, and which samples are masked, of a `Rollout` known by a name.
 
-    The parameters are those of its controller: they are arguments so that torch knows what the result depends on.
+    The parameters are those of its controller, trained and frozen: they are arguments so that torch knows what the
+    result depends on, and notices a change between forward and backward.
     """
     rollout = _ROLLOUTS[name]
     states, controls, masked, _ = rollout._forward(rollout._initial_states(x0), rows, keep=False)
@@ -40,7 +46,7 @@ def unroll(
 
 
 @unroll.register_fake
-def _(x0, rows, parameters, steps, name):
+def _(x0, rows, parameters, frozen, steps, name):
     system = _ROLLOUTS[name].system
     states = x0.new_empty((steps + 1, x0.shape[0], system.state_size))
     controls = x0.new_empty((steps, x0.shape[0], system.control_size))
@@ -54,6 +60,7 @@ def _unroll_vjp(
     mask: torch.Tensor,
     rows: torch.Tensor | None,
     parameters: Sequence[torch.Tensor],
+    frozen: Sequence[torch.Tensor],
     adj_states: torch.Tensor,
     adj_controls: torch.Tensor,
     want_rows: bool,
@@ -63,32 +70,35 @@ def _unroll_vjp(
     rollout = _ROLLOUTS[name]
     masked, seeds = torch.nonzero(mask).flatten(), (adj_states, adj_controls)
     trainable = rollout._adapter.trainable  # the parameters themselves: the sums of M and R belong to them
-    adj_x0, adj_rows, grads = rollout._backward(states, controls, rows, masked, None, trainable, seeds, want_rows)
+    with autograd_inside():
+        adj_x0, adj_rows, grads = rollout._backward(states, controls, rows, masked, None, trainable, seeds, want_rows)
     adj_rows = states.new_empty((0, 0)) if adj_rows is None else adj_rows
     return [adj_x0.clone(), adj_rows.clone(), *(grad.clone() for grad in grads)]
 
 
 @_unroll_vjp.register_fake
-def _(states, controls, mask, rows, parameters, adj_states, adj_controls, want_rows, name):
+def _(states, controls, mask, rows, parameters, frozen, adj_states, adj_controls, want_rows, name):
     adj_rows = rows.new_empty(rows.shape) if want_rows else states.new_empty((0, 0))
     return [states.new_empty(states.shape[1:]), adj_rows, *(p.new_empty(p.shape) for p in parameters)]
 
 
 def _keep_unrolling(ctx, inputs, output):
-    _, rows, parameters, _, ctx.name = inputs
-    ctx.save_for_backward(*output, rows, *parameters)
+    _, rows, parameters, frozen, _, ctx.name = inputs
+    ctx.trained = len(parameters)
+    ctx.save_for_backward(*output, rows, *parameters, *frozen)
 
 
 def _pull_unrolling(ctx, adj_states, adj_controls, _adj_mask):
     states, controls, mask, rows, *parameters = ctx.saved_tensors
+    parameters, frozen = parameters[: ctx.trained], parameters[ctx.trained :]
     want_rows = rows is not None and ctx.needs_input_grad[1]
     seeds = (
         torch.zeros_like(like) if adj is None else adj for adj, like in ((adj_states, states), (adj_controls, controls))
     )
     adj_x0, adj_rows, *grads = torch.ops.warp_phys.unroll_vjp(
-        states, controls, mask, rows, parameters, *seeds, want_rows, ctx.name
+        states, controls, mask, rows, parameters, frozen, *seeds, want_rows, ctx.name
     )
-    return adj_x0, adj_rows if want_rows else None, grads, None, None
+    return adj_x0, adj_rows if want_rows else None, grads, [None] * len(frozen), None, None
 
 
 unroll.register_autograd(_pull_unrolling, setup_context=_keep_unrolling)

@@ -3,8 +3,9 @@
 Operators take tensors, numbers and text, so systems are known to them by a name.
 """
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,8 +104,24 @@ def name_of(system: Any) -> str:
     if own:
         _NAMES[system] = name
     _SYSTEMS.setdefault(name, system)
-    object.__setattr__(system, "_torch_name", name)
+    try:
+        object.__setattr__(system, "_torch_name", name)
+    except AttributeError:
+        raise TypeError(
+            f"system must be able to bear a name for torch's operators, {type(system).__name__} has slots"
+        ) from None
     return name
+
+
+@contextlib.contextmanager
+def autograd_inside() -> Iterator[None]:
+    """Have autograd record in the body of an operator, where torch leaves it out: a module or a function is there."""
+    c, keys = torch._C, torch._C.DispatchKey
+    excluded = c._dispatch_tls_local_exclude_set()
+    for name in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "AutogradFunctionality", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(keys, name))
+    with c._ForceDispatchKeyGuard(c._dispatch_tls_local_include_set(), excluded):
+        yield
 
 
 @torch.library.custom_op("warp_phys::step", mutates_args=())
@@ -133,7 +150,7 @@ def _step_vjp(
     own = _structs(system, rows, arrays[0])
     if want_rows and isinstance(system, System):
         own += (as_structs(as_array(adj_rows), system.types(arrays[0].dtype).Parameters),)
-    with torch_stream(x.device):
+    with torch_stream(x.device), autograd_inside():
         system.step_vjp(*arrays, as_array(adj_x), as_array(adj_c), *own)
     return adj_x, adj_c, adj_rows
 

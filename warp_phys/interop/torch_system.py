@@ -35,7 +35,7 @@ class TorchSystem(ForeignSystem):
     def step(self, x: wp.array, c: wp.array, y: wp.array, parameters: wp.array | None = None) -> None:
         """Write y = function(x, c); x and y (batch, D), c (batch, K)."""
         self._check_inputs(x, c, y, "y")
-        with _on_stream_of(x), torch.no_grad():
+        with _on_stream_of(x), torch.inference_mode(False), torch.no_grad():
             target = wp.to_torch(y, requires_grad=False)
             target.copy_(self._evaluate(*(wp.to_torch(array, requires_grad=False) for array in (x, c))))
 
@@ -56,7 +56,7 @@ class TorchSystem(ForeignSystem):
                 that it is made from is.
         """
         self._check_inputs(x, c, adj_y, "adj_y")
-        with _on_stream_of(x), torch.enable_grad():
+        with _on_stream_of(x), torch.inference_mode(False), torch.enable_grad():
             inputs = [wp.to_torch(array, requires_grad=False).detach().requires_grad_() for array in (x, c)]
             y = self._evaluate(*inputs)
             if not y.requires_grad:
