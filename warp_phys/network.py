@@ -20,7 +20,6 @@ KEPT_BYTES = 48 * 2**20
 Buffers that wait for a later pass take as much again at most.
 """
 
-
 CACHED_BYTES = 2**20
 """Activations that a pass forward leaves in the cache for the pass back."""
 
@@ -233,7 +232,7 @@ class Network:
         self,
         system: Any,
         trajectory: Any,
-        loss: "OwnLoss",
+        loss: OwnLoss,
         gates: wp.array,
         adj_x: wp.array,
         gradients: wp.array,
@@ -252,7 +251,7 @@ class Network:
         length = length * (samples // SAMPLES) if keep else self.chunk(controls) * SAMPLES * self.plan.row
         sequences = []
         for i, (begin, end) in enumerate(shares):
-            rows = workspace.array(f"rows of {self.plan}, {i}", (length,), self.real, "cpu")
+            rows = workspace.array(f"rows of a thread, {i}", (length,), self.real, "cpu")
             sequence = []
             for first in range(begin, end, samples):
                 part = first, min(first + samples, end)
@@ -272,7 +271,7 @@ class Network:
 
     def _sweep(
         self,
-        sweeps: "Sweeps",
+        sweeps: Sweeps,
         share: tuple[int, int],
         origin: int,
         rows: wp.array,
