@@ -9,16 +9,20 @@ from typing import Any
 
 import numpy as np
 
-try:
-    import gymnasium
-    from gymnasium.vector import AutoresetMode
-except ImportError as error:
-    raise ImportError(
-        'the Gymnasium environments need Gymnasium 1.1 or newer: pip install "warp_phys[gymnasium]"'
-    ) from error
+from warp_phys.interop.extras import require
 
-from warp_phys.interop.gymnasium_base import RENDER_MODES, BatchEnv, Camera, check_render_mode, frames_per_second
-from warp_phys.interop.gymnasium_episodes import (
+require("gymnasium", "gymnasium")
+import gymnasium  # noqa: E402
+from gymnasium.vector import AutoresetMode  # noqa: E402
+
+from warp_phys.interop.gymnasium_base import (  # noqa: E402
+    RENDER_MODES,
+    BatchEnv,
+    Camera,
+    check_render_mode,
+    frames_per_second,
+)
+from warp_phys.interop.gymnasium_episodes import (  # noqa: E402
     DIVERGENCE_REWARD,
     Stepper,
     Task,
@@ -26,7 +30,7 @@ from warp_phys.interop.gymnasium_episodes import (
     given_states,
     resolve_system,
 )
-from warp_phys.systems import System
+from warp_phys.systems import System  # noqa: E402
 
 __all__ = ["AutoresetMode", "SystemEnv", "SystemVectorEnv", "make_vector_env", "register"]
 

@@ -10,14 +10,13 @@ from warp_phys import row_kernels
 from warp_phys.adjoint import active_tape, paused
 from warp_phys.arrays import check_array, numpy_type, real_type, shape_message
 from warp_phys.errors import check_choice, check_count
+from warp_phys.interop.extras import require
 
-try:
-    import newton
-except ImportError as error:
-    raise ImportError("warp_phys.interop.newton needs Newton: pip install 'warp_phys[newton]'") from error
+require("newton", "newton")
+import newton  # noqa: E402
 
-from warp_phys.interop.newton_rows import TARGETS, read_layout, read_steering, world_count
-from warp_phys.interop.newton_substeps import Substeps
+from warp_phys.interop.newton_rows import TARGETS, read_layout, read_steering, world_count  # noqa: E402
+from warp_phys.interop.newton_substeps import Substeps  # noqa: E402
 
 DIFFERENTIABLE = (newton.solvers.SolverFeatherstone, newton.solvers.SolverSemiImplicit)
 
