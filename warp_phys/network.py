@@ -11,14 +11,10 @@ import numpy as np
 import warp as wp
 
 from warp_phys import native_kernels as native
+from warp_phys import row_buffers
 from warp_phys.arrays import aligned_zeros
 from warp_phys.plan import SAMPLES, Plan
-
-KEPT_BYTES = 48 * 2**20
-"""Most memory for the activations of a forward pass; a longer one computes them again on its way back.
-
-Buffers that wait for a later pass take as much again at most.
-"""
+from warp_phys.row_buffers import Buffers, Rows
 
 CACHED_BYTES = 2**20
 """Activations that a pass forward leaves in the cache for the pass back."""
@@ -53,14 +49,6 @@ class Sweeps(NamedTuple):
     """Written: λ_0 per flow, shape (flows, batch, D)."""
 
 
-class Rows:
-    """A buffer for the rows of a trajectory, and a count of the passes that have written to it."""
-
-    def __init__(self, length: int, real: type):
-        self.array = aligned_zeros((length,), real, "cpu")
-        self.writes = 0
-
-
 class Kept:
     """The rows that one forward pass left: its own until a backward pass gives their buffer back."""
 
@@ -81,8 +69,7 @@ class Network:
         self.plan, self.real, self.threads = plan, real, threads
         self._packed = aligned_zeros((plan.packed[-1],), real, "cpu")
         self._transposed = aligned_zeros((max(1, plan.transposed[-1]),), real, "cpu")
-        self._scratch: dict[int, list[Rows]] = {}  # by length, for good: a captured graph goes on using it
-        self._idle: list[Rows] = []  # what forward passes had kept
+        self._buffers = Buffers(real)
         self._lasting: dict[tuple, wp.array] = {}
         self._deltas = f"deltas of {plan}"
 
@@ -104,11 +91,11 @@ class Network:
         """
         keep = keep and self.can_keep(controls)
         length = self.row_count(controls, keep)
-        rows = self._borrow_kept(length) if keep else self._borrow(length)
+        rows = self._buffers.borrow_kept(length) if keep else self._buffers.borrow(length)
         run(self.unroll_launches(system, states, controls, parameters, rows.array, keep))
         if keep:
             return Kept(self, rows)
-        self._return(rows)
+        self._buffers.give_back(rows)
         return None
 
     def sweep(
@@ -134,7 +121,7 @@ class Network:
             The gradients of the weights in the packed layout, for `unpack`.
         """
         kept = self._take(trajectory.kept)
-        rows = kept or self._borrow(self.scratch_count(trajectory.controls))
+        rows = kept or self._buffers.borrow(self.scratch_count(trajectory.controls))
         gradients = self.gradients(len(adj_x), trajectory.controls.shape[1], workspace)
         gradients.zero_()
         run(
@@ -143,9 +130,9 @@ class Network:
             )
         )
         if kept is None:
-            self._return(rows)
+            self._buffers.give_back(rows)
         else:
-            self._set_aside(rows)
+            self._buffers.set_aside(rows)
         return gradients
 
     def unpack(self, gradients: wp.array, targets: Sequence[Sequence[int]], lasting: bool = False) -> None:
@@ -159,7 +146,7 @@ class Network:
 
     def can_keep(self, controls: wp.array) -> bool:
         """Whether there is room for the activations of all rows of a trajectory."""
-        return self.row_count(controls, keep=True) * self._packed.strides[0] <= KEPT_BYTES
+        return self.row_count(controls, keep=True) * self._packed.strides[0] <= row_buffers.KEPT_BYTES
 
     def row_count(self, controls: wp.array, keep: bool) -> int:
         """Return the length of the buffer that an unrolling writes its rows to."""
@@ -246,7 +233,7 @@ class Network:
         arrays, shares = (trajectory.states, controls, trajectory.parameters), self.shares(controls.shape[1])
         length = len(controls) * SAMPLES * self.plan.row
         bytes_of_block = length * self._packed.strides[0]
-        keep = bytes_of_block * len(shares) <= KEPT_BYTES
+        keep = bytes_of_block * len(shares) <= row_buffers.KEPT_BYTES
         samples = SAMPLES * max(1, CACHED_BYTES // bytes_of_block) if keep else controls.shape[1]
         length = length * (samples // SAMPLES) if keep else self.chunk(controls) * SAMPLES * self.plan.row
         sequences = []
@@ -312,53 +299,9 @@ class Network:
             self._lasting[key] = address_array(rows)
         return self._lasting[key]
 
-    # A pass takes a buffer off a list and puts it back: passes in several threads, or in one another, do not share.
-
-    def _borrow(self, length: int) -> Rows:
-        """Return scratch memory that nobody holds; its contents are what was written last, or zero."""
-        try:
-            return self._scratch.setdefault(length, []).pop()
-        except IndexError:
-            return Rows(length, self.real)
-
-    def _return(self, rows: Rows) -> None:
-        self._scratch[len(rows.array)].append(rows)
-
-    def _borrow_kept(self, length: int) -> Rows:
-        """Return a buffer of at least that length, for a forward pass that is about to write to it."""
-        fitting = sorted((rows for rows in list(self._idle) if len(rows.array) >= length), key=lambda r: len(r.array))
-        rows = next((rows for rows in fitting if self._pick(rows)), None) or Rows(length, self.real)
-        rows.writes += 1
-        return rows
-
-    def _set_aside(self, rows: Rows) -> None:
-        """Put a buffer back for later passes; where too many wait, those that have waited longest go."""
-        self._idle.append(rows)
-        waiting = list(self._idle)
-        while sum(len(rows.array) for rows in waiting) * self._packed.strides[0] > KEPT_BYTES:
-            self._pick(waiting.pop(0))
-
-    def _pick(self, rows: Rows) -> bool:
-        """Take a buffer off the list of those that wait; return whether it was still there."""
-        try:
-            self._idle.remove(rows)
-        except ValueError:
-            return False
-        return True
-
     def _take(self, kept: Any) -> Rows | None:
-        """Return the rows of a forward pass, or None if there are none or another pass has had their buffer."""
-        if not isinstance(kept, Kept) or kept.network is not self:
-            return None
-        if kept.owned:
-            kept.owned = False
-            return kept.rows
-        if not self._pick(kept.rows):
-            return None
-        if kept.rows.writes != kept.write:
-            self._idle.append(kept.rows)
-            return None
-        return kept.rows
+        """Return the rows of a forward pass of this network, or None; see `Buffers.take`."""
+        return self._buffers.take(kept) if isinstance(kept, Kept) and kept.network is self else None
 
 
 def address_array(rows: Sequence[Sequence[int]] | np.ndarray) -> wp.array:

@@ -11,7 +11,7 @@ import torch
 import warp as wp
 
 from tests.springs import Springs
-from warp_phys import MODIFIED, REGULAR, CartPole, Dense, Flow, Polynomial, Quantum, network
+from warp_phys import MODIFIED, REGULAR, CartPole, Dense, Flow, Polynomial, Quantum, row_buffers
 from warp_phys import Rollout as WarpRollout
 from warp_phys.interop.torch import Rollout
 from warp_phys.interop.torch_grid import FromGrid, ToGrid
@@ -163,7 +163,7 @@ def test_the_same_bits_again():
 def test_activations_that_are_computed_again(case, monkeypatch):
     """The same bits: a backward pass goes through the same chunks either way."""
     kept = run(*make(case), 13, "fused")
-    monkeypatch.setattr(network, "KEPT_BYTES", 0)
+    monkeypatch.setattr(row_buffers, "KEPT_BYTES", 0)
     again = run(*make(case), 13, "fused")
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
@@ -268,10 +268,10 @@ def set_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("limit", [network.KEPT_BYTES, 0])
+@pytest.mark.parametrize("limit", [row_buffers.KEPT_BYTES, 0])
 def test_a_batch_that_several_threads_share(limit, set_threads, monkeypatch):
     """Blocks that do not divide evenly: the same numbers but for the order of sums, and the same bits again."""
-    monkeypatch.setattr(network, "KEPT_BYTES", limit)
+    monkeypatch.setattr(row_buffers, "KEPT_BYTES", limit)
     system, module = make("few outputs")
     results, updates = {}, {}
     for threads in (1, 2, 3, 2):
@@ -292,12 +292,12 @@ def test_memory_of_horizons_that_change():
     rollout = Rollout(system, module, STEPS, "R")
     limit = 200_000
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "KEPT_BYTES", limit)
+        patch.setattr(row_buffers, "KEPT_BYTES", limit)
         for steps in range(10, 60, 3):
             rollout.steps = steps
             system.loss(*rollout(system.sample(5))).backward()
             inner = rollout._adapter._network
-            assert sum(rows.array.capacity for rows in inner._idle) <= limit
+            assert sum(rows.array.capacity for rows in inner._buffers._idle) <= limit
 
 
 @pytest.mark.parametrize("way", ["backward", "value_and_grad"])
@@ -311,7 +311,7 @@ def test_memory_of_a_long_horizon(way):
     steps, batch = 1500, 300
     trajectory = 4 * batch * (steps * 7 + 5)
     row = Rollout(system, module, 1)._adapter.network()[0].plan.row
-    assert 4 * steps * batch * row > network.KEPT_BYTES + 1.5 * trajectory + 64 * 2**20  # or this proves nothing
+    assert 4 * steps * batch * row > row_buffers.KEPT_BYTES + 1.5 * trajectory + 64 * 2**20  # or this proves nothing
     rollout = Rollout(system, module, steps, "C")
     x0 = system.sample(batch)
     if way == "backward":
@@ -324,7 +324,7 @@ def test_memory_of_a_long_horizon(way):
         held += [item for item in direct._held if isinstance(item, wp.array)]
         workspaces = [item for item in direct._held if hasattr(item, "_arrays")]
     inner = rollout._adapter._network
-    buffers = [rows.array for waiting in (*inner._scratch.values(), inner._idle) for rows in waiting]
+    buffers = [rows.array for waiting in (*inner._buffers._scratch.values(), inner._buffers._idle) for rows in waiting]
     buffers += [array for workspace in workspaces for array in workspace._arrays.values()]
     buffers += [inner._packed, inner._transposed]
     pieces = {array.ptr: array.capacity for array in buffers}
