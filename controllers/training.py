@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from controllers.ranks import Ranks
 from controllers.record import Record, plot_record, write_record
 from controllers.settings import Training, check_resume, derive_seeds
 from warp_phys import Diverged
-from warp_phys.interop.torch import Rollout
+from warp_phys.interop.torch import Rollout, Update
+from warp_phys.interop.torch_update import clip_gradients, gradients_of
 
 Stop = Callable[[], bool] | threading.Event
 
@@ -123,6 +124,8 @@ class Loop:
             device=settings.device,
             reduce=self.ranks.sum if self.ranks.world > 1 else None,
         )
+        clipping = settings.clip, settings.clip_at
+        self.step = Update(self.rollout, self.optimiser, settings.when, settings.control_cost, *clipping)
         self.train_states, self.test_states = (
             torch.as_tensor(self.system.sample(count, seed=seed, dtype=np.dtype(settings.precision))).to(self.device)
             for count, seed in (
@@ -178,11 +181,12 @@ class Loop:
     def update(self, states: torch.Tensor, measure: bool) -> None:
         """One step of the optimiser: sums over parts and ranks first, then the flow's comparison, then clipping."""
         if self.settings.accumulate == 1 and self.ranks.world == 1:
-            when, control_cost = self.settings.when, self.settings.control_cost
-            self.losses[self.minibatch] += self.rollout.value_and_grad(states, when, control_cost)
-        else:
-            self.accumulate(states)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            self.losses[self.minibatch] += self.step(states)
+            if measure:
+                self.update_norm_squared = self.rollout.report.norm**2
+            return
+        self.accumulate(states)
+        gradients = gradients_of(self.parameters)
         if measure:
             self.update_norm_squared = float(sum(gradient.square().sum() for gradient in gradients))
         clip_gradients(gradients, self.settings.clip, self.settings.clip_at)
@@ -255,14 +259,3 @@ class Loop:
         self.minibatch, self.seconds = content["minibatch"], content["seconds"]
         if self.ranks.leads:
             self.losses.copy_(content["losses"])
-
-
-def clip_gradients(gradients: Sequence[torch.Tensor], clip: str, limit: float) -> None:
-    """Clip in place: "value" each component to [−limit, limit], "norm" the norm of all together to at most limit."""
-    if clip == "value":
-        for gradient in gradients:
-            gradient.clamp_(-limit, limit)
-    elif clip == "norm":
-        norm = torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in gradients]))
-        for gradient in gradients:
-            gradient.mul_((limit / norm).clamp(max=1))

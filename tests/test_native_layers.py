@@ -8,7 +8,7 @@ import torch
 import warp as wp
 
 from tests.springs import Springs
-from warp_phys import native_kernels
+from warp_phys import native_kernels, update_kernels
 from warp_phys.flow import agree, geometric, minmod
 from warp_phys.network import Network, address_array, run
 from warp_phys.phases import Seeds, Trajectory
@@ -54,7 +54,7 @@ def _kernel(real):
     @wp.func_native(code)
     def apply(z: wp.array[real], value: wp.array2d[real], slopes: wp.array2d[real]): ...
 
-    @wp.kernel(module="unique", module_options=native_kernels._module_options())
+    @wp.kernel(module="unique", module_options=native_kernels.module_options())
     def activate(z: wp.array[real], value: wp.array2d[real], slopes: wp.array2d[real]):
         apply(z, value, slopes)
 
@@ -206,7 +206,7 @@ def test_rules_of_agreement(rule, real):
     base, other = (grid.ravel() for grid in np.meshgrid(special, special))
     out = np.full(len(base) + 1, 7.0, dtype)
     addresses = wp.array([base.ctypes.data, other.ctypes.data, out.ctypes.data], dtype=wp.uint64, device="cpu")
-    wp.launch(native_kernels.combine_kernel(rule, real), 1, [addresses, len(base)], device="cpu")
+    wp.launch(update_kernels.combine_kernel(rule, real), 1, [addresses, len(base)], device="cpu")
     with np.errstate(all="ignore"):
         expected = rule(base, other)
     np.testing.assert_allclose(out[:-1], expected, rtol=np.finfo(dtype).eps, atol=0.0)
@@ -214,4 +214,4 @@ def test_rules_of_agreement(rule, real):
 
 
 def test_no_kernel_for_a_rule_of_ones_own():
-    assert native_kernels.combine_kernel(lambda base, other: base, wp.float32) is None
+    assert update_kernels.combine_kernel(lambda base, other: base, wp.float32) is None

@@ -11,13 +11,12 @@ from typing import Any
 
 import warp as wp
 
-from warp_phys.flow import agree, geometric, minmod
 from warp_phys.kernels import weighted_cost_function
 from warp_phys.native_blocks import advance_function, retreat_function
 from warp_phys.plan import SAMPLES, Plan, padded
 from warp_phys.rows import row_functions
 
-HEADERS = ("layers.h", "lanes.h", "cartpole.h", "repulsion.h", "quantum.h")
+HEADERS = ("layers.h", "lanes.h", "cartpole.h", "repulsion.h", "quantum.h", "update.h")
 """The C++ that stands in front of the kernels' own."""
 
 _CPP = {
@@ -27,7 +26,7 @@ _CPP = {
 
 
 @functools.cache
-def _module_options() -> dict[str, Any]:
+def module_options() -> dict[str, Any]:
     """Put the C++ of the folder `native` in front of a module's own code."""
     folder = files("warp_phys").joinpath("native")
     source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in HEADERS)
@@ -171,7 +170,7 @@ def pack_kernel(plan: Plan, real: type) -> wp.Kernel:
     @wp.func_native("\n".join(lines))
     def pack(addresses: wp.array2d[wp.uint64], packed: wp.array[real], transposed: wp.array[real]): ...
 
-    @wp.kernel(module="unique", module_options=_module_options())
+    @wp.kernel(module="unique", module_options=module_options())
     def pack_layers(
         # in
         addresses: wp.array2d[wp.uint64],
@@ -206,7 +205,7 @@ def unpack_kernel(plan: Plan, real: type) -> wp.Kernel:
     @wp.func_native("\n".join(lines))
     def unpack(gradients: wp.array[real], flow: int, addresses: wp.array2d[wp.uint64]): ...
 
-    @wp.kernel(module="unique", module_options=_module_options())
+    @wp.kernel(module="unique", module_options=module_options())
     def unpack_layers(
         # in
         gradients: wp.array[real],
@@ -215,39 +214,6 @@ def unpack_kernel(plan: Plan, real: type) -> wp.Kernel:
         unpack(gradients, wp.tid(), addresses)
 
     return unpack_layers
-
-
-_RULES = {
-    agree: "m",
-    geometric: "wp::sign(m) * (wp::sqrt(wp::abs(m)) * wp::sqrt(wp::abs(r)))",
-    minmod: "(wp::abs(m) < wp::abs(r) ? m : r)",
-}
-"""What the rules of `flow` give where the signs agree."""
-
-
-@functools.cache
-def combine_kernel(rule: Any, real: type) -> wp.Kernel | None:
-    """Combine two updates by a rule of `flow`: base, other and result by their addresses. None for any other rule."""
-    if rule not in _RULES:
-        return None
-    scalar = "double" if real is wp.float64 else "float"
-
-    @wp.func_native(f"""
-        const auto* base = (const {scalar}*)addresses.data[0];
-        const auto* other = (const {scalar}*)addresses.data[1];
-        auto* combined = ({scalar}*)addresses.data[2];
-        for (int i = 0; i < size; ++i) {{
-            const {scalar} m = base[i], r = other[i], sum = m + r;
-            const bool agree = (m > 0) == (r > 0) && (m < 0) == (r < 0);
-            combined[i] = sum != sum ? sum : agree ? {_RULES[rule]} : 0;
-        }}""")
-    def combine(addresses: wp.array[wp.uint64], size: int): ...
-
-    @wp.kernel(module="unique", module_options=_module_options())
-    def combine_updates(addresses: wp.array[wp.uint64], size: int):
-        combine(addresses, size)
-
-    return combine_updates
 
 
 @functools.cache
@@ -260,7 +226,7 @@ def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
     types, advance, evaluate = structure.types(real), advance_function(structure, real), _evaluate(plan, real)
     Parameters, row, out = types.Parameters, plan.row, plan.offsets[-2]
 
-    @wp.kernel(module="unique", module_options=_module_options())
+    @wp.kernel(module="unique", module_options=module_options())
     def unroll_blocks(
         # in; the first sample
         packed: wp.array[real],
@@ -332,7 +298,7 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
     Parameters = structure.types(real).Parameters
     row, out, inputs, channels = plan.row, plan.offsets[-2], plan.inputs, plan.channels
 
-    @wp.kernel(module="unique", module_options=_module_options())
+    @wp.kernel(module="unique", module_options=module_options())
     def sweep_blocks(
         # in
         packed: wp.array[real],

@@ -7,7 +7,7 @@ import torch
 
 from controllers.networks import MLP, GridCNN
 from tests.benchmarks.cases import EPSILON, RATE, Case, make_batches, make_weights
-from warp_phys.interop.torch import Rollout
+from warp_phys.interop.torch import Rollout, Update
 from warp_phys.systems import SYSTEMS
 from warp_phys.systems.base import System
 
@@ -28,16 +28,17 @@ class Program:
         self.weights = [to_torch(array).to(case.device) for array in make_weights(case)]
         self.parameters = list(self.controller.parameters())
         self.rollout = Rollout(system, self.controller, case.steps, case.flow, backend=backend)
-        self.when, self.control_cost = published.when, published.control_cost
         self.batches = [torch.as_tensor(batch).to(case.device) for batch in make_batches(case)]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=RATE, eps=EPSILON, fused=True)
+        optimiser = torch.optim.Adam(self.parameters, lr=RATE, eps=EPSILON, fused=True)
+        self.loss = {"when": published.when, "control_cost": published.control_cost}
+        self.update = Update(self.rollout, optimiser, **self.loss)
         self.wait = torch.cuda.synchronize if case.device != "cpu" else lambda: None
         self.start()
 
     def loss_and_update(self) -> tuple[float, list[np.ndarray]]:
         """Return loss and update of the first batch at the initial weights."""
         self.start()
-        loss = self.rollout.value_and_grad(self.batches[0], self.when, self.control_cost)
+        loss = self.rollout.value_and_grad(self.batches[0], **self.loss)
         return float(loss), [from_torch(parameter.grad) for parameter in self.parameters]
 
     @torch.no_grad()
@@ -49,8 +50,7 @@ class Program:
     def run(self, updates: int) -> None:
         """Do a number of updates, and wait for them."""
         for i in range(updates):
-            self.rollout.value_and_grad(self.batches[i % len(self.batches)], self.when, self.control_cost)
-            self.optimiser.step()
+            self.update(self.batches[i % len(self.batches)])
         self.wait()
 
 

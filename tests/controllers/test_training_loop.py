@@ -10,9 +10,10 @@ from small_training import same_bits, small, without_seconds
 from controllers import MLP, train
 from controllers.record import read_record
 from controllers.settings import derive_seeds
-from controllers.training import Loop, clip_gradients
+from controllers.training import Loop
 from warp_phys import Diverged
 from warp_phys.interop.torch import Rollout
+from warp_phys.interop.torch_update import clip_gradients
 
 TINY_RATE = 1e-30  # leaves float32 weights as they are
 

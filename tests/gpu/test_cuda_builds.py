@@ -59,7 +59,7 @@ OF_A_PRECISION = [
 
 # their layers and steps are C++ on a CPU's vectors, and one thread goes through a whole block or batch: on CUDA nothing
 # launches them, `dense_kernels` and `kernels` do their work there
-FOR_A_CPU_ONLY = {"native_kernels"}
+FOR_A_CPU_ONLY = {"native_kernels", "update_kernels"}
 
 
 def _all_kernels():
@@ -132,7 +132,7 @@ def test_the_list_is_complete():
 
 def test_what_is_for_a_cpu_says_so():
     """Kernels that are left out above cannot be built for CUDA by mistake: their C++ is given for a CPU alone."""
-    options = native_kernels._module_options()["extra_build_options"]
+    options = native_kernels.module_options()["extra_build_options"]
     assert "namespace warp_phys" in options.extra_cpu_preamble and not options.extra_cuda_preamble
     plan = dense_plan((4, 5, 1), "tanh")
     for factory in (native_kernels.unroll_kernel, native_kernels.sweep_kernel):

@@ -15,7 +15,7 @@ from tests.rollout.reference import gradient, relative, unroll
 from tests.toy import TwoControls
 from warp_phys import CartPole, Diverged, Flow, phases
 from warp_phys.flow import resolve
-from warp_phys.interop import torch as bridge
+from warp_phys.interop import torch_rollout as bridge
 from warp_phys.interop.torch import Rollout
 
 STEPS = 60

@@ -36,12 +36,12 @@ def _kernels(system, real):
     advance = native_blocks.advance_function(structure, real)
     retreat = native_blocks.retreat_function(structure, real)
 
-    @wp.kernel(module="unique", module_options=native_kernels._module_options())
+    @wp.kernel(module="unique", module_options=native_kernels.module_options())
     def step_blocks(controls: wp.array3d[real], p: wp.array[Parameters], states: wp.array3d[real]):
         first = wp.static(samples) * wp.tid()
         advance(states, controls, p, 1, first, wp.min(wp.static(samples), states.shape[1] - first))
 
-    @wp.kernel(module="unique", module_options=native_kernels._module_options())
+    @wp.kernel(module="unique", module_options=native_kernels.module_options())
     def pull_blocks(
         states: wp.array3d[real],
         controls: wp.array3d[real],

@@ -39,7 +39,7 @@ def unroll(
     result depends on, and notices a change between forward and backward.
     """
     rollout = _ROLLOUTS[name]
-    states, controls, masked, _ = rollout._forward(rollout._initial_states(x0), rows, keep=False)
+    states, controls, masked, _ = rollout._forward(rollout.initial_states(x0), rows, keep=False)
     mask = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
     mask[masked] = True
     return states, controls, mask

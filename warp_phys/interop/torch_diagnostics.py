@@ -24,7 +24,7 @@ from warp_phys.rotation import Rotation, difference_step, draw_probes, estimate
 from warp_phys.systems.base import System
 
 if TYPE_CHECKING:
-    from warp_phys.interop.torch import Rollout
+    from warp_phys.interop.torch_rollout import Rollout
 
 FlowLike = str | Flow | Combined
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -137,7 +137,7 @@ def rotation(
     trained = own._adapter.trainable
     if not trained:
         raise ValueError("controller must have parameters that require gradients, it has none")
-    start = x0 if isinstance(x0, np.ndarray) else rollout._initial_states(x0).to(own.dtype)
+    start = x0 if isinstance(x0, np.ndarray) else rollout.initial_states(x0).to(own.dtype)
     objective = _objective(own, when, control_cost, loss, parameters)
     theta = torch.cat([p.detach().flatten() for p in trained])
 
@@ -210,7 +210,7 @@ def _objective(rollout: Rollout, when: Any, control_cost: float, loss: Loss | No
 
 def _unroll(rollout: Rollout, x0: Any, objective: Loss | None, parameters: Mapping[str, Any] | None) -> _Unrolled:
     """Unroll, and differentiate the loss by the trajectory; without a loss those derivatives are 0."""
-    x0 = rollout._initial_states(x0)
+    x0 = rollout.initial_states(x0)
     rows = rows_of_parameters(rollout.system, parameters or {}, x0)
     states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
     value, seeds = torch.zeros(()), (torch.zeros_like(states), torch.zeros_like(controls))

@@ -14,10 +14,10 @@ from warp_phys.interop.sums import split
 from warp_phys.interop.torch_controller import TorchController, addresses_of
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.layers import Workspace
-from warp_phys.native_kernels import combine_kernel
 from warp_phys.network import OwnLoss, address_array, run_sequences
 from warp_phys.phases import Trajectory, flow_gates
 from warp_phys.systems.losses import chosen_array
+from warp_phys.update_kernels import combine_kernel
 
 
 class DirectPass:
@@ -78,7 +78,7 @@ class DirectPass:
 
     def _record_rule(self) -> None:
         """Record the launch that combines the updates, if the flow needs one and the rule has a kernel."""
-        self._parts, self._rule = [self.flows.index(part) for part in linear_parts(self.flow)], None
+        self.parts, self._rule = [self.flows.index(part) for part in linear_parts(self.flow)], None
         if not isinstance(self.flow, Combined):
             return
         kernel = combine_kernel(self.flow.rule, wp.dtype_from_torch(self.grad.dtype))
@@ -106,23 +106,26 @@ class DirectPass:
         trajectory = Trajectory(x, c, own)
         self._passes = network.pass_launches(system, trajectory, self._loss, gates, lam, gradients, workspace)
         self._unpack = network.unpack_launches(gradients, targets)
-        self._gradients = wp.to_torch(gradients)
+        self._gradients = gradients
         self._held += [network, adapter, x, c, lam, own, workspace, gates, sources, targets]
 
-    def run(self, x0: torch.Tensor) -> None:
-        """Write states, controls, and every flow's update in `updates`, shape (flows, parameters)."""
+    def begin(self, x0: torch.Tensor) -> None:
+        """Take up initial states, and make room for the updates: the report keeps the last ones."""
         self.states[0] = x0
-        self.updates = torch.zeros_like(self.updates)  # the report keeps the last one
+        self.updates = torch.zeros_like(self.updates)
         np.add(self._offsets, np.uint64(self.updates.data_ptr()), out=self._targets, where=self._trained)
+
+    def launch(self) -> None:
+        """Write states, controls, costs, and every flow's update in `updates`, shape (flows, parameters)."""
         self._gradients.zero_()
         self._pack.launch()
         run_sequences(self._passes)
         for launch in self._unpack:
             launch.launch()
+        self._cost.launch()
 
     def loss(self) -> torch.Tensor:
-        """Return the loss of the states and controls that `run` left."""
-        self._cost.launch()
+        """Return the loss of what `launch` left."""
         value = self.costs.sum() * self.per_sample
         if self.control_cost:
             controls = self.controls.view(-1)
@@ -133,8 +136,13 @@ class DirectPass:
         """Put the flow's update into the `.grad` of the parameters; return what the pass tells about itself."""
         update = self._combine()
         self.grad.copy_(update)
+        return self.report(update)
+
+    def report(self, update: torch.Tensor) -> Report:
+        """See that the `.grad` of the parameters is what `grad` holds; return what the pass tells about itself."""
         for parameter, grad in zip(self.trainable, self.grads, strict=True):
-            parameter.grad = grad
+            if parameter.grad is not grad:
+                parameter.grad = grad
         for parameter in self.frozen:
             parameter.grad = None
         return Report(self.flows, self.updates, (update,))
@@ -143,7 +151,7 @@ class DirectPass:
         """Return the update of the flow."""
         if not isinstance(self.flow, Combined):
             return self.updates[0]
-        base, other = (self.updates[i] for i in self._parts)
+        base, other = (self.updates[i] for i in self.parts)
         if self._rule is None:
             return self.flow.rule(base, other)
         update = torch.empty_like(self.grad)

@@ -1,0 +1,439 @@
+"""Rollouts of torch modules whose backward pass is a flow of one's choice, attached to autograd."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import warp as wp
+
+from warp_phys.arrays import as_structs, for_all_streams, shape_message
+from warp_phys.errors import Diverged, check_choice, check_count
+from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
+from warp_phys.interop.report import Report
+from warp_phys.interop.sums import combined_changes, split
+from warp_phys.interop.torch_compiled import name_of_rollout
+from warp_phys.interop.torch_controller import TorchController, check_pure, precision_and_device
+from warp_phys.interop.torch_dense import as_array
+from warp_phys.interop.torch_direct import DirectPass, is_finite
+from warp_phys.interop.torch_loss import (
+    refuse_second_derivative,
+    refuse_transforms,
+    rows_of_parameters,
+    torch_stream,
+)
+from warp_phys.interop.torch_ops import name_of
+from warp_phys.layers import Workspace
+from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
+from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
+from warp_phys.systems.base import Simulator, System
+from warp_phys.systems.losses import chosen_times
+
+DIRECT_PASSES = 8
+"""Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
+
+
+class Rollout:
+    """x_{n+1} = S(x_n, N(x_n)) for n = 0 … steps − 1, differentiable with the flow of one's choice.
+
+    `loss.backward()` leaves the flow's update in the `.grad` of the controller's parameters. Several backward passes
+    before one optimiser step add up as they should, for a combined flow M and R apart.
+
+    Args:
+        system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`).
+        controller: Any module that maps (B, D) to (B, K) row by row, the same way each time.
+        steps: Number of time steps T.
+        flow: A name, a letter, a `Flow` or a `Combined`.
+        device: "cpu", "cuda", "cuda:1", …; that of the controller's parameters if None.
+        backend: "fused" (whole passes in one kernel, for the modules that `torch_plan.read_plan` reads), "general" (any
+            module) or "auto".
+        on_divergence: "raise" raises `Diverged`; "mask" freezes the samples that diverge in their last finite state,
+            gives them no say in the gradients and names them in `report.diverged`.
+        reduce: Called with the flows' updates, shape (flows, parameters), before they are compared: sums them in place
+            over ranks, for instance `torch.distributed.all_reduce`.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; the message names the argument, what came, what is expected.
+    """
+
+    def __init__(
+        self,
+        system: Simulator,
+        controller: torch.nn.Module,
+        steps: int,
+        flow: str | Flow | Combined = "combined",
+        device: str | torch.device | None = None,
+        backend: str = "auto",
+        on_divergence: str = "raise",
+        reduce: Callable[[torch.Tensor], Any] | None = None,
+    ):
+        if not isinstance(controller, torch.nn.Module):
+            raise TypeError(f"controller must be a torch.nn.Module, got {type(controller).__name__}")
+        wp.init()
+        self._system, self._controller = system, controller
+        self._steps = check_count("steps", steps)
+        self.flow = flow
+        self.observe: Sequence[str | Flow] = ()
+        """Further flows that ride along in backward passes, for the report only."""
+        self.report = Report()
+        """Numbers of the last backward pass."""
+        self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "mask"))
+        self.reduce = reduce
+        check_sizes(system, controller)
+        self._adapter = TorchController(controller, system.state_size)
+        # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
+        self._workspaces: list[Workspace] = []
+        self._gates: dict[tuple, tuple[np.ndarray, wp.array]] = {}
+        self._direct: dict[tuple, DirectPass] = {}
+        if isinstance(system, System):
+            name_of(system)  # for losses in compiled code
+        self._name = name_of_rollout(self)
+        self.dtype, self.device = precision_and_device(controller, device)
+        check_sizes(system, self._adapter.dense() or controller)
+        self._backend = check_choice("backend", backend, BACKENDS)
+        choose_backend(backend, system, self._adapter, self.device.type == "cuda")
+
+    @property
+    def system(self) -> Simulator:
+        """The system; another one needs another rollout."""
+        return self._system
+
+    @property
+    def controller(self) -> torch.nn.Module:
+        """The controller; another one needs another rollout."""
+        return self._controller
+
+    @property
+    def steps(self) -> int:
+        """Number of time steps T of the next calls; another number may be assigned."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        steps = check_count("steps", steps)
+        flow_gates(linear_parts(self.flow), steps)  # raises if gates are given for another number of steps
+        self._steps = steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what points into memory, so that copies and pickles are possible."""
+        return {**vars(self), "_workspaces": [], "_gates": {}, "_direct": {}, "report": Report()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy a name of its own."""
+        vars(self).update(state)
+        if isinstance(self.system, System):
+            name_of(self.system)
+        self._name = name_of_rollout(self)
+
+    @property
+    def flow(self) -> Flow | Combined:
+        """The flow of the next backward passes; a name or a letter may be assigned."""
+        return self._flow
+
+    @flow.setter
+    def flow(self, flow: str | Flow | Combined) -> None:
+        flow = resolve(flow)
+        flow_gates(linear_parts(flow), self.steps)  # as above
+        self._flow = flow
+
+    @property
+    def backend(self) -> str:
+        """How the forward pass runs: "fused" or "general"."""
+        return choose_backend(self._backend, self.system, self._adapter, self.device.type == "cuda")
+
+    def __call__(self, x0: Any, parameters: Mapping[str, Any] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return states (steps + 1, batch, D) and controls (steps, batch, K), attached to autograd.
+
+        Args:
+            x0: Initial states, shape (batch, D): torch, numpy or any DLPack array.
+            parameters: Physical parameters by name, a number or one per sample each; tensors may require gradients.
+                A combined flow compares sums over the batch if all are numbers, else it compares sample by sample.
+
+        Raises:
+            TypeError, ValueError: x0 or a parameter does not fit.
+            Diverged: A state is not finite, and `on_divergence` is "raise".
+        """
+        if torch.compiler.is_compiling():
+            return self._as_operator(x0, parameters)
+        refuse_transforms("a rollout")
+        x0 = self.initial_states(x0)
+        rows = rows_of_parameters(self.system, parameters or {}, x0)
+        trainable = self._adapter.trainable
+        if torch.is_grad_enabled() and (trainable or x0.requires_grad or (rows is not None and rows.requires_grad)):
+            return _Unroll.apply(self, x0, rows, *trainable)
+        return self._forward(x0, rows, keep=False)[:2]
+
+    def _as_operator(self, x0: Any, parameters: Mapping[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the same as one opaque node of a graph that torch compiles; x0 is checked when that runs."""
+        if not isinstance(x0, torch.Tensor):
+            x0 = torch.as_tensor(x0).to(self.device, self.dtype)
+        rows = rows_of_parameters(self.system, parameters or {}, x0)
+        trainable = self._adapter.trainable
+        frozen = [p for p in self.controller.parameters() if not p.requires_grad]
+        states, controls, _ = torch.ops.warp_phys.unroll(x0, rows, trainable, frozen, self._steps, self._name)
+        return states, controls
+
+    def value_and_grad(self, x0: Any, when: str | Sequence[int] = "final", control_cost: float = 0.0) -> torch.Tensor:
+        """Return the loss of `System.loss`, and leave the flow's update in the `.grad` of the controller's parameters.
+
+        The numbers are those of `loss = system.loss(*rollout(x0), …)` and `loss.backward()` after clearing the
+        gradients; what the gradients held is replaced. On the fused backend there is no graph of autograd in between
+        and all memory is kept from one call to the next, the gradients' too, which makes an update much cheaper.
+
+        Two threads must not be in this method of one rollout at the same time: they would share that memory.
+
+        Args:
+            x0: Initial states, shape (batch, D): torch, numpy or any DLPack array.
+            when: "final", "every", or the chosen steps.
+            control_cost: Factor of the mean squared control.
+
+        Returns:
+            The loss, a tensor of no dimensions, detached.
+
+        Raises:
+            TypeError, ValueError: As a call of the rollout and `System.loss` do.
+            Diverged: A state is not finite, and `on_divergence` is "raise".
+        """
+        x0 = self.initial_states(x0)
+        direct = self.direct_pass(len(x0), when, control_cost)
+        if direct is None:
+            return self._value_and_grad_by_graph(x0, when, control_cost)
+        with torch.no_grad():
+            direct.begin(x0)
+            direct.launch()
+            if not is_finite(direct.states):
+                if self.on_divergence == "raise":
+                    self._handle_divergence(direct.states, direct.controls)
+                return self._value_and_grad_by_graph(x0, when, control_cost)
+            loss = direct.loss()
+            if self.reduce is not None:
+                self.reduce(direct.updates)
+            self.report = direct.leave()
+        return loss
+
+    def direct_pass(self, batch: int, when: str | Sequence[int], control_cost: float) -> DirectPass | None:
+        """Return the memory of a pass, kept as long as nothing changes but numbers; None where it is not possible."""
+        fingerprint = self._adapter.fingerprint() if self.device.type == "cpu" else None
+        if fingerprint is None:
+            return None
+        when, control_cost = when if isinstance(when, str) else tuple(when), float(control_cost)
+        threads = torch.get_num_threads()
+        key = (self.steps, batch, self._flow, tuple(self.observe), when, control_cost, threads, fingerprint)
+        if key not in self._direct:
+            self._check_place()
+            if not isinstance(self.system, System) or self.backend != "fused":
+                return None
+            observe = [part for flow in self.observe for part in linear_parts(resolve(flow))]
+            times, shape = chosen_times(when, self.steps), (self.steps, batch)
+            if len(self._direct) >= DIRECT_PASSES:
+                self._direct.pop(next(iter(self._direct)))
+            self._direct[key] = DirectPass(
+                self.system, self._adapter, shape, self._flow, observe, times, control_cost, self.dtype
+            )
+        return self._direct[key]
+
+    def _value_and_grad_by_graph(
+        self, x0: torch.Tensor, when: str | Sequence[int], control_cost: float
+    ) -> torch.Tensor:
+        """Do the same for any backend."""
+        for parameter in self.controller.parameters():
+            parameter.grad = None
+        with torch.enable_grad():
+            states, controls = self(x0.detach())
+            loss = self.system.loss(states, controls, when=when, control_cost=control_cost)  # type: ignore[attr-defined]
+            if loss.requires_grad:
+                loss.backward()
+        return loss.detach()
+
+    def initial_states(self, x0: Any) -> torch.Tensor:
+        """Return x0 as a tensor that fits, or raise."""
+        if not isinstance(x0, torch.Tensor):
+            x0 = self._import(x0)
+        columns = ", ".join(getattr(self.system, "states", ()))
+        if x0.ndim != 2 or x0.shape[1] != self.system.state_size or len(x0) == 0:
+            message = shape_message("x0", (-1, self.system.state_size), x0.shape)
+            raise ValueError(f"{message} for {self.system}" + (f"; its columns are {columns}" if columns else ""))
+        if x0.dtype != self.dtype:
+            raise TypeError(f"x0 must hold {self.dtype} as the controller does, got {x0.dtype}")
+        if x0.device != self.device:
+            raise ValueError(f"x0 must be on device {self.device} as the controller is, got {x0.device}")
+        if not is_finite(x0):
+            bad = torch.nonzero(~torch.isfinite(x0).all(dim=1)).flatten().tolist()
+            raise ValueError(f"x0 must be finite, rows {bad[:8]} are not")
+        return x0
+
+    def _import(self, x0: Any) -> torch.Tensor:
+        """Return numpy or DLPack data as a tensor: numpy in the controller's precision and on its device."""
+        if isinstance(x0, (np.ndarray, list, tuple)):
+            array = np.asarray(x0)
+            if array.dtype.kind != "f":
+                raise TypeError(f"x0 must hold floating-point numbers, got {array.dtype}")
+            return torch.as_tensor(array).to(self.device, self.dtype)
+        if hasattr(x0, "__dlpack__"):
+            return torch.from_dlpack(x0)
+        raise TypeError(f"x0 must be a torch, numpy or DLPack array, got {type(x0).__name__}")
+
+    def _structs(self, rows: torch.Tensor | None, like: wp.array) -> wp.array | None:
+        if not isinstance(self.system, System):
+            return None
+        if rows is None:
+            return self.system.check_parameters(None, like, 1)
+        struct = self.system.types(like.dtype).Parameters
+        return as_structs(as_array(rows.detach().contiguous()), struct)
+
+    def _forward(
+        self, x0: torch.Tensor, rows: torch.Tensor | None, keep: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return states, controls, the samples that were masked, and what the controller kept for a backward pass."""
+        states = x0.new_empty((self.steps + 1, len(x0), self.system.state_size))
+        controls = x0.new_empty((self.steps, len(x0), self.system.control_size))
+        states[0] = x0.detach()
+        self._check_place()
+        with torch.no_grad(), torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
+            arrays = as_array(states), as_array(controls)
+            p, fused = self._structs(rows, arrays[0]), self.backend == "fused"
+            kept = forward(self.system, self._adapter, *arrays, p, fused, keep)
+        masked = self._handle_divergence(states, controls)
+        return states, controls, masked, None if len(masked) else kept
+
+    def _check_place(self) -> None:
+        """Raise a ValueError if the controller has been converted or moved."""
+        first = next(self.controller.parameters(), None)
+        if first is not None and (first.dtype, first.device) != (self.dtype, self.device):
+            raise ValueError(
+                f"controller is now {first.dtype} on {first.device}, the rollout was made for {self.dtype} on "
+                f"{self.device}: make another rollout"
+            )
+
+    def _handle_divergence(self, states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
+        """Raise, or freeze samples in place; return the indices of frozen samples."""
+        none = torch.empty(0, dtype=torch.long, device=states.device)
+        if torch.isfinite(states.sum()):  # one cheap pass; the sum may overflow where no state does
+            return none
+        finite = torch.isfinite(states).all(dim=2)
+        if finite.all():
+            return none
+        samples = torch.nonzero(~finite.all(dim=0)).flatten()
+        first = finite[:, samples].long().argmin(dim=0)
+        if self.on_divergence == "raise" or len(samples) == states.shape[1]:
+            raise Diverged(int(first.min()), samples.tolist())
+        for sample, n in zip(samples.tolist(), first.tolist(), strict=True):
+            states[n:, sample] = states[n - 1, sample]
+            controls[n - 1 :, sample] = 0.0
+        return samples
+
+    def _backward(
+        self,
+        states: torch.Tensor,
+        controls: torch.Tensor,
+        rows: torch.Tensor | None,
+        masked: torch.Tensor,
+        kept: torch.Tensor | None,
+        trainable: list[torch.nn.Parameter],
+        seeds: tuple[torch.Tensor | None, torch.Tensor | None],
+        want_rows: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+        """Run the flows backward; return the gradients of x0, of the parameter rows and of the trainable parameters."""
+        try:
+            workspace = self._workspaces.pop()
+        except IndexError:  # the first pass, or one within or beside another
+            workspace = Workspace()
+        parts = linear_parts(self.flow)
+        flows = distinct([*parts, *(part for flow in self.observe for part in linear_parts(resolve(flow)))])
+        seeds_ = [_owned(seed, like, masked) for seed, like in zip(seeds, (states, controls), strict=True)]
+        states, controls = _without(states, masked), _without(controls, masked)
+        updates = torch.zeros((len(flows), sum(p.numel() for p in trainable)), dtype=self.dtype, device=self.device)
+        with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
+            arrays = [as_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
+            gates, gates_array = self._gates_of(flows, len(controls))
+            trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]), kept)
+            adjoints = backward(
+                self.system, self._adapter, trajectory, Seeds(arrays[2], arrays[3]), gates, gates_array,
+                list(updates), workspace, want_rows, check=check_pure, fused=self.backend == "fused",
+            )  # fmt: skip
+            adj_x0 = wp.to_torch(adjoints.x0).clone()
+            adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters).clone()
+        self._workspaces.append(workspace)
+        if self.reduce is not None:
+            self.reduce(updates)
+        used = [flows.index(part) for part in parts]
+        grads = self._updates(updates[used], trainable)
+        self.report = Report(flows, updates, tuple(grads), tuple(masked.tolist()))
+        if adj_rows is not None and rows is not None:
+            adj_rows = self._combine(adj_rows[used].sum(dim=1, keepdim=True) if len(rows) == 1 else adj_rows[used])
+        return self._combine(adj_x0[used]), adj_rows, grads
+
+    def _gates_of(self, flows: tuple[Flow, ...], steps: int) -> tuple[np.ndarray, wp.array]:
+        """Return the gates of flows, shape (flows, steps, 2), as numpy and on the device."""
+        key = (flows, steps)
+        if key not in self._gates:
+            gates = flow_gates(flows, steps)
+            array = wp.array(gates, dtype=wp.dtype_from_torch(self.dtype), device=str(self.device))
+            self._gates[key] = gates, for_all_streams(array)
+        return self._gates[key]
+
+    def _updates(self, updates: torch.Tensor, trainable: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+        """Return what this pass adds to the gradients of the parameters; one row of `updates` per part of the flow."""
+        if not isinstance(self.flow, Combined):
+            return split(updates[0], trainable)
+        return combined_changes(self.flow, trainable, updates[0], updates[1])
+
+    def _combine(self, per_flow: torch.Tensor) -> torch.Tensor:
+        """Return the flow's own adjoint of one pass; per_flow has shape (parts of the flow, …)."""
+        return self.flow.rule(per_flow[0], per_flow[1]) if isinstance(self.flow, Combined) else per_flow[0]
+
+
+class _Unroll(torch.autograd.Function):
+    """The unrolling as one node of torch's graph."""
+
+    @staticmethod
+    def forward(ctx, rollout: Rollout, x0, rows, *trainable):
+        ctx.set_materialize_grads(False)
+        states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
+        ctx.rollout, ctx.kept, ctx.signature = rollout, kept, rollout._adapter.signature()
+        # the parameters are saved so that torch notices a change between forward and backward, in frozen ones too
+        ctx.trainable, frozen = len(trainable), [p for p in rollout.controller.parameters() if not p.requires_grad]
+        ctx.save_for_backward(states, controls, rows, masked, *trainable, *frozen)
+        return states, controls
+
+    @staticmethod
+    def backward(ctx, adj_states, adj_controls):
+        refuse_second_derivative()
+        states, controls, rows, masked, *parameters = ctx.saved_tensors
+        trainable = parameters[: ctx.trainable]
+        if ctx.rollout._adapter.signature() != ctx.signature:
+            raise RuntimeError(
+                "the controller has changed since the forward pass (layers, frozen parameters, or their memory): "
+                "call the rollout again before the backward pass"
+            )
+        if adj_states is None and adj_controls is None:
+            return (None,) * (3 + len(trainable))
+        want_rows = ctx.needs_input_grad[2]
+        seeds = (adj_states, adj_controls)
+        adj_x0, adj_rows, grads = ctx.rollout._backward(
+            states, controls, rows, masked, ctx.kept, trainable, seeds, want_rows
+        )
+        return None, adj_x0 if ctx.needs_input_grad[1] else None, adj_rows, *grads
+
+
+def _owned(seed: torch.Tensor | None, like: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Return the adjoint of a trajectory as a contiguous tensor, zero for masked samples."""
+    if seed is None:
+        return torch.zeros_like(like, memory_format=torch.contiguous_format)
+    if len(masked):
+        seed = seed.clone()
+        seed[:, masked] = 0.0
+    return seed.contiguous()
+
+
+def _without(trajectory: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Return a trajectory in which a healthy sample stands in for the masked ones.
+
+    Their adjoints start at zero; at a healthy state they stay zero, at a frozen one of 1e300 they may become nan.
+    """
+    if len(masked) == 0:
+        return trajectory
+    healthy = min(set(range(trajectory.shape[1])) - set(masked.tolist()))
+    trajectory = trajectory.clone()
+    trajectory[:, masked] = trajectory[:, healthy : healthy + 1]
+    return trajectory
