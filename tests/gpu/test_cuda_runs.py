@@ -5,8 +5,8 @@ import torch
 import warp as wp
 
 from tests.rollout.reference import relative
-from warp_phys import CartPole
-from warp_phys.interop.torch import Rollout
+from warp_phys import CartPole, Diverged
+from warp_phys.interop.torch import Rollout, Update
 
 CUDA = [device.alias for device in wp.get_cuda_devices()]
 pytestmark = pytest.mark.skipif(
@@ -54,6 +54,45 @@ def test_torchs_current_stream_is_used():
         got = _update(torch.float64, "cuda")
     torch.testing.assert_close(got[0], expected[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got[1], expected[1], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["general", "fused"])
+@pytest.mark.parametrize("flow", ["R", "C"])
+def test_an_update_as_one_graph(flow, backend):
+    """Graphs give the weights of updates step by step, also after a learning rate, a batch, a flow has changed."""
+    system, nets = CartPole(poles=2), [_network(torch.float64, "cuda") for _ in range(2)]
+    updates = [
+        Update(
+            Rollout(system, net, 50, flow, backend=backend),
+            torch.optim.Adam(net.parameters(), lr=1e-3, fused=True, capturable=True),
+            "every", 1e-3, "norm", 0.1, graph=graph,
+        )
+        for net, graph in zip(nets, (True, False), strict=True)
+    ]  # fmt: skip
+
+    def check(batch, seed):
+        x0 = torch.as_tensor(system.sample(batch, seed), device="cuda").double()
+        losses = [update(x0) for update in updates]
+        torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-12)
+        for own, other in zip(*(net.parameters() for net in nets), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-7, atol=1e-10)
+
+    for seed in range(4):
+        check(16, seed)
+    assert updates[0].is_recorded and not updates[1].is_recorded
+    check(5, 0)
+    for update in updates:
+        update.optimiser.param_groups[0]["lr"] = 1e-2
+    check(16, 4)
+    for update in updates:
+        update.rollout.flow = "M"
+    check(16, 5)
+    assert updates[0].is_recorded
+    x0 = torch.full((16, 6), 1e300, dtype=torch.float64, device="cuda")
+    before = [parameter.clone() for parameter in nets[0].parameters()]
+    with pytest.raises(Diverged):
+        updates[0](x0)
+    assert all(torch.equal(a, b) for a, b in zip(before, nets[0].parameters(), strict=True))
 
 
 def test_no_transfer_of_the_trajectory():

@@ -108,6 +108,33 @@ def test_clipping(flow, clip, limit):
     assert clip == "none" or (size == pytest.approx(limit) if limit < 1.0 else size < limit)
 
 
+@pytest.mark.parametrize("flow", ["R", "C"])
+def test_one_graph(flow):
+    """All launches of an update as a graph of Warp's, with numbers that change, and one more after its capture."""
+    module = network()
+    update = Update(Rollout(SYSTEM, module, STEPS, flow), adam(module), "every", 0.3, "norm", 1e-2, graph=True)
+    twin = steps(update, 4)
+    (end,) = update._ends.values()
+    assert end.graph is not None
+    twin.optimiser.param_groups[0]["lr"] = update.optimiser.param_groups[0]["lr"] = 0.05
+    check(update, twin, start(seed=9))
+    update.rollout.steps = 5
+    check(update, twin, start(seed=9))
+    assert len(update._ends) == 2
+
+
+def test_a_graph_of_a_trajectory_that_diverges():
+    module = network()
+    update = Update(Rollout(SYSTEM, module, STEPS, "C"), adam(module), graph=True)
+    update(start()), update(start())
+    with torch.no_grad():
+        module[2].weight.mul_(1e308)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(Diverged):
+        update(start())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("fused", [True, False])
 def test_optimisers(kind, fused):

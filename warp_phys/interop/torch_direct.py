@@ -124,6 +124,15 @@ class DirectPass:
             launch.launch()
         self._cost.launch()
 
+    def capture(self, end: Any) -> Any:
+        """Return `launch`, and then the recorded launch `end`, as a graph; None where threads share the batch."""
+        if len(self._passes) > 1:
+            return None
+        with wp.ScopedCapture(device="cpu") as capture:
+            self.launch()
+            end.launch()
+        return capture.graph
+
     def loss(self) -> torch.Tensor:
         """Return the loss of what `launch` left."""
         value = self.costs.sum() * self.per_sample
@@ -140,9 +149,7 @@ class DirectPass:
 
     def report(self, update: torch.Tensor) -> Report:
         """See that the `.grad` of the parameters is what `grad` holds; return what the pass tells about itself."""
-        for parameter, grad in zip(self.trainable, self.grads, strict=True):
-            if parameter.grad is not grad:
-                parameter.grad = grad
+        hand_out(self.trainable, self.grads)
         for parameter in self.frozen:
             parameter.grad = None
         return Report(self.flows, self.updates, (update,))
@@ -158,6 +165,13 @@ class DirectPass:
         self._rule_addresses[:] = base.data_ptr(), other.data_ptr(), update.data_ptr()
         self._rule.launch()
         return update
+
+
+def hand_out(parameters: Sequence[torch.nn.Parameter], grads: Sequence[torch.Tensor]) -> None:
+    """Make these tensors the `.grad` of the parameters."""
+    for parameter, grad in zip(parameters, grads, strict=True):
+        if parameter.grad is not grad:
+            parameter.grad = grad
 
 
 def is_finite(states: torch.Tensor) -> bool:

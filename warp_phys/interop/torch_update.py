@@ -1,5 +1,6 @@
 """A whole update in one call: forward, loss, backward, combination, clipping and a step of Adam, without autograd."""
 
+import contextlib
 import math
 import weakref
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,9 @@ from warp_phys.errors import check_choice
 from warp_phys.flow import Combined
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import DirectPass
-from warp_phys.interop.torch_rollout import Rollout
+from warp_phys.interop.torch_graph import WholeUpdate, beside, key_of
+from warp_phys.interop.torch_rollout import DIRECT_PASSES, Rollout
+from warp_phys.systems.base import System
 from warp_phys.systems.losses import chosen_times
 from warp_phys.update_kernels import CLIPPING, GROUP, RULES, TENSOR, finish_kernel
 
@@ -28,7 +31,13 @@ class Update:
     `AdamW` over the controller's parameters, all of it is a handful of recorded launches, which read and write the
     optimiser's own tensors. Learning rates may change from call to call.
 
-    Two threads must not be in updates of one rollout at the same time.
+    With `graph` the recorded launches are one graph of Warp's. On CUDA it makes one graph of torch's of all that
+    torch and Warp do, for any module and backend; the optimiser must be made with `fused=True, capturable=True`. What
+    is captured is captured again when anything but numbers in memory changes; give the learning rate as a tensor if it
+    changes often. The code of the module runs at the capture alone.
+
+    Two threads must not be in updates of one rollout at the same time. While a graph is captured on a CPU, no other
+    thread may launch kernels there: Warp would take them for a part of it.
 
     Args:
         rollout: The rollout; its flow, steps and `observe` may change from call to call.
@@ -37,6 +46,7 @@ class Update:
         control_cost: Factor of the mean squared control.
         clip: "none"; "value" clips each component of the update to [−clip_at, clip_at], "norm" the norm of all.
         clip_at: The limit.
+        graph: Whether to replay graphs.
 
     Raises:
         TypeError, ValueError: Arguments that do not fit.
@@ -58,6 +68,7 @@ class Update:
         control_cost: float = 0.0,
         clip: str = "none",
         clip_at: float = 1.0,
+        graph: bool = False,
     ):
         for name, value, kind in (("rollout", rollout, Rollout), ("optimiser", optimiser, torch.optim.Optimizer)):
             if not isinstance(value, kind):
@@ -68,8 +79,13 @@ class Update:
         self.rollout, self.optimiser = rollout, optimiser
         self.when, self.control_cost = when if isinstance(when, str) else tuple(when), float(control_cost)
         self.clip, self.clip_at = check_choice("clip", clip, tuple(CLIPPING)), float(clip_at)
+        self.graph = bool(graph)
         self.is_recorded = False
-        """Whether the last call ran as recorded launches."""
+        """Whether the last call ran as recorded launches, or replayed a graph."""
+        if self.graph and rollout.device.type == "cuda":
+            check_capturable(optimiser)
+        self._stream: torch.cuda.Stream | None = None
+        self._graphs: dict[tuple, WholeUpdate] = {}
         self._ends: weakref.WeakKeyDictionary[DirectPass, _End] = weakref.WeakKeyDictionary()
 
     def __call__(self, x0: Any) -> torch.Tensor:
@@ -83,33 +99,70 @@ class Update:
             Diverged: A state is not finite, and the rollout's `on_divergence` is "raise"; no weight has changed.
         """
         x0 = self.rollout.initial_states(x0)
-        direct = self.rollout.direct_pass(len(x0), self.when, self.control_cost)
-        end = None if direct is None or self.rollout.reduce is not None else self._end(direct)
-        self.is_recorded = direct is not None and end is not None and self._run(x0, direct, end)
-        if not self.is_recorded:
-            return self._step_by_step(x0)
-        return end.loss.clone()  # type: ignore[union-attr]
+        loss = None
+        if self.rollout.reduce is None:
+            loss = self._replay(x0) if self.graph and x0.is_cuda else self._launch(x0)
+        self.is_recorded = loss is not None
+        return self._step_by_step(x0) if loss is None else loss
 
-    def _run(self, x0: torch.Tensor, direct: DirectPass, end: "_End") -> bool:
-        """Run the recorded launches; return whether all states were finite, else nothing has changed."""
+    def _launch(self, x0: torch.Tensor) -> torch.Tensor | None:
+        """Run the recorded launches; None where there are none, or a state is not finite: then nothing has changed."""
+        direct = self.rollout.direct_pass(len(x0), self.when, self.control_cost)
+        end = None if direct is None else self._end(direct)
+        if direct is None or end is None:
+            return None
         with torch.no_grad():
             direct.begin(x0)
             update = torch.empty_like(direct.grad)
             base, other = direct.updates[direct.parts[0]], direct.updates[direct.parts[-1]]
             end.addresses[:] = base.data_ptr(), other.data_ptr(), update.data_ptr()
-            direct.launch()
-            end.launch.launch()
+            if end.graph is None:
+                direct.launch()
+                end.launch.launch()
+            else:
+                wp.capture_launch(end.graph)
             if not end.status[0]:
-                return False
-            torch.autograd.graph.increment_version((direct.grad, *direct.trainable))
+                return None
             self.rollout.report = direct.report(update)
-        self.optimiser._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look for
-        return True
+        self._tell_torch((direct.grad, *direct.trainable))
+        return end.loss.clone()
+
+    def _replay(self, x0: torch.Tensor) -> torch.Tensor | None:
+        """Replay a CUDA graph; None as above."""
+        memory = _memory(self.optimiser, self.rollout._adapter.trainable)
+        if memory is None or not isinstance(self.rollout.system, System):
+            return None
+        key = key_of(self.rollout, len(x0)), tuple(memory), options_of(self.optimiser)
+        whole = self._graphs.get(key)
+        if whole is None:
+            loss, clipping = (self.when, self.control_cost), (self.clip, self.clip_at)
+            whole = WholeUpdate(self.rollout, self.optimiser, len(x0), *loss, *clipping)
+            whole.capture(self._own_stream())
+            if len(self._graphs) >= DIRECT_PASSES:
+                self._graphs.pop(next(iter(self._graphs)))
+            self._graphs[key] = whole
+        if not whole.replay(x0):
+            return None
+        self.rollout.report = whole.report()
+        self._tell_torch((whole.grad, *whole.trainable))
+        return whole.loss.clone()
+
+    def _tell_torch(self, changed: tuple[torch.Tensor, ...]) -> None:
+        """Tell autograd what has been written to, and learning-rate schedulers that a step was taken."""
+        torch.autograd.graph.increment_version(changed)
+        self.optimiser._opt_called = True  # type: ignore[attr-defined]
+
+    def _own_stream(self) -> torch.cuda.Stream:
+        """Return the stream of captures; torch's nodes for gradients must have been made on it."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.rollout.device)
+        return self._stream
 
     def _step_by_step(self, x0: torch.Tensor) -> torch.Tensor:
-        loss = self.rollout.value_and_grad(x0, self.when, self.control_cost)
-        clip_gradients(gradients_of(self.rollout.controller.parameters()), self.clip, self.clip_at)
-        self.optimiser.step()
+        with beside(self._own_stream()) if self.graph and x0.is_cuda else contextlib.nullcontext():
+            loss = self.rollout.value_and_grad(x0, self.when, self.control_cost)
+            clip_gradients(gradients_of(self.rollout.controller.parameters()), self.clip, self.clip_at)
+            self.optimiser.step()
         return loss
 
     def _end(self, direct: DirectPass) -> "_End | None":
@@ -146,13 +199,17 @@ class Update:
         kernel = finish_kernel(rule, wp.dtype_from_torch(direct.grad.dtype))
         launch = wp.launch(kernel, 1, inputs, outputs, device="cpu", record_tape=False, record_cmd=True)
         held = (*inputs, *outputs)  # a recorded launch does not keep its arrays alive
-        return _End(launch, memory, addresses.numpy(), list(groups), numbers.numpy(), status.numpy(), loss[0], held)
+        graph = direct.capture(launch) if self.graph else None
+        views = addresses.numpy(), list(groups), numbers.numpy(), status.numpy(), loss[0]
+        return _End(launch, graph, memory, *views, held)
 
 
 class _End(NamedTuple):
     """The recorded launch that ends an update, and views of what it reads and writes."""
 
     launch: Any
+    graph: Any
+    """All launches of the update in one graph, or None."""
     memory: list[tuple[int, ...]]
     """Addresses of every trained tensor and of its state, and its group."""
     addresses: np.ndarray
@@ -177,6 +234,26 @@ def _groups(optimiser: torch.optim.Optimizer) -> list[tuple[float, ...]] | None:
         decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
         numbers.append((float(group["lr"]), *map(float, group["betas"]), group["eps"], decay, float(decoupled)))
     return numbers
+
+
+def check_capturable(optimiser: torch.optim.Optimizer) -> None:
+    """Raise a ValueError unless a CUDA graph can hold the optimiser's steps, and a number on the device stop them."""
+    fits = type(optimiser) in (torch.optim.Adam, torch.optim.AdamW) and not _has_hooks(optimiser)
+    if not fits or not all(group["fused"] and group["capturable"] for group in optimiser.param_groups):
+        raise ValueError(
+            "optimiser must be Adam or AdamW with fused=True and capturable=True, without hooks, for a graph on CUDA, "
+            f"got {optimiser}"
+        )
+
+
+def options_of(optimiser: torch.optim.Optimizer) -> tuple:
+    """Return what a captured step has taken in; a tensor is read at every replay and stands for itself."""
+    return tuple(
+        (name, id(value) if isinstance(value, torch.Tensor) else value)
+        for group in optimiser.param_groups
+        for name, value in group.items()
+        if name != "params"
+    )
 
 
 def _has_hooks(optimiser: torch.optim.Optimizer) -> bool:

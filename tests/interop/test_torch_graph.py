@@ -1,0 +1,157 @@
+"""What a CUDA graph holds of an update, run on a CPU: the numbers of `Update`; nothing that waits for the device."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.interop.test_torch_update import Twin, network, start
+from tests.springs import Springs
+from warp_phys import CartPole
+from warp_phys.interop.torch import Rollout, Update
+from warp_phys.interop.torch_graph import WholeUpdate, key_of
+from warp_phys.interop.torch_update import check_capturable, options_of
+
+SYSTEM = Springs(size=5, pushes=2)
+STEPS = 9
+WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item", "masked_select", "unique")
+"""Operations whose result a host must see."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operations that would wait for a device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in WAITS, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+class Wavy(torch.nn.Module):
+    """A module that the engine's layers do not express."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network()
+        self.unused = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.sin(self.inner(x))
+
+
+def adam(module, **options):
+    return torch.optim.Adam(module.parameters(), lr=0.01, fused=True, **options)
+
+
+def whole(module, flow, when="final", control_cost=0.0, clip="none", clip_at=1.0, system=SYSTEM, batch=5):
+    """Return an update that has taken its first step, and what a graph would capture of the next ones."""
+    rollout = Rollout(system, module, STEPS, flow, backend="general")
+    rollout.observe = ("M", "R")
+    update = Update(rollout, adam(module), when, control_cost, clip, clip_at)
+    update(start(batch, system=system))
+    return update, WholeUpdate(rollout, update.optimiser, batch, when, control_cost, clip, clip_at)
+
+
+@pytest.mark.parametrize("make", [network, Wavy])
+@pytest.mark.parametrize("flow", ["R", "M", "C", "geometric"])
+@pytest.mark.parametrize("clip", [("none", 1.0), ("value", 1e-3), ("norm", 1e-2)])
+def test_steps(make, flow, clip):
+    module = make()
+    update, body = whole(module, flow, "every", 0.2, *clip)
+    twin = Twin(update)
+    for i in range(3):
+        body.x0.copy_(start(seed=i))
+        expected = twin.step(start(seed=i))
+        with NoWaiting():
+            body.run(step=True)
+        torch.testing.assert_close(body.loss, expected, rtol=1e-11, atol=1e-13)
+        assert float(body.diverged) == 0.0
+        for own, other in zip(module.parameters(), twin.module.parameters(), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
+        assert body.report().norm == pytest.approx(twin.norm, rel=1e-9)
+
+
+def test_a_warm_up_takes_no_step():
+    module = network()
+    update, body = whole(module, "C")
+    before = copy.deepcopy((module.state_dict(), update.optimiser.state_dict()["state"]))
+    body.run(step=False)
+    after = (module.state_dict(), update.optimiser.state_dict()["state"])
+    assert all(torch.equal(value, before[0][name]) for name, value in after[0].items())
+    assert all(torch.equal(own[name], before[1][key][name]) for key, own in after[1].items() for name in own)
+
+
+def test_a_trajectory_that_diverges_takes_no_step():
+    module = network()
+    update, body = whole(module, "C")
+    body.x0.copy_(start())
+    body.x0[2] = 1e308
+    weight = module[0].weight.clone()
+    count = update.optimiser.state[module[0].weight]["step"].clone()
+    body.run(step=True)
+    assert float(body.diverged) == 1.0
+    assert torch.equal(module[0].weight, weight)
+    body.x0.copy_(start())
+    body.run(step=True)
+    assert float(body.diverged) == 0.0 and not torch.equal(module[0].weight, weight)
+    assert torch.isfinite(module[0].weight).all() and count >= 1.0
+
+
+def test_cart_poles_in_the_mean_over_time():
+    """A system of the engine with parameters of its own."""
+    system = CartPole(poles=2)
+    module = network(system)
+    update, body = whole(module, "C", [3, 9], 0.1, system=system)
+    twin = Twin(update)
+    body.x0.copy_(start(system=system))
+    expected = twin.step(start(system=system))
+    body.run(step=True)
+    torch.testing.assert_close(body.loss, expected, rtol=1e-11, atol=1e-13)
+    for own, other in zip(module.parameters(), twin.module.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-11)
+
+
+def test_what_a_capture_depends_on():
+    module = network()
+    rollout, optimiser = Rollout(SYSTEM, module, STEPS, "C"), adam(module)
+    keys = [(key_of(rollout, 5), options_of(optimiser))]
+
+    def check_new():
+        key = key_of(rollout, 5), options_of(optimiser)
+        assert key not in keys and hash(key) is not None
+        keys.append(key)
+
+    assert (key_of(rollout, 5), options_of(optimiser)) in keys and key_of(rollout, 6) != keys[0][0]
+    rollout.flow = "R"
+    check_new()
+    rollout.steps = 8
+    check_new()
+    rollout.observe = ("M",)
+    check_new()
+    module.eval()
+    check_new()
+    module[0].weight.data = module[0].weight.data.clone()
+    check_new()
+    optimiser.param_groups[0]["lr"] = 0.5
+    check_new()
+    optimiser.param_groups[0]["lr"] = torch.tensor(0.5)
+    check_new()
+    optimiser.param_groups[0]["lr"].mul_(0.5)
+    assert (key_of(rollout, 5), options_of(optimiser)) in keys
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adam(p, fused=True),
+        lambda p: torch.optim.Adam(p, capturable=True, fused=False),
+        lambda p: torch.optim.SGD(p, lr=0.1),
+    ],
+)
+def test_optimisers_that_no_graph_can_hold(make):
+    with pytest.raises(ValueError, match="fused=True and capturable=True"):
+        check_capturable(make([torch.nn.Parameter(torch.zeros(2))]))
+
+
+def test_an_optimiser_for_a_graph():
+    check_capturable(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=True, capturable=True))
