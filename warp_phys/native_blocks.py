@@ -30,7 +30,8 @@ def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: typ
     arguments = f"""
         warp_phys::lanes<{scalar}> own[{len(names)}];
         for (int s = 0; s < warp_phys::LANES; ++s) {{
-            const auto& from = p.data[(first + (s < count ? s : count - 1)) % p.shape[0]];
+            const int sample = first + (s < count ? s : count - 1);
+            const auto& from = p.data[p.shape[0] == 1 ? 0 : sample % p.shape[0]];
             {numbers}
         }}
         const long long at = (long long)n * states.shape[1] + first;

@@ -31,7 +31,7 @@ class Program:
         self.batches = [torch.as_tensor(batch).to(case.device) for batch in make_batches(case)]
         optimiser = torch.optim.Adam(self.parameters, lr=RATE, eps=EPSILON, fused=True)
         self.loss = {"when": published.when, "control_cost": published.control_cost}
-        self.update = Update(self.rollout, optimiser, **self.loss)
+        self.update = Update(self.rollout, optimiser, **self.loss, graph=case.device == "cpu")
         self.wait = torch.cuda.synchronize if case.device != "cpu" else lambda: None
         self.start()
 

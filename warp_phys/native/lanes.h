@@ -10,17 +10,54 @@ constexpr int LANES = 8;
 template <typename T> struct Lane { typedef T type __attribute__((vector_size(LANES * sizeof(T)))); };
 template <typename T> using lanes = typename Lane<T>::type;
 
-// Rows of up to eight samples, `pitch` numbers apart, to lanes; lanes without a sample repeat the last one.
-template <int N, typename T> static inline void read_lanes(const T* rows, long long pitch, int count, lanes<T>* out) {
-    for (int s = 0; s < LANES; ++s) {
-        const T* row = rows + (s < count ? s : count - 1) * pitch;
-        for (int j = 0; j < N; ++j) out[j][s] = row[j];
+template <typename T> struct LaneInMemory {
+    typedef T type __attribute__((vector_size(LANES * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+
+// Eight vectors of eight numbers, as rows of a matrix, become its columns.
+template <typename V> static inline void transpose(V* v) {
+    static_assert(LANES == 8);
+    for (int i = 0; i < 8; i += 2) {
+        const V a = v[i], b = v[i + 1];
+        v[i] = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
+        v[i + 1] = __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int k = 0; k < 4; ++k) {
+        const int i = k < 2 ? k : k + 2;
+        const V a = v[i], b = v[i + 2];
+        v[i] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+        v[i + 2] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    for (int i = 0; i < 4; ++i) {
+        const V a = v[i], b = v[i + 4];
+        v[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+        v[i + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
     }
 }
 
+// Rows of up to eight samples, `pitch` numbers apart, to lanes; lanes without a sample repeat the last one.
+template <int N, typename T> static inline void read_lanes(const T* rows, long long pitch, int count, lanes<T>* out) {
+    const T* row[LANES];
+    for (int s = 0; s < LANES; ++s) row[s] = rows + (s < count ? s : count - 1) * pitch;
+    int j = 0;
+    for (; j + LANES <= N; j += LANES) {
+        for (int s = 0; s < LANES; ++s) out[j + s] = *(const typename LaneInMemory<T>::type*)(row[s] + j);
+        transpose(out + j);
+    }
+    for (; j < N; ++j)
+        for (int s = 0; s < LANES; ++s) out[j][s] = row[s][j];
+}
+
 template <int N, typename T> static inline void write_lanes(T* rows, long long pitch, int count, const lanes<T>* in) {
-    for (int s = 0; s < count; ++s)
-        for (int j = 0; j < N; ++j) rows[s * pitch + j] = in[j][s];
+    int j = 0;
+    for (; j + LANES <= N; j += LANES) {
+        lanes<T> block[LANES];
+        for (int k = 0; k < LANES; ++k) block[k] = in[j + k];
+        transpose(block);
+        for (int s = 0; s < count; ++s) *(typename LaneInMemory<T>::type*)(rows + s * pitch + j) = block[s];
+    }
+    for (; j < N; ++j)
+        for (int s = 0; s < count; ++s) rows[s * pitch + j] = in[j][s];
 }
 
 template <typename T, typename S> struct Block {

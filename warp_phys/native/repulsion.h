@@ -18,6 +18,8 @@ template <typename T, int DRIVERS, int EVADERS> struct Repulsion {
     struct Pair {
         V x, y, factor, stretch;
 
+        Pair() = default;
+
         // factor = a w^2 + b w with w = 1 / (regularisation + |r|)
         Pair(V rx, V ry, V regularisation, V a, V b) : x(rx), y(ry) {
 #pragma clang fp contract(fast)
@@ -35,20 +37,20 @@ template <typename T, int DRIVERS, int EVADERS> struct Repulsion {
         }
     };
 
-    // Calls visit(i, j, pair) for every pair of agents, the force on j being that of pair.factor (p_i - p_j).
-    template <typename F> static inline void pairs(const V* x, const Numbers& n, F visit) {
-        const V zero = V{};
-        for (int j = 0; j < AGENTS; ++j)
-            for (int i = 0; i < AGENTS; ++i) {
-                if (i == j || (j < DRIVERS && i >= DRIVERS)) continue;
-                const V rx = x[4 * i] - x[4 * j], ry = x[4 * i + 1] - x[4 * j + 1];
-                if (j < DRIVERS)
-                    visit(i, j, Pair(rx, ry, n.regularisation, -n.driver_spacing, zero));
-                else if (i < DRIVERS)
-                    visit(i, j, Pair(rx, ry, n.regularisation, -n.fright, zero));
-                else
-                    visit(i, j, Pair(rx, ry, n.regularisation, n.flocking * n.flock_distance, -n.flocking));
-            }
+    // Calls visit(i, j, mutual, pair) for every pair of agents that meet: the force on j is that of pair.factor (p_i - p_j),
+    // and, where it is mutual, that on i the opposite one. `pair_of` returns the pair of two agents and two coefficients.
+    template <typename P, typename F> static inline void visit_pairs(const Numbers& n, P pair_of, F visit) {
+        for (int i = 0; i < DRIVERS; ++i) {
+            for (int j = i + 1; j < DRIVERS; ++j) visit(i, j, true, pair_of(i, j, -n.driver_spacing, V{}));
+            for (int j = DRIVERS; j < AGENTS; ++j) visit(i, j, false, pair_of(i, j, -n.fright, V{}));
+        }
+        for (int i = DRIVERS; i < AGENTS; ++i)
+            for (int j = i + 1; j < AGENTS; ++j)
+                visit(i, j, true, pair_of(i, j, n.flocking * n.flock_distance, -n.flocking));
+    }
+
+    static inline Pair meet(const V* x, const Numbers& n, int i, int j, V a, V b) {
+        return Pair(x[4 * i] - x[4 * j], x[4 * i + 1] - x[4 * j + 1], n.regularisation, a, b);
     }
 
     static inline void flock(const V* x, V& sum_x, V& sum_y) {
@@ -74,9 +76,15 @@ template <typename T, int DRIVERS, int EVADERS> struct Repulsion {
             ax[i] += c[2 * i] * rx - c[2 * i + 1] * ry;
             ay[i] += c[2 * i] * ry + c[2 * i + 1] * rx;
         }
-        pairs(x, n, [&](int, int j, const Pair& pair) {
-            ax[j] += pair.factor * pair.x;
-            ay[j] += pair.factor * pair.y;
+        const auto pair_of = [&](int i, int j, V a, V b) { return meet(x, n, i, j, a, b); };
+        visit_pairs(n, pair_of, [&](int i, int j, bool mutual, const Pair& pair) {
+            const V fx = pair.factor * pair.x, fy = pair.factor * pair.y;
+            ax[j] += fx;
+            ay[j] += fy;
+            if (mutual) {
+                ax[i] -= fx;
+                ay[i] -= fy;
+            }
         });
         for (int i = 0; i < AGENTS; ++i) {
             y[4 * i] = x[4 * i] + n.dt * x[4 * i + 2];
@@ -86,10 +94,21 @@ template <typename T, int DRIVERS, int EVADERS> struct Repulsion {
         }
     }
 
+    // A linearised step keeps its pairs, for several flows, where they are few.
+    static constexpr int PAIRS = DRIVERS * (DRIVERS - 1) / 2 + DRIVERS * EVADERS + EVADERS * (EVADERS - 1) / 2;
+    static constexpr bool KEEPS = PAIRS <= 64;
+
     const V *x, *c;
     Numbers n;
+    Pair kept[KEEPS ? PAIRS : 1];
 
-    Repulsion(const V* state, const V* control, const V* p, const V*) : x(state), c(control), n(p) {}
+    Repulsion(const V* state, const V* control, const V* p, const V*) : x(state), c(control), n(p) {
+        if constexpr (KEEPS) {
+            Pair* next = kept;
+            const auto pair_of = [&](int i, int j, V a, V b) { return meet(x, n, i, j, a, b); };
+            visit_pairs(n, pair_of, [&](int, int, bool, const Pair& pair) { *next++ = pair; });
+        }
+    }
 
     inline void pull(V* lambda, V* mu) const {
 #pragma clang fp contract(fast)
@@ -115,9 +134,14 @@ template <typename T, int DRIVERS, int EVADERS> struct Repulsion {
             px[e] -= flock_x;
             py[e] -= flock_y;
         }
-        pairs(x, n, [&](int i, int j, const Pair& pair) {
+        const Pair* next = kept;
+        const auto pair_of = [&](int i, int j, V a, V b) {
+            if constexpr (KEEPS) return *next++;
+            else return meet(x, n, i, j, a, b);
+        };
+        visit_pairs(n, pair_of, [&](int i, int j, bool mutual, const Pair& pair) {
             V dx, dy;
-            pair.pull(gx[j], gy[j], dx, dy);
+            pair.pull(mutual ? gx[j] - gx[i] : gx[j], mutual ? gy[j] - gy[i] : gy[j], dx, dy);
             px[i] += dx;
             py[i] += dy;
             px[j] -= dx;
