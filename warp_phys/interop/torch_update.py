@@ -169,8 +169,11 @@ class Update:
         """Return the recorded end of an update with the optimiser's numbers as they are now, or None."""
         flow = self.rollout.flow
         rule = flow.rule if isinstance(flow, Combined) else None
-        groups, memory = _groups(self.optimiser), _memory(self.optimiser, direct.trainable)
-        if groups is None or memory is None or (rule is not None and rule not in RULES):
+        groups = _groups(self.optimiser)
+        if groups is None or (rule is not None and rule not in RULES):
+            return None
+        memory = _memory(self.optimiser, direct.trainable, make_state=True)
+        if memory is None:
             return None
         end = self._ends.get(direct)
         if end is None or end.memory != memory or len(end.groups) != len(groups):
@@ -266,27 +269,31 @@ def _has_hooks(optimiser: torch.optim.Optimizer) -> bool:
     return any(hooks) or not (own is None or hasattr(own, "_wrapped_by_lr_sched"))
 
 
-def _memory(optimiser: torch.optim.Optimizer, trainable: Sequence[torch.Tensor]) -> list[tuple[int, ...]] | None:
-    """Return the addresses of every trained parameter, of its state, and its group; None where there is no state yet.
+def _memory(
+    optimiser: torch.optim.Optimizer, trainable: Sequence[torch.Tensor], make_state: bool = False
+) -> list[tuple[int, ...]] | None:
+    """Return the addresses of every trained parameter, of its state, and its group.
 
-    None, too, if the optimiser trains anything else, or not all of them.
+    None where there is no state yet, unless Adam's shall be made; None, too, if the optimiser trains anything else, or
+    not all of them.
     """
-    rows, state = {}, optimiser.state
-    for i, group in enumerate(optimiser.param_groups):
-        for parameter in group["params"]:
-            if not parameter.requires_grad:
-                continue
-            own = state.get(parameter)
-            if not own:
+    groups = {p: i for i, group in enumerate(optimiser.param_groups) for p in group["params"] if p.requires_grad}
+    if len(groups) != len(trainable) or any(parameter not in groups for parameter in trainable):
+        return None
+    rows = []
+    for parameter in trainable:
+        own = optimiser.state.get(parameter)
+        if not own:
+            if not make_state:
                 return None
-            tensors = parameter, own["exp_avg"], own["exp_avg_sq"], own["step"]
-            rows[parameter] = (*[tensor.data_ptr() for tensor in tensors], i)
-    if len(rows) != len(trainable):
-        return None
-    try:
-        return [rows[parameter] for parameter in trainable]
-    except KeyError:
-        return None
+            own = optimiser.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        tensors = parameter, own["exp_avg"], own["exp_avg_sq"], own["step"]
+        rows.append((*[tensor.data_ptr() for tensor in tensors], groups[parameter]))
+    return rows
 
 
 def _is_plain(optimiser: torch.optim.Optimizer, trainable: Sequence[torch.Tensor]) -> bool:
