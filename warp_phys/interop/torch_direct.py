@@ -49,6 +49,7 @@ class DirectPass:
         self.flow, self.control_cost = flow, control_cost
         self.flows = distinct([*linear_parts(flow), *observe])
         self.states = torch.zeros((steps + 1, batch, system.state_size), dtype=dtype)
+        self._x0 = self.states[0]
         self.controls = torch.zeros((steps, batch, system.control_size), dtype=dtype)
         self.lam = torch.zeros((len(self.flows), batch, system.state_size), dtype=dtype)
         self.costs = torch.zeros((len(times), batch), dtype=dtype)
@@ -111,7 +112,7 @@ class DirectPass:
 
     def begin(self, x0: torch.Tensor) -> None:
         """Take up initial states, and make room for the updates: the report keeps the last ones."""
-        self.states[0] = x0
+        self._x0.copy_(x0)
         self.updates = torch.zeros_like(self.updates)
         np.add(self._offsets, np.uint64(self.updates.data_ptr()), out=self._targets, where=self._trained)
 

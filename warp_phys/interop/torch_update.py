@@ -98,7 +98,7 @@ class Update:
             TypeError, ValueError: As `Rollout.value_and_grad`.
             Diverged: A state is not finite, and the rollout's `on_divergence` is "raise"; no weight has changed.
         """
-        x0 = self.rollout.initial_states(x0)
+        x0 = self.rollout.initial_states(x0, check_finite=False)  # a trajectory from elsewhere is not finite either
         loss = None
         if self.rollout.reduce is None:
             loss = self._replay(x0) if self.graph and x0.is_cuda else self._launch(x0)

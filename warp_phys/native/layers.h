@@ -52,12 +52,18 @@ template <typename T> static inline vector<T> select(vector<T> a, vector<T> b, d
     return which ? a : b;
 }
 
+// z between two limits; what is not a number stays so. Two instructions, where elementwise min and max would be six.
+template <typename T> static inline vector<T> clamp(vector<T> z, vector<T> low, vector<T> high) {
+    z = high < z ? high : z;
+    return low > z ? low : z;
+}
+
 // e^z and e^z - 1 in float32: z = n ln 2 + r, |r| <= ln 2 / 2, Taylor's series to the seventh power, error 5e-9.
 static inline void exponential(vector<float> z, vector<float>& value, vector<float>& minus_one) {
 #pragma clang fp contract(fast)
     typedef int integers __attribute__((vector_size(VECTOR_BYTES)));
     const vector<float> low = vector<float>{} - 87.0f, high = vector<float>{} + 88.0f;
-    const vector<float> x = __builtin_elementwise_max(__builtin_elementwise_min(z, high), low);
+    const vector<float> x = clamp<float>(z, low, high);
     const vector<float> n = __builtin_elementwise_rint(x * 1.44269504f);
     const vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vector<float> q = r * (1.0f / 5040.0f) + (1.0f / 720.0f);
@@ -90,7 +96,7 @@ struct hyperbolic_tangent {
     static inline vector<float> value(vector<float> z, vector<float>&) {
 #pragma clang fp contract(fast)
         const vector<float> limit = vector<float>{} + 7.90531f;
-        const vector<float> x = __builtin_elementwise_max(__builtin_elementwise_min(z, limit), -limit);
+        const vector<float> x = clamp<float>(z, -limit, limit);
         const vector<float> s = x * x;
         vector<float> p = s * -2.76076847742355e-16f + 2.00018790482477e-13f;
         p = p * s + -8.60467152213735e-11f;
@@ -101,7 +107,7 @@ struct hyperbolic_tangent {
         vector<float> q = s * 1.19825839466702e-06f + 1.18534705686654e-04f;
         q = q * s + 2.26843463243900e-03f;
         q = q * s + 4.89352518554385e-03f;
-        return select<float>(z, x * p / q, z != z);
+        return x * p / q;
     }
     static inline vector<double> value(vector<double> z, vector<double>&) {
         for (int i = 0; i < Vector<double>::lanes; ++i) z[i] = ::tanh(z[i]);
