@@ -1,6 +1,6 @@
 """Controllers as Warp kernels: dense layers, on a tape, linearised by hand, or fused with the physics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,10 @@ class Dense:
         for array in arrays:
             array.zero_()
         return arrays
+
+    def evaluator(self, states: wp.array, controls: wp.array) -> Callable[[int], None]:
+        """Return a function that writes controls[n] = N(states[n]), shapes (steps + 1, B, D) and (steps, B, K)."""
+        return lambda n: self.evaluate(states[n], controls[n])
 
     def fits(self, system: Any) -> bool:
         """Whether the whole unrolling with this system runs as one fused kernel."""

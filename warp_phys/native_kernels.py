@@ -257,6 +257,27 @@ def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
 
 
 @functools.cache
+def step_kernel(structure: Any, real: type) -> wp.Kernel:
+    """One time step n, from states[n] and controls[n] to states[n + 1]; one thread per block of `SAMPLES` samples."""
+    types, advance = structure.types(real), advance_function(structure, real)
+    Parameters = types.Parameters
+
+    @wp.kernel(module="unique", module_options=module_options())
+    def step_blocks(
+        # in and out: states[n + 1] is written
+        states: wp.array3d[real],
+        # in
+        controls: wp.array3d[real],
+        p: wp.array[Parameters],
+        n: int,
+    ):
+        first = SAMPLES * wp.tid()
+        advance(states, controls, p, n, first, wp.min(SAMPLES, states.shape[1] - first))
+
+    return step_blocks
+
+
+@functools.cache
 def _seed_function(structure: Any, real: type) -> Any:
     """Return the function that writes ∂L/∂x_n of a block: as given, or from the system's own cost at chosen steps."""
     Parameters, weighted_cost = structure.types(real).Parameters, weighted_cost_function(structure, real)

@@ -9,16 +9,17 @@ over the horizon is the trajectory alone. `docs/mathematics.md` derives it.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import warp as wp
 
-from warp_phys import kernels, row_kernels
+from warp_phys import kernels, native_kernels, row_kernels
 from warp_phys.arrays import as_structs
 from warp_phys.flow import Flow
 from warp_phys.layers import Workspace
+from warp_phys.plan import SAMPLES
 from warp_phys.systems.base import Simulator, System
 
 CHUNK_ROWS = 2048
@@ -50,6 +51,9 @@ class Controller(Protocol):
 
     def evaluate(self, x: wp.array, c: wp.array) -> None:
         """Write c = N(x), shapes (N, D) and (N, K)."""
+
+    def evaluator(self, states: wp.array, controls: wp.array) -> Callable[[int], None]:
+        """Return a function that writes controls[n] = N(states[n]), shapes (steps + 1, B, D) and (steps, B, K)."""
 
     def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> Linearisation:
         """Return the controller linearised at x (N, D); `kept` is what `unroll` returned, if x is all of it."""
@@ -128,11 +132,29 @@ def forward(
     """
     if fused:
         return controller.unroll(system, states, controls, parameters, keep)
-    own = () if parameters is None else (parameters,)
+    control, advance = controller.evaluator(states, controls), _stepper(system, states, controls, parameters)
     for n in range(controls.shape[0]):
-        controller.evaluate(states[n], controls[n])
-        system.step(states[n], controls[n], states[n + 1], *own)
+        control(n)
+        advance(n)
     return None
+
+
+def _stepper(
+    system: Simulator, states: wp.array, controls: wp.array, parameters: wp.array | None
+) -> Callable[[int], None]:
+    """Return a function that takes time step n; on a CPU it is a recorded launch, with little Python in it."""
+    if not isinstance(system, System) or not wp.get_device(states.device).is_cpu:
+        own = () if parameters is None else (parameters,)
+        return lambda n: system.step(states[n], controls[n], states[n + 1], *own)
+    kernel, blocks = native_kernels.step_kernel(system.structure, states.dtype), -(-states.shape[1] // SAMPLES)
+    inputs = [states, controls, parameters, 0]
+    launch = wp.launch(kernel, blocks, inputs, device="cpu", record_tape=False, record_cmd=True)
+
+    def advance(n: int) -> None:
+        launch.set_param_at_index(3, n)
+        launch.launch()
+
+    return advance
 
 
 def flow_gates(flows: Sequence[Flow], steps: int) -> np.ndarray:

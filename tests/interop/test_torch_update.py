@@ -66,7 +66,7 @@ def check(update, twin, x0, recorded=True, tolerance=1e-9):
     assert loss.shape == () and not loss.requires_grad
 
     def close(own, exact):
-        torch.testing.assert_close(own, exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()))
+        torch.testing.assert_close(own, exact, rtol=tolerance, atol=tolerance * float(exact.detach().abs().max()))
 
     close(loss, expected)
     pairs = list(zip(update.rollout.controller.parameters(), twin.module.parameters(), strict=True))
@@ -345,13 +345,14 @@ def test_the_same_bits_every_time():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"rollout": 3}, TypeError, "rollout must be a Rollout, got int"),
-        ({"optimiser": "adam"}, TypeError, "optimiser must be a Optimizer, got str"),
+        ({"rollout": 3}, TypeError, "rollout must be of type Rollout, got int"),
+        ({"optimiser": "adam"}, TypeError, "optimiser must be of type Optimizer, got str"),
         ({"when": "sometimes"}, ValueError, "when"),
         ({"when": [99]}, ValueError, "99"),
         ({"clip": "both"}, ValueError, "clip"),
         ({"clip_at": 0.0}, ValueError, "clip_at must be a positive number, got 0.0"),
         ({"clip_at": float("nan")}, ValueError, "clip_at"),
+        ({"clip_at": None}, ValueError, "clip_at must be a positive number, got None"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, error, message):

@@ -22,6 +22,7 @@ SYSTEMS = [
     CartPole(poles=2, integrator="rk4"),
     Repulsion(drivers=1, evaders=1),
     Repulsion(drivers=2, evaders=4, target_x=0.5, flocking=0.4, flock_distance=0.7),
+    Repulsion(drivers=3, evaders=12),
     Springs(),
 ]
 NAMES = [str(system).replace(" ", "") for system in SYSTEMS]
@@ -29,17 +30,10 @@ SOME, SOME_NAMES = [SYSTEMS[i] for i in (1, 5, 8)], ["quantum", "cart-pole", "re
 
 
 def _kernels(system, real):
-    """Step, and vector-Jacobian product, of a batch in blocks; two kernels, as a function that one kernel calls for its
-    value has no gradient there in Warp."""
+    """Step, and vector-Jacobian product, of a batch in blocks."""
     structure, samples = system.structure, SAMPLES
     Parameters = structure.types(real).Parameters
-    advance = native_blocks.advance_function(structure, real)
     retreat = native_blocks.retreat_function(structure, real)
-
-    @wp.kernel(module="unique", module_options=native_kernels.module_options())
-    def step_blocks(controls: wp.array3d[real], p: wp.array[Parameters], states: wp.array3d[real]):
-        first = wp.static(samples) * wp.tid()
-        advance(states, controls, p, 1, first, wp.min(wp.static(samples), states.shape[1] - first))
 
     @wp.kernel(module="unique", module_options=native_kernels.module_options())
     def pull_blocks(
@@ -58,7 +52,7 @@ def _kernels(system, real):
                 for k in range(controls.shape[2]):
                     adj_c[f, b, k] = adj_of_block[f, b - first, k]
 
-    return step_blocks, pull_blocks
+    return native_kernels.step_kernel(structure, real), pull_blocks
 
 
 def _array(values, dtype):
@@ -84,7 +78,7 @@ def _by_blocks(system, dtype, parameters):
     p = system.parameter_array(parameters, device="cpu", dtype=dtype)
     step, pull = _kernels(system, real)
     blocks = -(-BATCH // SAMPLES)
-    wp.launch(step, blocks, [controls, p], [states], device="cpu")
+    wp.launch(step, blocks, [states, controls, p, 1], device="cpu")
     wp.launch(pull, blocks, [states, controls, p, adj_x, scratch, adj_c], device="cpu")
     found = states.numpy()
     assert (found[[0, 3]] == 7.0).all() and (found[1] == x.astype(dtype)).all()

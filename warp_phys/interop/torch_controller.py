@@ -1,6 +1,6 @@
 """Any torch module as the controller of a rollout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -57,11 +57,19 @@ class TorchController:
 
     def evaluate(self, x: wp.array, c: wp.array) -> None:
         """Write c = N(x)."""
-        with torch.no_grad():
-            output = self.module(wp.to_torch(x))
-            if tuple(output.shape) != tuple(c.shape):  # copy_ would broadcast it
-                raise ValueError(f"controller must return shape {tuple(c.shape)}, got {tuple(output.shape)}")
-            wp.to_torch(c).copy_(output)
+        self._evaluate(wp.to_torch(x), wp.to_torch(c))
+
+    def evaluator(self, states: wp.array, controls: wp.array) -> Callable[[int], None]:
+        """Return a function that writes controls[n] = N(states[n]), shapes (steps + 1, B, D) and (steps, B, K)."""
+        x, c = wp.to_torch(states).unbind(), wp.to_torch(controls).unbind()
+        return lambda n: self._evaluate(x[n], c[n])
+
+    @torch.no_grad()
+    def _evaluate(self, x: torch.Tensor, c: torch.Tensor) -> None:
+        output = self.module(x)
+        if output.shape != c.shape:  # copy_ would broadcast it
+            raise ValueError(f"controller must return shape {tuple(c.shape)}, got {tuple(output.shape)}")
+        c.copy_(output)
 
     def linearise(
         self, x: wp.array, workspace: Workspace, kept: Any = None

@@ -72,9 +72,9 @@ class Update:
     ):
         for name, value, kind in (("rollout", rollout, Rollout), ("optimiser", optimiser, torch.optim.Optimizer)):
             if not isinstance(value, kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+                raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
         chosen_times(when, rollout.steps)
-        if not (clip_at > 0.0 and math.isfinite(clip_at)):
+        if not (isinstance(clip_at, (int, float)) and 0.0 < clip_at < math.inf):
             raise ValueError(f"clip_at must be a positive number, got {clip_at!r}")
         self.rollout, self.optimiser = rollout, optimiser
         self.when, self.control_cost = when if isinstance(when, str) else tuple(when), float(control_cost)
