@@ -17,7 +17,7 @@ from controllers.record import Record, plot_record, write_record
 from controllers.settings import Training, check_resume, derive_seeds
 from warp_phys import Diverged
 from warp_phys.interop.torch import Rollout, Update
-from warp_phys.interop.torch_update import clip_gradients, gradients_of
+from warp_phys.interop.torch_clip import clip_gradients, gradients_of
 
 Stop = Callable[[], bool] | threading.Event
 

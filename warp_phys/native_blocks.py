@@ -31,7 +31,7 @@ def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: typ
         warp_phys::lanes<{scalar}> own[{len(names)}];
         for (int s = 0; s < warp_phys::LANES; ++s) {{
             const int sample = first + (s < count ? s : count - 1);
-            const auto& from = p.data[p.shape[0] == 1 ? 0 : sample % p.shape[0]];
+            const auto& from = wp::index(p, p.shape[0] == 1 ? 0 : sample % p.shape[0]);
             {numbers}
         }}
         const long long at = (long long)n * states.shape[1] + first;

@@ -134,10 +134,42 @@ def test_what_a_capture_depends_on():
     check_new()
     optimiser.param_groups[0]["lr"] = 0.5
     check_new()
-    optimiser.param_groups[0]["lr"] = torch.tensor(0.5)
+    optimiser.param_groups[0]["lr"] = torch.tensor(0.25)
     check_new()
-    optimiser.param_groups[0]["lr"].mul_(0.5)
-    assert (key_of(rollout, 5), options_of(optimiser)) in keys
+    optimiser.param_groups[0]["lr"].mul_(0.5)  # a capture would take in the number
+    check_new()
+
+
+def test_a_capture_depends_on_what_lies_deep_in_a_module():
+    module = Wavy()
+    module.register_buffer("scale", torch.ones(1))
+    rollout = Rollout(SYSTEM, module, STEPS, "C")
+    keys = [key_of(rollout, 5)]
+
+    def check_new():
+        assert key_of(rollout, 5) not in keys
+        keys.append(key_of(rollout, 5))
+
+    module.scale = torch.ones(1)
+    check_new()
+    module.inner[1] = torch.nn.ReLU()
+    check_new()
+    handle = module.inner[0].register_forward_hook(lambda *_: None)
+    assert key_of(rollout, 5) is None
+    handle.remove()
+    assert key_of(rollout, 5) in keys
+
+
+def test_a_parameter_that_is_frozen_stays():
+    module = network()
+    update, _ = whole(module, "C")
+    module[0].weight.requires_grad_(False)
+    weight = module[0].weight.clone()
+    assert module[0].weight.grad is not None
+    body = WholeUpdate(update.rollout, update.optimiser, 5, "final", 0.0, "none", 1.0)
+    body.x0.copy_(start())
+    body.run(step=True)
+    assert torch.equal(module[0].weight, weight) and module[0].weight.grad is None
 
 
 @pytest.mark.parametrize(

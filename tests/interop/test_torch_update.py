@@ -1,6 +1,7 @@
 """`Update` against `value_and_grad`, clipping and torch's optimiser one after the other: the same weights."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 from tests.springs import Springs
 from warp_phys import CartPole, Combined, Diverged, Flow, Quantum, Repulsion
+from warp_phys.flow import geometric
 from warp_phys.interop.torch import Rollout, Update
-from warp_phys.interop.torch_update import clip_gradients, gradients_of
+from warp_phys.interop.torch_clip import clip_gradients, gradients_of
 
 NN = torch.nn
 STEPS = 12
@@ -72,6 +74,9 @@ def check(update, twin, x0, recorded=True, tolerance=1e-9):
     pairs = list(zip(update.rollout.controller.parameters(), twin.module.parameters(), strict=True))
     for own, other in pairs:
         close(own, other)
+        if not own.requires_grad:
+            assert own.grad is None
+            continue
         close(own.grad, other.grad)
         state, exact = update.optimiser.state[own], twin.optimiser.state[other]
         assert state.keys() == exact.keys()
@@ -360,6 +365,96 @@ def test_arguments_that_do_not_fit(arguments, error, message):
     good = {"rollout": Rollout(SYSTEM, module, STEPS, "C"), "optimiser": adam(module)}
     with pytest.raises(error, match=message):
         Update(**{**good, **arguments})
+
+
+def test_what_is_said_once():
+    """Loss and clipping stand in recorded launches."""
+    module = network()
+    update = Update(Rollout(SYSTEM, module, STEPS, "C"), adam(module), [3, 5], 0.5, "norm", 0.1)
+    assert (update.when, update.control_cost, update.clip, update.clip_at) == ((3, 5), 0.5, "norm", 0.1)
+    for name in ("when", "control_cost", "clip", "clip_at"):
+        with pytest.raises(AttributeError):
+            setattr(update, name, getattr(update, name))
+
+
+def test_copies_and_pickles():
+    module = network()
+    update = Update(Rollout(SYSTEM, module, STEPS, "C"), adam(module), "every", 0.1, "norm", 0.5)
+    update(start())
+    copied, pickled = copy.deepcopy(update), pickle.loads(pickle.dumps(update))
+    expected = update(start(seed=1))
+    for other in (copied, pickled):
+        assert other.rollout.controller is not module
+        torch.testing.assert_close(other(start(seed=1)), expected, rtol=1e-13, atol=0.0)
+        assert other.is_recorded
+        for own, exact in zip(other.rollout.controller.parameters(), module.parameters(), strict=True):
+            torch.testing.assert_close(own, exact, rtol=1e-13, atol=1e-15)
+
+
+def test_inference_mode_is_refused():
+    module = network()
+    rollout = Rollout(SYSTEM, module, STEPS, "C")
+    update = Update(rollout, adam(module))
+    with torch.inference_mode():
+        for call in (update, rollout.value_and_grad):
+            with pytest.raises(RuntimeError, match="does not run in torch.inference_mode"):
+                call(start())
+    with torch.no_grad():
+        update(start())
+    update(start())
+    assert update.is_recorded
+
+
+def test_an_older_torchs_optimiser():
+    """Groups of parameters say only since torch 2.7 whether their weight decay is decoupled."""
+    steps_ = []
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        for drop in (False, True):
+            module = network()
+            update = Update(Rollout(SYSTEM, module, STEPS, "C"), adam(module, kind, weight_decay=0.5))
+            if drop:
+                del update.optimiser.param_groups[0]["decoupled_weight_decay"]
+            update(start())
+            assert update.is_recorded
+            steps_.append(module[0].weight.detach().clone())
+    assert torch.equal(steps_[0], steps_[1]) and torch.equal(steps_[2], steps_[3])
+    assert not torch.equal(steps_[0], steps_[2])
+
+
+def test_groups_in_another_order_with_a_frozen_one():
+    module = network()
+    module[0].bias.requires_grad_(False)
+    groups = [
+        {"params": [module[2].bias, module[0].bias], "lr": 0.03},
+        {"params": [module[0].weight, module[2].weight]},
+    ]
+    steps(Update(Rollout(SYSTEM, module, STEPS, "C"), torch.optim.Adam(groups, lr=0.01)))
+
+
+def test_a_flow_combined_with_itself():
+    module = network()
+    steps(
+        Update(Rollout(SYSTEM, module, STEPS, Combined(Flow(1.0, 0.0), Flow(1.0, 0.0), rule=geometric)), adam(module))
+    )
+
+
+@pytest.mark.parametrize("clip", ["none", "value", "norm"])
+def test_an_update_that_is_not_finite(clip):
+    """Finite states, a loss that overflows: what torch's clipping and optimiser make of it."""
+    module = network(dtype=torch.float32)
+    with torch.no_grad():
+        module[2].weight.mul_(10.0)
+    by_hand = copy.deepcopy(module)
+    update = Update(Rollout(SYSTEM, module, STEPS, "R"), adam(module), "every", 3e38, clip)
+    x0, optimiser = start(dtype=np.float32), adam(by_hand)
+    update(x0)
+    Rollout(SYSTEM, by_hand, STEPS, "R").value_and_grad(x0, "every", 3e38)
+    clip_gradients(gradients_of(by_hand.parameters()), clip, 1.0)
+    optimiser.step()
+    assert update.is_recorded and not update.rollout.report.updates.isfinite().all()
+    for own, other in zip(module.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(own, other, equal_nan=True)
+        torch.testing.assert_close(own.grad, other.grad, equal_nan=True)
 
 
 def test_states_that_do_not_fit():

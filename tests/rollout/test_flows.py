@@ -10,9 +10,10 @@ import warp as wp
 from tests.rollout import reference
 from tests.taylor import check_gradient
 from tests.toy import TwoControls
-from warp_phys import COMBINED, CartPole, Combined, Flow, agree, geometric, minmod, row_kernels
+from warp_phys import COMBINED, CartPole, Combined, Dense, Flow, agree, geometric, minmod, row_kernels
 from warp_phys.flow import resolve
 from warp_phys.interop.torch import Rollout
+from warp_phys.rollout import Rollout as WarpRollout
 
 STEPS = 12
 
@@ -159,6 +160,18 @@ def test_regular_flow_is_the_gradient(system, when, control_cost, device):
             return float(system.loss(*rollout(x0), when, control_cost))
 
     check_gradient(loss, start, gradient, scale=0.005)
+
+
+@pytest.mark.parametrize("backend", ["fused", "general"])
+def test_physical_parameters_of_any_stride(backend, device):
+    system = CartPole(poles=2)
+    every = system.parameter_array({"pole_mass": np.linspace(0.05, 0.5, 10)}, device, np.float64)
+    alone = system.parameter_array({"pole_mass": np.linspace(0.05, 0.5, 10)[::2]}, device, np.float64)
+    dense = Dense((6, 8, 1), device=device, dtype=np.float64)
+    x0 = wp.array(system.sample(5, seed=0, dtype=np.float64), device=device)
+    rollout = WarpRollout(system, dense, 10, "R", backend=backend)
+    states = [rollout(x0, parameters)[0].numpy() for parameters in (every[::2], alone)]
+    np.testing.assert_allclose(*states, rtol=1e-13)
 
 
 def test_one_step_horizon(device):

@@ -8,7 +8,7 @@ import torch
 import warp as wp
 
 from warp_phys import kernels
-from warp_phys.flow import Combined, Flow, distinct, linear_parts
+from warp_phys.flow import Combined, Flow, linear_parts
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import split
 from warp_phys.interop.torch_controller import TorchController, addresses_of
@@ -28,7 +28,7 @@ class DirectPass:
         adapter: The controller, whose `fits` and `sweeps` hold; its parameters must stay where they are.
         shape: Steps and batch.
         flow: The flow of the update.
-        observe: Further flows that run, for the report.
+        flows: The flows that run: its parts, and further ones for the report.
         times: Steps at which the pointwise cost counts.
         control_cost: Factor of the mean squared control.
         dtype: Precision.
@@ -40,14 +40,13 @@ class DirectPass:
         adapter: TorchController,
         shape: tuple[int, int],
         flow: Flow | Combined,
-        observe: Sequence[Flow],
+        flows: tuple[Flow, ...],
         times: tuple[int, ...],
         control_cost: float,
         dtype: torch.dtype,
     ):
         steps, batch = shape
-        self.flow, self.control_cost = flow, control_cost
-        self.flows = distinct([*linear_parts(flow), *observe])
+        self.flow, self.flows, self.control_cost = flow, flows, control_cost
         self.states = torch.zeros((steps + 1, batch, system.state_size), dtype=dtype)
         self._x0 = self.states[0]
         self.controls = torch.zeros((steps, batch, system.control_size), dtype=dtype)

@@ -6,16 +6,18 @@ from typing import Any
 
 import torch
 
-from warp_phys.flow import Combined, distinct, linear_parts, resolve
+from warp_phys.flow import Combined, linear_parts
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import split
+from warp_phys.interop.torch_clip import clip_gradients
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import hand_out
 from warp_phys.interop.torch_loss import costs_at, costs_vjp, torch_stream
+from warp_phys.interop.torch_plan import are_hooks_everywhere, has_hooks
 from warp_phys.interop.torch_rollout import Rollout
 from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, forward
-from warp_phys.systems.losses import chosen_times
+from warp_phys.systems.losses import chosen_array, chosen_times
 
 WARM_UP = 2
 """Passes before a capture: kernels are loaded, libraries and workspaces have their memory."""
@@ -50,8 +52,7 @@ class WholeUpdate:
         system, flow, steps = rollout.system, rollout.flow, rollout.steps
         self.rollout, self.optimiser, self.flow = rollout, optimiser, flow
         self.times, self.control_cost, self.clip, self.clip_at = chosen_times(when, steps), control_cost, clip, clip_at
-        observe = [part for own in rollout.observe for part in linear_parts(resolve(own))]
-        self.flows = distinct([*linear_parts(flow), *observe])
+        self.flows = rollout.running_flows()
         kind: dict[str, Any] = {"dtype": rollout.dtype, "device": rollout.device}
         self.x0 = torch.zeros((batch, system.state_size), **kind)
         self.states = torch.zeros((steps + 1, batch, system.state_size), **kind)
@@ -63,8 +64,13 @@ class WholeUpdate:
         self.grads = split(self.grad, self.trainable)
         self.loss = torch.zeros((), **kind)
         self.diverged = torch.zeros((), dtype=torch.float32, device=rollout.device)
+        self.frozen = [p for p in rollout.controller.parameters() if not p.requires_grad]
         self._workspace = Workspace()
         self._gates = rollout._gates_of(self.flows, steps)
+        # whatever else a graph reads must live as long as it does, also when caches and modules forget it
+        options = [value for group in optimiser.param_groups for name, value in group.items() if name != "params"]
+        own = rollout._structs(None, as_array(self.states)), chosen_array(self.times, str(rollout.device))
+        self._held = [own, options, rollout._adapter.dense(), list(rollout.controller.modules()), _buffers(rollout)]
 
     def run(self, step: bool) -> None:
         """Do all of it on `x0`; without `step` the weights stay."""
@@ -109,19 +115,21 @@ class WholeUpdate:
         parts = [self.updates[self.flows.index(part)] for part in linear_parts(self.flow)]
         self.update.copy_(self.flow.rule(*parts) if isinstance(self.flow, Combined) else parts[0])
         self.grad.copy_(self.update)
-        if self.clip == "value":
-            self.grad.clamp_(-self.clip_at, self.clip_at)
-        elif self.clip == "norm":
-            self.grad.mul_((self.clip_at / torch.linalg.vector_norm(self.grad)).clamp(max=1))
+        clip_gradients([self.grad], self.clip, self.clip_at)
 
     def _step(self) -> None:
         optimiser: Any = self.optimiser
-        hand_out(self.trainable, self.grads)
+        self._hand_out()
         optimiser.grad_scale, optimiser.found_inf = None, self.diverged
         try:
             optimiser.step()
         finally:
             del optimiser.grad_scale, optimiser.found_inf
+
+    def _hand_out(self) -> None:
+        hand_out(self.trainable, self.grads)
+        for parameter in self.frozen:
+            parameter.grad = None
 
     def capture(self, stream: torch.cuda.Stream) -> None:
         """Capture all of it in a graph of torch's, on this stream."""
@@ -129,14 +137,14 @@ class WholeUpdate:
             for _ in range(WARM_UP):
                 self.run(step=False)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self.run(step=True)
 
     def replay(self, x0: torch.Tensor) -> bool:
         """Take a step from x0; return whether all states were finite, else no weight has changed."""
         self.x0.copy_(x0)
         self._graph.replay()
-        hand_out(self.trainable, self.grads)
+        self._hand_out()
         return not bool(self.diverged)
 
     def report(self) -> Report:
@@ -144,11 +152,23 @@ class WholeUpdate:
         return Report(self.flows, self.updates.clone(), (self.update.clone(),))
 
 
-def key_of(rollout: Rollout, batch: int) -> tuple:
-    """Return what a captured update depends on besides the numbers in the memory that it reads."""
-    modes = tuple(part.training for part in rollout.controller.modules())
-    kinds, parameters = rollout._adapter.signature()
-    return rollout.steps, batch, rollout.flow, tuple(rollout.observe), modes, kinds, tuple(parameters)
+def key_of(rollout: Rollout, batch: int) -> tuple | None:
+    """Return what a captured update depends on besides the numbers in the memory that it reads.
+
+    None where the module has hooks, which a replay would not call.
+    """
+    modules = list(rollout.controller.modules())
+    if are_hooks_everywhere() or any(has_hooks(module) for module in modules):
+        return None
+    parts = tuple((id(module), type(module), module.training) for module in modules)
+    buffers = tuple((id(buffer), buffer.data_ptr()) for buffer in _buffers(rollout))
+    _, parameters = rollout._adapter.signature()
+    own = rollout.steps, batch, rollout.flow, tuple(rollout.observe), id(rollout._adapter.dense())
+    return *own, parts, buffers, tuple(parameters)
+
+
+def _buffers(rollout: Rollout) -> list[torch.Tensor]:
+    return list(rollout.controller.buffers())
 
 
 @contextlib.contextmanager

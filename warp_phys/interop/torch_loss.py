@@ -140,6 +140,12 @@ def refuse_second_derivative() -> None:
         raise RuntimeError("a rollout and its loss can be differentiated once: create_graph=True is not supported")
 
 
+def refuse_inference(what: str) -> None:
+    """Raise a RuntimeError in torch.inference_mode, whose tensors no later update could write to."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{what} does not run in torch.inference_mode: it differentiates")
+
+
 def in_transform() -> bool:
     """Whether torch.func is at work."""
     return torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]

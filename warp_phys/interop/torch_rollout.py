@@ -17,6 +17,7 @@ from warp_phys.interop.torch_controller import TorchController, check_pure, prec
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import DirectPass, is_finite
 from warp_phys.interop.torch_loss import (
+    refuse_inference,
     refuse_second_derivative,
     refuse_transforms,
     rows_of_parameters,
@@ -193,7 +194,9 @@ class Rollout:
         Raises:
             TypeError, ValueError: As a call of the rollout and `System.loss` do.
             Diverged: A state is not finite, and `on_divergence` is "raise".
+            RuntimeError: In `torch.inference_mode`.
         """
+        refuse_inference("value_and_grad")
         x0 = self.initial_states(x0)
         direct = self.direct_pass(len(x0), when, control_cost)
         if direct is None:
@@ -223,12 +226,11 @@ class Rollout:
             self._check_place()
             if not isinstance(self.system, System) or self.backend != "fused":
                 return None
-            observe = [part for flow in self.observe for part in linear_parts(resolve(flow))]
             times, shape = chosen_times(when, self.steps), (self.steps, batch)
             if len(self._direct) >= DIRECT_PASSES:
                 self._direct.pop(next(iter(self._direct)))
             self._direct[key] = DirectPass(
-                self.system, self._adapter, shape, self._flow, observe, times, control_cost, self.dtype
+                self.system, self._adapter, shape, self._flow, self.running_flows(), times, control_cost, self.dtype
             )
         return self._direct[key]
 
@@ -249,8 +251,8 @@ class Rollout:
         """Return x0 as a tensor that fits, or raise; without `check_finite` whatever its numbers are."""
         if not isinstance(x0, torch.Tensor):
             x0 = self._import(x0)
-        columns = ", ".join(getattr(self.system, "states", ()))
         if x0.ndim != 2 or x0.shape[1] != self.system.state_size or len(x0) == 0:
+            columns = ", ".join(getattr(self.system, "states", ()))
             message = shape_message("x0", (-1, self.system.state_size), x0.shape)
             raise ValueError(f"{message} for {self.system}" + (f"; its columns are {columns}" if columns else ""))
         if x0.dtype != self.dtype:
@@ -339,7 +341,7 @@ class Rollout:
         except IndexError:  # the first pass, or one within or beside another
             workspace = Workspace()
         parts = linear_parts(self.flow)
-        flows = distinct([*parts, *(part for flow in self.observe for part in linear_parts(resolve(flow)))])
+        flows = self.running_flows()
         seeds_ = [_owned(seed, like, masked) for seed, like in zip(seeds, (states, controls), strict=True)]
         states, controls = _without(states, masked), _without(controls, masked)
         updates = torch.zeros((len(flows), sum(p.numel() for p in trainable)), dtype=self.dtype, device=self.device)
@@ -362,6 +364,11 @@ class Rollout:
         if adj_rows is not None and rows is not None:
             adj_rows = self._combine(adj_rows[used].sum(dim=1, keepdim=True) if len(rows) == 1 else adj_rows[used])
         return self._combine(adj_x0[used]), adj_rows, grads
+
+    def running_flows(self) -> tuple[Flow, ...]:
+        """Return the flows that a backward pass runs: those of the flow, and what `observe` adds."""
+        observed = [part for flow in self.observe for part in linear_parts(resolve(flow))]
+        return distinct([*linear_parts(self.flow), *observed])
 
     def _gates_of(self, flows: tuple[Flow, ...], steps: int) -> tuple[np.ndarray, wp.array]:
         """Return the gates of flows, shape (flows, steps, 2), as numpy and on the device."""

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +13,11 @@ from torch.optim import optimizer as optimisers
 
 from warp_phys.errors import check_choice
 from warp_phys.flow import Combined
+from warp_phys.interop.torch_clip import clip_gradients, gradients_of
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import DirectPass
 from warp_phys.interop.torch_graph import WholeUpdate, beside, key_of
+from warp_phys.interop.torch_loss import refuse_inference
 from warp_phys.interop.torch_rollout import DIRECT_PASSES, Rollout
 from warp_phys.systems.base import System
 from warp_phys.systems.losses import chosen_times
@@ -32,8 +34,9 @@ class Update:
     optimiser's own tensors. Learning rates may change from call to call.
 
     With `graph` the recorded launches are one graph of Warp's. On CUDA it makes one graph of torch's of all that
-    torch and Warp do, for any module and backend; the optimiser must be made with `fused=True, capturable=True`. What
-    is captured is captured again when anything but numbers in memory changes; give the learning rate as a tensor if it
+    torch and Warp do, for any module and backend that does not wait for the device and has no hooks; the optimiser
+    must be made with `fused=True, capturable=True`. The first call of a kind goes step by step, the second is captured,
+    and again when anything but numbers in memory changes; give the learning rate as a tensor on the device if it
     changes often. The code of the module runs at the capture alone.
 
     Two threads must not be in updates of one rollout at the same time. While a graph is captured on a CPU, no other
@@ -77,16 +80,54 @@ class Update:
         if not (isinstance(clip_at, (int, float)) and 0.0 < clip_at < math.inf):
             raise ValueError(f"clip_at must be a positive number, got {clip_at!r}")
         self.rollout, self.optimiser = rollout, optimiser
-        self.when, self.control_cost = when if isinstance(when, str) else tuple(when), float(control_cost)
-        self.clip, self.clip_at = check_choice("clip", clip, tuple(CLIPPING)), float(clip_at)
-        self.graph = bool(graph)
+        self._loss = when if isinstance(when, str) else tuple(when), float(control_cost)
+        self._clipping = check_choice("clip", clip, tuple(CLIPPING)), float(clip_at)
+        self._graph = bool(graph)
         self.is_recorded = False
         """Whether the last call ran as recorded launches, or replayed a graph."""
-        if self.graph and rollout.device.type == "cuda":
+        if self._on_cuda():
             check_capturable(optimiser)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start with no memory of earlier calls."""
         self._stream: torch.cuda.Stream | None = None
-        self._graphs: dict[tuple, WholeUpdate] = {}
+        self._graphs: dict[tuple, WholeUpdate | None] = {}
         self._ends: weakref.WeakKeyDictionary[DirectPass, _End] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what points into memory, so that copies and pickles are possible."""
+        left_out = ("_stream", "_graphs", "_ends")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy."""
+        vars(self).update(state)
+        self._forget()
+
+    @property
+    def when(self) -> str | tuple[int, ...]:
+        """When the pointwise cost counts; for another loss make another update, which may share the optimiser."""
+        return self._loss[0]
+
+    @property
+    def control_cost(self) -> float:
+        """Factor of the mean squared control."""
+        return self._loss[1]
+
+    @property
+    def clip(self) -> str:
+        """How the update is clipped."""
+        return self._clipping[0]
+
+    @property
+    def clip_at(self) -> float:
+        """The limit of clipping."""
+        return self._clipping[1]
+
+    def _on_cuda(self) -> bool:
+        """Whether updates are CUDA graphs."""
+        return self._graph and self.rollout.device.type == "cuda"
 
     def __call__(self, x0: Any) -> torch.Tensor:
         """Take one step; return the loss before it, a tensor of no dimensions, detached.
@@ -97,17 +138,19 @@ class Update:
         Raises:
             TypeError, ValueError: As `Rollout.value_and_grad`.
             Diverged: A state is not finite, and the rollout's `on_divergence` is "raise"; no weight has changed.
+            RuntimeError: In `torch.inference_mode`.
         """
+        refuse_inference("an update")
         x0 = self.rollout.initial_states(x0, check_finite=False)  # a trajectory from elsewhere is not finite either
         loss = None
         if self.rollout.reduce is None:
-            loss = self._replay(x0) if self.graph and x0.is_cuda else self._launch(x0)
+            loss = self._replay(x0) if self._on_cuda() else self._launch(x0)
         self.is_recorded = loss is not None
         return self._step_by_step(x0) if loss is None else loss
 
     def _launch(self, x0: torch.Tensor) -> torch.Tensor | None:
         """Run the recorded launches; None where there are none, or a state is not finite: then nothing has changed."""
-        direct = self.rollout.direct_pass(len(x0), self.when, self.control_cost)
+        direct = self.rollout.direct_pass(len(x0), *self._loss)
         end = None if direct is None else self._end(direct)
         if direct is None or end is None:
             return None
@@ -129,17 +172,20 @@ class Update:
 
     def _replay(self, x0: torch.Tensor) -> torch.Tensor | None:
         """Replay a CUDA graph; None as above."""
-        memory = _memory(self.optimiser, self.rollout._adapter.trainable)
-        if memory is None or not isinstance(self.rollout.system, System):
+        check_capturable(self.optimiser)
+        memory, known = _memory(self.optimiser, self.rollout._adapter.trainable), key_of(self.rollout, len(x0))
+        if memory is None or known is None or not isinstance(self.rollout.system, System):
             return None
-        key = key_of(self.rollout, len(x0)), tuple(memory), options_of(self.optimiser)
-        whole = self._graphs.get(key)
-        if whole is None:
-            loss, clipping = (self.when, self.control_cost), (self.clip, self.clip_at)
-            whole = WholeUpdate(self.rollout, self.optimiser, len(x0), *loss, *clipping)
-            whole.capture(self._own_stream())
+        key = known, tuple(memory), options_of(self.optimiser)
+        if key not in self._graphs:
             if len(self._graphs) >= DIRECT_PASSES:
                 self._graphs.pop(next(iter(self._graphs)))
+            self._graphs[key] = None
+            return None  # step by step, which checks that the module repeats itself
+        whole = self._graphs[key]
+        if whole is None:
+            whole = WholeUpdate(self.rollout, self.optimiser, len(x0), *self._loss, *self._clipping)
+            whole.capture(self._own_stream())
             self._graphs[key] = whole
         if not whole.replay(x0):
             return None
@@ -159,9 +205,9 @@ class Update:
         return self._stream
 
     def _step_by_step(self, x0: torch.Tensor) -> torch.Tensor:
-        with beside(self._own_stream()) if self.graph and x0.is_cuda else contextlib.nullcontext():
-            loss = self.rollout.value_and_grad(x0, self.when, self.control_cost)
-            clip_gradients(gradients_of(self.rollout.controller.parameters()), self.clip, self.clip_at)
+        with beside(self._own_stream()) if self._on_cuda() else contextlib.nullcontext():
+            loss = self.rollout.value_and_grad(x0, *self._loss)
+            clip_gradients(gradients_of(self.rollout.controller.parameters()), *self._clipping)
             self.optimiser.step()
         return loss
 
@@ -202,7 +248,7 @@ class Update:
         kernel = finish_kernel(rule, wp.dtype_from_torch(direct.grad.dtype))
         launch = wp.launch(kernel, 1, inputs, outputs, device="cpu", record_tape=False, record_cmd=True)
         held = (*inputs, *outputs)  # a recorded launch does not keep its arrays alive
-        graph = direct.capture(launch) if self.graph else None
+        graph = direct.capture(launch) if self._graph else None
         views = addresses.numpy(), list(groups), numbers.numpy(), status.numpy(), loss[0]
         return _End(launch, graph, memory, *views, held)
 
@@ -234,8 +280,9 @@ def _groups(optimiser: torch.optim.Optimizer) -> list[tuple[float, ...]] | None:
     for group in optimiser.param_groups:
         if group["amsgrad"] or group["maximize"] or group["differentiable"]:
             return None
-        decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
-        numbers.append((float(group["lr"]), *map(float, group["betas"]), group["eps"], decay, float(decoupled)))
+        decoupled = group.get("decoupled_weight_decay", type(optimiser) is torch.optim.AdamW)  # since torch 2.7
+        values = group["lr"], *group["betas"], group["eps"], group["weight_decay"], decoupled
+        numbers.append(tuple(map(float, values)))
     return numbers
 
 
@@ -250,13 +297,15 @@ def check_capturable(optimiser: torch.optim.Optimizer) -> None:
 
 
 def options_of(optimiser: torch.optim.Optimizer) -> tuple:
-    """Return what a captured step has taken in; a tensor is read at every replay and stands for itself."""
-    return tuple(
-        (name, id(value) if isinstance(value, torch.Tensor) else value)
-        for group in optimiser.param_groups
-        for name, value in group.items()
-        if name != "params"
-    )
+    """Return what a captured step has taken in; a tensor on a device is read at every replay."""
+
+    def taken(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return float(value) if value.device.type == "cpu" else (value.device, value.data_ptr())
+
+    groups = optimiser.param_groups
+    return tuple((name, taken(value)) for group in groups for name, value in group.items() if name != "params")
 
 
 def _has_hooks(optimiser: torch.optim.Optimizer) -> bool:
@@ -291,6 +340,8 @@ def _memory(
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        if not own.keys() >= {"exp_avg", "exp_avg_sq", "step"}:
+            return None
         tensors = parameter, own["exp_avg"], own["exp_avg_sq"], own["step"]
         rows.append((*[tensor.data_ptr() for tensor in tensors], groups[parameter]))
     return rows
@@ -307,19 +358,3 @@ def _is_plain(optimiser: torch.optim.Optimizer, trainable: Sequence[torch.Tensor
         if step.dtype != torch.float32 or step.numel() != 1 or step.device != parameter.device:
             return False
     return True
-
-
-def gradients_of(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the `.grad` of all parameters that have one."""
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
-
-
-def clip_gradients(gradients: Sequence[torch.Tensor], clip: str, limit: float) -> None:
-    """Clip in place: "value" each component to [−limit, limit], "norm" the norm of all together to at most limit."""
-    if clip == "value":
-        for gradient in gradients:
-            gradient.clamp_(-limit, limit)
-    elif clip == "norm" and gradients:
-        norm = torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in gradients]))
-        for gradient in gradients:
-            gradient.mul_((limit / norm).clamp(max=1))
