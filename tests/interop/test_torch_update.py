@@ -406,7 +406,7 @@ def test_inference_mode_is_refused():
 
 
 def test_an_older_torchs_optimiser():
-    """Groups of parameters say only since torch 2.7 whether their weight decay is decoupled."""
+    """Its groups of parameters do not say whether their weight decay is decoupled."""
     steps_ = []
     for kind in (torch.optim.Adam, torch.optim.AdamW):
         for drop in (False, True):

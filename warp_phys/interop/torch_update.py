@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import warp as wp
-from torch.optim import optimizer as optimisers
 
 from warp_phys.errors import check_choice
 from warp_phys.flow import Combined
+from warp_phys.interop.torch_adam import check_capturable, is_plain, memory_of, numbers_of, options_of
 from warp_phys.interop.torch_clip import clip_gradients, gradients_of
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import DirectPass
@@ -173,7 +173,7 @@ class Update:
     def _replay(self, x0: torch.Tensor) -> torch.Tensor | None:
         """Replay a CUDA graph; None as above."""
         check_capturable(self.optimiser)
-        memory, known = _memory(self.optimiser, self.rollout._adapter.trainable), key_of(self.rollout, len(x0))
+        memory, known = memory_of(self.optimiser, self.rollout._adapter.trainable), key_of(self.rollout, len(x0))
         if memory is None or known is None or not isinstance(self.rollout.system, System):
             return None
         key = known, tuple(memory), options_of(self.optimiser)
@@ -215,15 +215,15 @@ class Update:
         """Return the recorded end of an update with the optimiser's numbers as they are now, or None."""
         flow = self.rollout.flow
         rule = flow.rule if isinstance(flow, Combined) else None
-        groups = _groups(self.optimiser)
+        groups = numbers_of(self.optimiser)
         if groups is None or (rule is not None and rule not in RULES):
             return None
-        memory = _memory(self.optimiser, direct.trainable, make_state=True)
+        memory = memory_of(self.optimiser, direct.trainable, make_state=True)
         if memory is None:
             return None
         end = self._ends.get(direct)
         if end is None or end.memory != memory or len(end.groups) != len(groups):
-            if not _is_plain(self.optimiser, direct.trainable):
+            if not is_plain(self.optimiser, direct.trainable):
                 return None
             end = self._ends[direct] = self._record(direct, rule, memory, groups)
         if end.numbers != groups:
@@ -270,91 +270,3 @@ class _End(NamedTuple):
     status: np.ndarray
     loss: torch.Tensor
     held: tuple
-
-
-def _groups(optimiser: torch.optim.Optimizer) -> list[tuple[float, ...]] | None:
-    """Return the numbers of all groups of parameters, or None if the optimiser does more than Adam's plain step."""
-    if type(optimiser) not in (torch.optim.Adam, torch.optim.AdamW) or _has_hooks(optimiser):
-        return None
-    numbers = []
-    for group in optimiser.param_groups:
-        if group["amsgrad"] or group["maximize"] or group["differentiable"]:
-            return None
-        decoupled = group.get("decoupled_weight_decay", type(optimiser) is torch.optim.AdamW)  # since torch 2.7
-        values = group["lr"], *group["betas"], group["eps"], group["weight_decay"], decoupled
-        numbers.append(tuple(map(float, values)))
-    return numbers
-
-
-def check_capturable(optimiser: torch.optim.Optimizer) -> None:
-    """Raise a ValueError unless a CUDA graph can hold the optimiser's steps, and a number on the device stop them."""
-    fits = type(optimiser) in (torch.optim.Adam, torch.optim.AdamW) and not _has_hooks(optimiser)
-    if not fits or not all(group["fused"] and group["capturable"] for group in optimiser.param_groups):
-        raise ValueError(
-            "optimiser must be Adam or AdamW with fused=True and capturable=True, without hooks, for a graph on CUDA, "
-            f"got {optimiser}"
-        )
-
-
-def options_of(optimiser: torch.optim.Optimizer) -> tuple:
-    """Return what a captured step has taken in; a tensor on a device is read at every replay."""
-
-    def taken(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return float(value) if value.device.type == "cpu" else (value.device, value.data_ptr())
-
-    groups = optimiser.param_groups
-    return tuple((name, taken(value)) for group in groups for name, value in group.items() if name != "params")
-
-
-def _has_hooks(optimiser: torch.optim.Optimizer) -> bool:
-    """Whether a step does more than the class says; a learning-rate scheduler only notes that it was taken."""
-    own = vars(optimiser).get("step")
-    hooks = (
-        optimiser._optimizer_step_pre_hooks, optimiser._optimizer_step_post_hooks,
-        optimisers._global_optimizer_pre_hooks, optimisers._global_optimizer_post_hooks,
-    )  # fmt: skip
-    return any(hooks) or not (own is None or hasattr(own, "_wrapped_by_lr_sched"))
-
-
-def _memory(
-    optimiser: torch.optim.Optimizer, trainable: Sequence[torch.Tensor], make_state: bool = False
-) -> list[tuple[int, ...]] | None:
-    """Return the addresses of every trained parameter, of its state, and its group.
-
-    None where there is no state yet, unless Adam's shall be made; None, too, if the optimiser trains anything else, or
-    not all of them.
-    """
-    groups = {p: i for i, group in enumerate(optimiser.param_groups) for p in group["params"] if p.requires_grad}
-    if len(groups) != len(trainable) or any(parameter not in groups for parameter in trainable):
-        return None
-    rows = []
-    for parameter in trainable:
-        own = optimiser.state.get(parameter)
-        if not own:
-            if not make_state:
-                return None
-            own = optimiser.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        if not own.keys() >= {"exp_avg", "exp_avg_sq", "step"}:
-            return None
-        tensors = parameter, own["exp_avg"], own["exp_avg_sq"], own["step"]
-        rows.append((*[tensor.data_ptr() for tensor in tensors], groups[parameter]))
-    return rows
-
-
-def _is_plain(optimiser: torch.optim.Optimizer, trainable: Sequence[torch.Tensor]) -> bool:
-    """Whether the optimiser's state lies in memory as the kernel reads it."""
-    for parameter in trainable:
-        own = optimiser.state[parameter]
-        for tensor in (own["exp_avg"], own["exp_avg_sq"]):
-            if tensor.dtype != parameter.dtype or tensor.shape != parameter.shape or not tensor.is_contiguous():
-                return False
-        step = own["step"]
-        if step.dtype != torch.float32 or step.numel() != 1 or step.device != parameter.device:
-            return False
-    return True
