@@ -12,7 +12,7 @@ import numpy as np
 
 from warp_phys import verdict
 from warp_phys.feedback import Feedback, StepJacobians
-from warp_phys.flow import Combined, Flow, distinct, linear_parts
+from warp_phys.flow import Combined, Flow, linear_parts
 from warp_phys.rotation import Rotation
 
 
@@ -274,8 +274,3 @@ def row_norms(rows: np.ndarray) -> np.ndarray:
     scaled = np.where(finite, values, 0.0) / scale
     norms = scale[..., 0] * np.sqrt(np.square(scaled).sum(axis=-1))
     return np.where(finite[..., 0], norms, np.inf)
-
-
-def parts_of(flows: Sequence[Flow | Combined]) -> tuple[Flow, ...]:
-    """Return the plain flows that a backward pass must run for all of `flows`."""
-    return distinct([part for flow in flows for part in linear_parts(flow)])

@@ -284,6 +284,6 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(np.sign(a) == np.sign(b))) if a.size else math.nan
 
 
-def distinct(flows: Sequence[Flow]) -> tuple[Flow, ...]:
-    """Return `flows` without repetitions, in their order."""
-    return tuple(dict.fromkeys(flows))
+def parts_of(flows: Sequence[Flow | Combined]) -> tuple[Flow, ...]:
+    """Return the flows that a backward pass must run for all of `flows`, each once, in their order."""
+    return tuple(dict.fromkeys(part for flow in flows for part in linear_parts(flow)))

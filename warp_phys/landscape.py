@@ -19,7 +19,7 @@ import warp as wp
 from warp_phys import kernels, landscape_kernels, plane
 from warp_phys.arrays import numpy_type, real_type
 from warp_phys.errors import check_count
-from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
+from warp_phys.flow import Combined, Flow, linear_parts, parts_of, resolve
 from warp_phys.phases import flow_gates
 from warp_phys.systems.losses import chosen_array
 from warp_phys.systems.polynomial import Polynomial
@@ -142,7 +142,7 @@ class Landscape:
         self, points: np.ndarray, flows: Sequence[Flow | Combined], parameters: Mapping[str, Any] | None
     ) -> Evaluation:
         """Unroll, sweep all plain flows in one launch, contract; then combine."""
-        plain = distinct([part for flow in flows for part in linear_parts(flow)])
+        plain = parts_of(flows)
         gates = flow_gates(plain, self.steps) if plain else np.empty((0, self.steps, 2))
         end, loss, updates = _run(self, points, gates, parameters)
         found = dict(zip(plain, updates, strict=True))

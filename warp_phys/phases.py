@@ -49,9 +49,6 @@ class Controller(Protocol):
     def multiply_adds(self) -> int:
         """Multiply-adds of one evaluation of one row; decides between ways that give the same numbers."""
 
-    def evaluate(self, x: wp.array, c: wp.array) -> None:
-        """Write c = N(x), shapes (N, D) and (N, K)."""
-
     def evaluator(self, states: wp.array, controls: wp.array) -> Callable[[int], None]:
         """Return a function that writes controls[n] = N(states[n]), shapes (steps + 1, B, D) and (steps, B, K)."""
 

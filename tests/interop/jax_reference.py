@@ -1,7 +1,22 @@
 """The cart-pole and its flows in JAX, unrolled by JAX itself, with `stop_gradient` where a flow stops feedback."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
+import pytest
+import warp as wp
+
+
+@contextlib.contextmanager
+def double(device):
+    """Compute in float64 on the JAX device that a Warp device is, or skip the test."""
+    try:
+        place = wp.device_to_jax(device)
+    except RuntimeError:
+        pytest.skip(f"JAX has no device {device}")
+    with jax.enable_x64(True), jax.default_device(place):
+        yield
 
 
 def cart_pole_step(system, x, c):

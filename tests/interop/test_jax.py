@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-import warp as wp
 
 jax = pytest.importorskip("jax", reason='needs JAX: pip install "warp_phys[jax]"')
 
@@ -33,12 +32,7 @@ def general(params, x):
 
 @pytest.fixture(autouse=True)
 def _double(device):
-    """Float64, on the JAX device that a Warp device is."""
-    try:
-        place = wp.device_to_jax(device)
-    except RuntimeError:
-        pytest.skip(f"JAX has no device {device}")
-    with jax.enable_x64(True), jax.default_device(place):
+    with in_jax.double(device):
         yield
 
 

@@ -11,24 +11,19 @@ import warp as wp
 jax = pytest.importorskip("jax", reason='needs JAX: pip install "warp_phys[jax]"')
 
 from tests.interop import jax_reference as in_jax  # noqa: E402
+from tests.interop.foreign_rollouts import SYSTEM, all_of_an_update, initial_states, make_network  # noqa: E402
 from tests.rollout import reference  # noqa: E402
-from warp_phys import CartPole, Diverged  # noqa: E402
+from warp_phys import Diverged  # noqa: E402
 from warp_phys.interop.extras import require  # noqa: E402
 from warp_phys.interop.jax_system import JaxSystem  # noqa: E402
 from warp_phys.interop.torch import Rollout  # noqa: E402
 
 jnp = jax.numpy
-SYSTEM, STEPS = CartPole(poles=2), 55
 
 
 @pytest.fixture(autouse=True)
 def _double(device):
-    """Float64, on the JAX device that a Warp device is."""
-    try:
-        place = wp.device_to_jax(device)
-    except RuntimeError:
-        pytest.skip(f"JAX has no device {device}")
-    with jax.enable_x64(True), jax.default_device(place):
+    with in_jax.double(device):
         yield
 
 
@@ -43,30 +38,11 @@ def _cost(x):
 FOREIGN = JaxSystem(_step, 6, 1, cost=_cost)
 
 
-def _network(device):
-    torch.manual_seed(0)
-    layers = torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
-    return torch.nn.Sequential(*layers).double().to(device)
-
-
-def _start(device, batch=5):
-    return torch.as_tensor(SYSTEM.sample(batch, dtype=np.float64), device=device)
-
-
-def _update(system, network, x0, flow, when):
-    network.zero_grad()
-    x0 = x0.clone().requires_grad_()
-    states, controls = Rollout(system, network, STEPS, flow)(x0)
-    loss = system.loss(states, controls, when=when, control_cost=0.1)
-    loss.backward()
-    return states.detach(), loss.detach(), torch.cat([p.grad.flatten() for p in network.parameters()]), x0.grad
-
-
 @pytest.mark.parametrize("when", ["final", "every"])
 @pytest.mark.parametrize("flow", ["R", "M", "S", "C"])
 def test_every_flow_equals_that_of_the_engines_system(flow, when, device):
-    network, x0 = _network(device), _start(device)
-    got, expected = (_update(system, network, x0, flow, when) for system in (FOREIGN, SYSTEM))
+    network, x0 = make_network(device), initial_states(device)
+    got, expected = (all_of_an_update(system, network, x0, flow, when) for system in (FOREIGN, SYSTEM))
     assert reference.relative(got[0], expected[0]) < 1e-13
     assert float(got[1]) == pytest.approx(float(expected[1]), rel=1e-13)
     assert reference.relative(got[2], expected[2]) < 1e-11
@@ -97,9 +73,9 @@ def test_strided_rows(device):
 
 
 def test_copies():
-    rollout = Rollout(FOREIGN, _network("cpu"), 3)
+    rollout = Rollout(FOREIGN, make_network("cpu"), 3)
     for twin in (copy.deepcopy(rollout), pickle.loads(pickle.dumps(rollout))):
-        assert torch.equal(twin(_start("cpu"))[0], rollout(_start("cpu"))[0])
+        assert torch.equal(twin(initial_states("cpu"))[0], rollout(initial_states("cpu"))[0])
 
 
 def _by_numpy(x, c):
@@ -127,22 +103,22 @@ def _halving(x, c):
     ],
 )
 def test_functions_that_do_not_do(function, error, message):
-    network, x0 = _network("cpu"), _start("cpu")
+    network, x0 = make_network("cpu"), initial_states("cpu")
     with pytest.raises(error, match=message):
         Rollout(JaxSystem(function, 6, 1), network, 3, "M")(x0)[0].sum().backward()
 
 
 def test_divergence_names_step_and_samples():
     system = JaxSystem(lambda x, c: jnp.where(x[:, :1] > 0.9, jnp.inf, _step(x, c)), 6, 1)
-    x0 = _start("cpu")
+    x0 = initial_states("cpu")
     x0[:, 0] = torch.tensor([0.0, 0.1, 0.95, 0.2, 0.3])
     with pytest.raises(Diverged, match="step 1"):
-        Rollout(system, _network("cpu"), 3)(x0)
+        Rollout(system, make_network("cpu"), 3)(x0)
 
 
 def test_float64_needs_a_setting_of_jax():
     with jax.enable_x64(False), pytest.raises(ValueError, match="float64 needs jax.config.update"):
-        Rollout(FOREIGN, _network("cpu"), 3)(_start("cpu"))
+        Rollout(FOREIGN, make_network("cpu"), 3)(initial_states("cpu"))
 
 
 def test_a_missing_extra_says_what_to_install():

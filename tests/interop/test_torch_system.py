@@ -9,12 +9,11 @@ import torch
 import warp as wp
 
 import warp_phys
+from tests.interop.foreign_rollouts import SYSTEM, all_of_an_update, initial_states, make_network
 from tests.rollout import reference
 from warp_phys import CartPole, Diverged
 from warp_phys.interop.torch import Rollout
 from warp_phys.interop.torch_system import TorchSystem
-
-SYSTEM, STEPS = CartPole(poles=2), 55
 
 
 def _step(x, c):
@@ -25,32 +24,12 @@ def _cost(x):
     return 1 - x[:, 2::2].cos().mean(1)
 
 
-def _network(device):
-    torch.manual_seed(0)
-    layers = torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
-    return torch.nn.Sequential(*layers).double().to(device)
-
-
-def _start(device, batch=5):
-    return torch.as_tensor(SYSTEM.sample(batch, dtype=np.float64), device=device)
-
-
-def _update(system, network, x0, flow, when):
-    """Return states, loss, update of the network and adjoint of x0."""
-    network.zero_grad()
-    x0 = x0.clone().requires_grad_()
-    states, controls = Rollout(system, network, STEPS, flow)(x0)
-    loss = system.loss(states, controls, when=when, control_cost=0.1)
-    loss.backward()
-    return states.detach(), loss.detach(), torch.cat([p.grad.flatten() for p in network.parameters()]), x0.grad
-
-
 @pytest.mark.parametrize("when", ["final", "every"])
 @pytest.mark.parametrize("flow", ["R", "M", "S", "C"])
 def test_every_flow_equals_that_of_the_engines_system(flow, when, device):
-    network, x0 = _network(device), _start(device)
+    network, x0 = make_network(device), initial_states(device)
     foreign = TorchSystem(_step, 6, 1, cost=_cost)
-    got, expected = (_update(system, network, x0, flow, when) for system in (foreign, SYSTEM))
+    got, expected = (all_of_an_update(system, network, x0, flow, when) for system in (foreign, SYSTEM))
     assert reference.relative(got[0], expected[0]) < 1e-13
     assert float(got[1]) == pytest.approx(float(expected[1]), rel=1e-13)
     assert reference.relative(got[2], expected[2]) < 1e-11
@@ -60,10 +39,10 @@ def test_every_flow_equals_that_of_the_engines_system(flow, when, device):
 
 def test_a_wrong_step_is_seen():
     """The comparison above is sharp: one per cent less gravity fails it."""
-    network, x0 = _network("cpu"), _start("cpu")
+    network, x0 = make_network("cpu"), initial_states("cpu")
     wrong = CartPole(poles=2, gravity=0.99 * SYSTEM.gravity)
     foreign = TorchSystem(lambda x, c: reference.cart_pole_step(wrong, x, c), 6, 1, cost=_cost)
-    got, expected = (_update(system, network, x0, "M", "final") for system in (foreign, SYSTEM))
+    got, expected = (all_of_an_update(system, network, x0, "M", "final") for system in (foreign, SYSTEM))
     assert reference.relative(got[2], expected[2]) > 1e-3
 
 
@@ -78,8 +57,8 @@ def test_a_module_is_a_system_and_is_not_trained(device):
         def forward(self, x, c):
             return x + 0.1 * torch.tanh(self.body(torch.cat([x, c], dim=1)))
 
-    network = _network(device)
-    states, _ = Rollout(TorchSystem(Learned(), 6, 1), network, 5, "C")(_start(device))
+    network = make_network(device)
+    states, _ = Rollout(TorchSystem(Learned(), 6, 1), network, 5, "C")(initial_states(device))
     states.square().mean().backward()
     assert body.weight.grad is None and network[0].weight.grad.any()
 
@@ -89,7 +68,7 @@ def test_value_and_grad_and_masks(device):
         y = _step(x, c)
         return torch.where(x[:, :1] > 0.9, torch.inf, y)
 
-    network, x0 = _network(device), _start(device)
+    network, x0 = make_network(device), initial_states(device)
     x0[:, 0] = torch.tensor([0.0, 0.1, 0.95, 0.2, 0.3])
     system = TorchSystem(fragile, 6, 1, cost=_cost)
     with pytest.raises(Diverged, match="step 1"):
@@ -124,9 +103,9 @@ def test_in_a_rollout_of_pure_warp(device):
 
 
 def test_copies():
-    rollout = Rollout(TorchSystem(_step, 6, 1, _cost), _network("cpu"), 3)
+    rollout = Rollout(TorchSystem(_step, 6, 1, _cost), make_network("cpu"), 3)
     for twin in (copy.deepcopy(rollout), pickle.loads(pickle.dumps(rollout))):
-        assert torch.equal(twin(_start("cpu"))[0], rollout(_start("cpu"))[0])
+        assert torch.equal(twin(initial_states("cpu"))[0], rollout(initial_states("cpu"))[0])
 
 
 def test_arguments():
@@ -162,12 +141,12 @@ def _detached(x, c):
     ],
 )
 def test_functions_that_do_not_do(function, error, message):
-    network, x0 = _network("cpu"), _start("cpu")
+    network, x0 = make_network("cpu"), initial_states("cpu")
     with pytest.raises(error, match=message):
         Rollout(TorchSystem(function, 6, 1), network, 3, "M")(x0)[0].sum().backward()
 
 
 def test_a_control_that_has_no_effect(device):
-    x0 = _start(device).requires_grad_()
-    Rollout(TorchSystem(lambda x, c: 0.5 * x, 6, 1), _network(device), 3, "M")(x0)[0][-1].sum().backward()
+    x0 = initial_states(device).requires_grad_()
+    Rollout(TorchSystem(lambda x, c: 0.5 * x, 6, 1), make_network(device), 3, "M")(x0)[0][-1].sum().backward()
     torch.testing.assert_close(x0.grad, torch.full_like(x0, 0.125))

@@ -223,7 +223,7 @@ def _chosen_joints(model: newton.Model, worlds: int, target: str, joints: Sequen
 def _check_drives(model: newton.Model, chosen: Sequence[int], target: str) -> None:
     """Raise a ValueError where a target would move nothing."""
     constant = "joint_target_ke" if target == "joint_target_q" else "joint_target_kd"
-    values, starts = getattr(model, constant).numpy(), _numbers(model, "joint_qd_start")
+    values, starts = _numbers(model, constant), _numbers(model, "joint_qd_start")
     for joint in chosen:
         name, kind = short(model.joint_label[joint]), _numbers(model, "joint_type")[joint]
         if kind in (*FLOATING, *ROTATION):

@@ -55,10 +55,6 @@ class TorchController:
         """Number of parameters: exact for dense layers, a lower bound for convolutions."""
         return sum(p.numel() for p in self.module.parameters())
 
-    def evaluate(self, x: wp.array, c: wp.array) -> None:
-        """Write c = N(x)."""
-        self._evaluate(wp.to_torch(x), wp.to_torch(c))
-
     def evaluator(self, states: wp.array, controls: wp.array) -> Callable[[int], None]:
         """Return a function that writes controls[n] = N(states[n]), shapes (steps + 1, B, D) and (steps, B, K)."""
         x, c = wp.to_torch(states).unbind(), wp.to_torch(controls).unbind()

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import warp as wp
 
-from warp_phys.diagnostics import Diagnosis, Layer, parts_of, path_norms, spectra
+from warp_phys.diagnostics import Diagnosis, Layer, path_norms, spectra
 from warp_phys.errors import check_count
 from warp_phys.feedback import StepJacobians, step_jacobians, trace
-from warp_phys.flow import MODIFIED, REGULAR, Combined, Flow, agreement, cosine, linear_parts, norm, resolve
+from warp_phys.flow import MODIFIED, REGULAR, Combined, Flow, agreement, cosine, linear_parts, norm, parts_of, resolve
 from warp_phys.interop.sums import split
 from warp_phys.interop.torch_controller import check_pure
 from warp_phys.interop.torch_dense import as_array

@@ -9,7 +9,7 @@ import warp as wp
 
 from warp_phys.arrays import as_structs, for_all_streams, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
-from warp_phys.flow import Combined, Flow, distinct, linear_parts, resolve
+from warp_phys.flow import Combined, Flow, linear_parts, parts_of, resolve
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
 from warp_phys.interop.torch_compiled import name_of_rollout
@@ -18,11 +18,11 @@ from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import DirectPass, is_finite
 from warp_phys.interop.torch_loss import (
     refuse_inference,
-    refuse_second_derivative,
     refuse_transforms,
     rows_of_parameters,
     torch_stream,
 )
+from warp_phys.interop.torch_node import Unroll, owned, without
 from warp_phys.interop.torch_ops import name_of
 from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
@@ -161,7 +161,7 @@ class Rollout:
         rows = rows_of_parameters(self.system, parameters or {}, x0)
         trainable = self._adapter.trainable
         if torch.is_grad_enabled() and (trainable or x0.requires_grad or (rows is not None and rows.requires_grad)):
-            return _Unroll.apply(self, x0, rows, *trainable)
+            return Unroll.apply(self, x0, rows, *trainable)
         return self._forward(x0, rows, keep=False)[:2]
 
     def _as_operator(self, x0: Any, parameters: Mapping[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -342,8 +342,8 @@ class Rollout:
             workspace = Workspace()
         parts = linear_parts(self.flow)
         flows = self.running_flows()
-        seeds_ = [_owned(seed, like, masked) for seed, like in zip(seeds, (states, controls), strict=True)]
-        states, controls = _without(states, masked), _without(controls, masked)
+        seeds_ = [owned(seed, like, masked) for seed, like in zip(seeds, (states, controls), strict=True)]
+        states, controls = without(states, masked), without(controls, masked)
         updates = torch.zeros((len(flows), sum(p.numel() for p in trainable)), dtype=self.dtype, device=self.device)
         with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
             arrays = [as_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
@@ -367,8 +367,7 @@ class Rollout:
 
     def running_flows(self) -> tuple[Flow, ...]:
         """Return the flows that a backward pass runs: those of the flow, and what `observe` adds."""
-        observed = [part for flow in self.observe for part in linear_parts(resolve(flow))]
-        return distinct([*linear_parts(self.flow), *observed])
+        return parts_of([self.flow, *map(resolve, self.observe)])
 
     def _gates_of(self, flows: tuple[Flow, ...], steps: int) -> tuple[np.ndarray, wp.array]:
         """Return the gates of flows, shape (flows, steps, 2), as numpy and on the device."""
@@ -388,59 +387,3 @@ class Rollout:
     def _combine(self, per_flow: torch.Tensor) -> torch.Tensor:
         """Return the flow's own adjoint of one pass; per_flow has shape (parts of the flow, …)."""
         return self.flow.rule(per_flow[0], per_flow[1]) if isinstance(self.flow, Combined) else per_flow[0]
-
-
-class _Unroll(torch.autograd.Function):
-    """The unrolling as one node of torch's graph."""
-
-    @staticmethod
-    def forward(ctx, rollout: Rollout, x0, rows, *trainable):
-        ctx.set_materialize_grads(False)
-        states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
-        ctx.rollout, ctx.kept, ctx.signature = rollout, kept, rollout._adapter.signature()
-        # the parameters are saved so that torch notices a change between forward and backward, in frozen ones too
-        ctx.trainable, frozen = len(trainable), [p for p in rollout.controller.parameters() if not p.requires_grad]
-        ctx.save_for_backward(states, controls, rows, masked, *trainable, *frozen)
-        return states, controls
-
-    @staticmethod
-    def backward(ctx, adj_states, adj_controls):
-        refuse_second_derivative()
-        states, controls, rows, masked, *parameters = ctx.saved_tensors
-        trainable = parameters[: ctx.trainable]
-        if ctx.rollout._adapter.signature() != ctx.signature:
-            raise RuntimeError(
-                "the controller has changed since the forward pass (layers, frozen parameters, or their memory): "
-                "call the rollout again before the backward pass"
-            )
-        if adj_states is None and adj_controls is None:
-            return (None,) * (3 + len(trainable))
-        want_rows = ctx.needs_input_grad[2]
-        seeds = (adj_states, adj_controls)
-        adj_x0, adj_rows, grads = ctx.rollout._backward(
-            states, controls, rows, masked, ctx.kept, trainable, seeds, want_rows
-        )
-        return None, adj_x0 if ctx.needs_input_grad[1] else None, adj_rows, *grads
-
-
-def _owned(seed: torch.Tensor | None, like: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Return the adjoint of a trajectory as a contiguous tensor, zero for masked samples."""
-    if seed is None:
-        return torch.zeros_like(like, memory_format=torch.contiguous_format)
-    if len(masked):
-        seed = seed.clone()
-        seed[:, masked] = 0.0
-    return seed.contiguous()
-
-
-def _without(trajectory: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Return a trajectory in which a healthy sample stands in for the masked ones.
-
-    Their adjoints start at zero; at a healthy state they stay zero, at a frozen one of 1e300 they may become nan.
-    """
-    if len(masked) == 0:
-        return trajectory
-    healthy = min(set(range(trajectory.shape[1])) - set(masked.tolist()))
-    trajectory = trajectory.clone()
-    trajectory[:, masked] = trajectory[:, healthy : healthy + 1]
-    return trajectory

@@ -1,0 +1,65 @@
+"""An unrolling as one node of torch's graph, and what its backward pass makes of samples that were masked."""
+
+from typing import Any
+
+import torch
+
+from warp_phys.interop.torch_loss import refuse_second_derivative
+
+
+class Unroll(torch.autograd.Function):
+    """The unrolling as one node of torch's graph."""
+
+    @staticmethod
+    def forward(ctx, rollout: Any, x0, rows, *trainable):
+        """Unroll; return states and controls."""
+        ctx.set_materialize_grads(False)
+        states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
+        ctx.rollout, ctx.kept, ctx.signature = rollout, kept, rollout._adapter.signature()
+        # the parameters are saved so that torch notices a change between forward and backward, in frozen ones too
+        ctx.trainable, frozen = len(trainable), [p for p in rollout.controller.parameters() if not p.requires_grad]
+        ctx.save_for_backward(states, controls, rows, masked, *trainable, *frozen)
+        return states, controls
+
+    @staticmethod
+    def backward(ctx, adj_states, adj_controls):
+        """Return the flow's adjoints of x0 and of the parameter rows, and its update of the trainable parameters."""
+        refuse_second_derivative()
+        states, controls, rows, masked, *parameters = ctx.saved_tensors
+        trainable = parameters[: ctx.trainable]
+        if ctx.rollout._adapter.signature() != ctx.signature:
+            raise RuntimeError(
+                "the controller has changed since the forward pass (layers, frozen parameters, or their memory): "
+                "call the rollout again before the backward pass"
+            )
+        if adj_states is None and adj_controls is None:
+            return (None,) * (3 + len(trainable))
+        want_rows = ctx.needs_input_grad[2]
+        seeds = (adj_states, adj_controls)
+        adj_x0, adj_rows, grads = ctx.rollout._backward(
+            states, controls, rows, masked, ctx.kept, trainable, seeds, want_rows
+        )
+        return None, adj_x0 if ctx.needs_input_grad[1] else None, adj_rows, *grads
+
+
+def owned(seed: torch.Tensor | None, like: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Return the adjoint of a trajectory as a contiguous tensor, zero for masked samples."""
+    if seed is None:
+        return torch.zeros_like(like, memory_format=torch.contiguous_format)
+    if len(masked):
+        seed = seed.clone()
+        seed[:, masked] = 0.0
+    return seed.contiguous()
+
+
+def without(trajectory: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Return a trajectory in which a healthy sample stands in for the masked ones.
+
+    Their adjoints start at zero; at a healthy state they stay zero, at a frozen one of 1e300 they may become nan.
+    """
+    if len(masked) == 0:
+        return trajectory
+    healthy = min(set(range(trajectory.shape[1])) - set(masked.tolist()))
+    trajectory = trajectory.clone()
+    trajectory[:, masked] = trajectory[:, healthy : healthy + 1]
+    return trajectory
