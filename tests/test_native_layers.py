@@ -206,12 +206,14 @@ def test_rules_of_agreement(rule, real):
     base, other = (grid.ravel() for grid in np.meshgrid(special, special))
     out = np.full(len(base) + 1, 7.0, dtype)
     addresses = wp.array([base.ctypes.data, other.ctypes.data, out.ctypes.data], dtype=wp.uint64, device="cpu")
-    wp.launch(update_kernels.combine_kernel(rule, real), 1, [addresses, len(base)], device="cpu")
+    states, costs, loss, grad = (wp.zeros(shape, real, "cpu") for shape in ((1, 1, 1), (1, 1), 1, len(base)))
+    nobody = wp.zeros((0, update_kernels.TENSOR), wp.uint64, "cpu"), wp.zeros(1, int, "cpu")  # no tensor to train
+    groups, status = wp.zeros((0, update_kernels.GROUP), wp.float64, "cpu"), wp.zeros(1, int, "cpu")
+    inputs = [states, states, costs, 1.0, 0.0, addresses, update_kernels.CLIPPING["none"], 1.0, *nobody, groups]
+    wp.launch(update_kernels.finish_kernel(rule, real), 1, inputs, [status, loss, grad], device="cpu")
+    assert status.numpy()[0] == 1
     with np.errstate(all="ignore"):
         expected = rule(base, other)
     np.testing.assert_allclose(out[:-1], expected, rtol=np.finfo(dtype).eps, atol=0.0)
+    np.testing.assert_array_equal(grad.numpy(), out[:-1])
     assert out[-1] == 7.0
-
-
-def test_no_kernel_for_a_rule_of_ones_own():
-    assert update_kernels.combine_kernel(lambda base, other: base, wp.float32) is None

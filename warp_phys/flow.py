@@ -268,6 +268,11 @@ def linear_parts(flow: Flow | Combined) -> tuple[Flow, ...]:
     return (flow.base, flow.other) if isinstance(flow, Combined) else (flow,)
 
 
+def combine(flow: Flow | Combined, parts: Sequence[Any]) -> Any:
+    """Return a flow's own update from those of its `linear_parts`, as the rule takes them."""
+    return flow.rule(parts[0], parts[1]) if isinstance(flow, Combined) else parts[0]
+
+
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     """Return the cosine of the angle between two updates, nan where one of them is zero or not finite."""
     product = norm(a) * norm(b)

@@ -19,7 +19,7 @@ import warp as wp
 from warp_phys import kernels, landscape_kernels, plane
 from warp_phys.arrays import numpy_type, real_type
 from warp_phys.errors import check_count
-from warp_phys.flow import Combined, Flow, linear_parts, parts_of, resolve
+from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, resolve
 from warp_phys.phases import flow_gates
 from warp_phys.systems.losses import chosen_array
 from warp_phys.systems.polynomial import Polynomial
@@ -150,7 +150,7 @@ class Landscape:
         with np.errstate(over="ignore", invalid="ignore"):  # an update that overflowed makes a nan where it must
             for i, flow in enumerate(flows):
                 parts = [found[part] for part in linear_parts(flow)]
-                out[i] = flow.rule(*parts) if isinstance(flow, Combined) else parts[0]
+                out[i] = combine(flow, parts)
         return Evaluation(end, loss, out)
 
 

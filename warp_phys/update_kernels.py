@@ -1,4 +1,4 @@
-"""Kernels for the end of an update on a CPU: combination alone, or loss, combination, clipping and a step of Adam."""
+"""The kernel that ends an update on a CPU: loss, combination, clipping and a step of Adam."""
 
 import functools
 from typing import Any
@@ -21,30 +21,6 @@ GROUP = 6
 """Numbers of a group of parameters: learning rate, β₁, β₂, ε, weight decay, whether that is decoupled (0 or 1)."""
 
 
-def _scalar(real: type) -> str:
-    return "double" if real is wp.float64 else "float"
-
-
-@functools.cache
-def combine_kernel(rule: Any, real: type) -> wp.Kernel | None:
-    """Combine two updates by a rule of `flow`: base, other and result by their addresses. None for any other rule."""
-    if rule not in RULES:
-        return None
-    scalar = _scalar(real)
-
-    @wp.func_native(f"""
-        const auto *base = (const {scalar}*)addresses.data[0], *other = (const {scalar}*)addresses.data[1];
-        warp_phys::combine<warp_phys::{RULES[rule]}>(base, other, ({scalar}*)addresses.data[2], size);
-        """)
-    def combine(addresses: wp.array[wp.uint64], size: int): ...
-
-    @wp.kernel(module="unique", module_options=module_options())
-    def combine_updates(addresses: wp.array[wp.uint64], size: int):
-        combine(addresses, size)
-
-    return combine_updates
-
-
 @functools.cache
 def finish_kernel(rule: Any, real: type) -> wp.Kernel:
     """Finish an update whose flows have run, in one thread.
@@ -56,7 +32,7 @@ def finish_kernel(rule: Any, real: type) -> wp.Kernel:
     Raises:
         KeyError: `rule` has no kernel.
     """
-    scalar = _scalar(real)
+    scalar = "double" if real is wp.float64 else "float"
     end = "for (long long i = 0; i < size; ++i) update[i] = base[i];"
     if rule is not None:
         end = f"combine<{RULES[rule]}>(base, (const {scalar}*)addresses.data[1], update, size);"

@@ -8,7 +8,7 @@ import numpy as np
 
 from warp_phys.arrays import shape_message
 from warp_phys.errors import Diverged, check_count
-from warp_phys.flow import Combined, Flow, linear_parts, resolve
+from warp_phys.flow import Combined, Flow, combine, linear_parts, resolve
 from warp_phys.interop import jax_calls as calls
 from warp_phys.interop.extras import require
 from warp_phys.interop.jax_arrays import (
@@ -214,10 +214,7 @@ _unroll.defvjp(_unroll_forward, _unroll_backward)
 
 def _combine(flow: Flow | Combined, parts: Any) -> jax.Array:
     """Return a flow's own update from those of its linear parts."""
-    if len(parts) == 1 or parts[0].dtype == jax.dtypes.float0:  # the second: integers have no derivative
-        return parts[0]
-    assert isinstance(flow, Combined)
-    return flow.rule(parts[0], parts[1])
+    return parts[0] if parts[0].dtype == jax.dtypes.float0 else combine(flow, parts)  # integers have no derivative
 
 
 def _combine_rows(spec: _Spec, parts: jax.Array) -> jax.Array:

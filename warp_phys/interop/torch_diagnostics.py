@@ -13,7 +13,19 @@ import warp as wp
 from warp_phys.diagnostics import Diagnosis, Layer, path_norms, spectra
 from warp_phys.errors import check_count
 from warp_phys.feedback import StepJacobians, step_jacobians, trace
-from warp_phys.flow import MODIFIED, REGULAR, Combined, Flow, agreement, cosine, linear_parts, norm, parts_of, resolve
+from warp_phys.flow import (
+    MODIFIED,
+    REGULAR,
+    Combined,
+    Flow,
+    agreement,
+    combine,
+    cosine,
+    linear_parts,
+    norm,
+    parts_of,
+    resolve,
+)
 from warp_phys.interop.sums import split
 from warp_phys.interop.torch_controller import check_pure
 from warp_phys.interop.torch_dense import as_array
@@ -259,8 +271,7 @@ def _combined(updates: torch.Tensor, plain: Sequence[Flow], flows: Sequence[Flow
     """Return the updates of all flows from those of the plain ones, shape (flows, parameters)."""
     rows = []
     for flow in flows:
-        parts = [updates[plain.index(part)] for part in linear_parts(flow)]
-        rows.append(flow.rule(*parts) if isinstance(flow, Combined) else parts[0])
+        rows.append(combine(flow, [updates[plain.index(part)] for part in linear_parts(flow)]))
     return torch.stack(rows)
 
 

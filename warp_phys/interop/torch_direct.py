@@ -8,7 +8,7 @@ import torch
 import warp as wp
 
 from warp_phys import kernels
-from warp_phys.flow import Combined, Flow, linear_parts
+from warp_phys.flow import Combined, Flow, combine, linear_parts
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import split
 from warp_phys.interop.torch_controller import TorchController, addresses_of
@@ -17,7 +17,6 @@ from warp_phys.layers import Workspace
 from warp_phys.network import OwnLoss, address_array, run_sequences
 from warp_phys.phases import Trajectory, flow_gates
 from warp_phys.systems.losses import chosen_array
-from warp_phys.update_kernels import combine_kernel
 
 
 class DirectPass:
@@ -47,6 +46,7 @@ class DirectPass:
     ):
         steps, batch = shape
         self.flow, self.flows, self.control_cost = flow, flows, control_cost
+        self.parts = [flows.index(part) for part in linear_parts(flow)]
         self.states = torch.zeros((steps + 1, batch, system.state_size), dtype=dtype)
         self._x0 = self.states[0]
         self.controls = torch.zeros((steps, batch, system.control_size), dtype=dtype)
@@ -61,7 +61,6 @@ class DirectPass:
         self.per_sample = 1.0 / (self.costs.numel() if system.time_average else batch)
         self._record_cost(system, times)
         self._record_passes(system, adapter)
-        self._record_rule()
 
     def _record_cost(self, system: Any, times: tuple[int, ...]) -> None:
         """Record the launch of the cost."""
@@ -75,19 +74,6 @@ class DirectPass:
         counts[list(times)] = 1
         self.control_weight = self.control_cost / self.controls.numel()
         self._loss = OwnLoss(wp.array(counts, dtype=wp.int32, device="cpu"), self.per_sample, self.control_weight)
-
-    def _record_rule(self) -> None:
-        """Record the launch that combines the updates, if the flow needs one and the rule has a kernel."""
-        self.parts, self._rule = [self.flows.index(part) for part in linear_parts(self.flow)], None
-        if not isinstance(self.flow, Combined):
-            return
-        kernel = combine_kernel(self.flow.rule, wp.dtype_from_torch(self.grad.dtype))
-        if kernel is not None:
-            addresses = wp.zeros(3, dtype=wp.uint64, device="cpu")
-            inputs = [addresses, len(self.grad)]
-            self._rule = wp.launch(kernel, 1, inputs, device="cpu", record_tape=False, record_cmd=True)
-            self._rule_addresses = addresses.numpy()  # a view
-            self._held.append(addresses)
 
     def _record_passes(self, system: Any, adapter: TorchController) -> None:
         """Record the launches of the forward and of the backward pass."""
@@ -143,7 +129,7 @@ class DirectPass:
 
     def leave(self) -> Report:
         """Put the flow's update into the `.grad` of the parameters; return what the pass tells about itself."""
-        update = self._combine()
+        update = combine(self.flow, [self.updates[i] for i in self.parts])
         self.grad.copy_(update)
         return self.report(update)
 
@@ -153,18 +139,6 @@ class DirectPass:
         for parameter in self.frozen:
             parameter.grad = None
         return Report(self.flows, self.updates, (update,))
-
-    def _combine(self) -> torch.Tensor:
-        """Return the update of the flow."""
-        if not isinstance(self.flow, Combined):
-            return self.updates[0]
-        base, other = (self.updates[i] for i in self.parts)
-        if self._rule is None:
-            return self.flow.rule(base, other)
-        update = torch.empty_like(self.grad)
-        self._rule_addresses[:] = base.data_ptr(), other.data_ptr(), update.data_ptr()
-        self._rule.launch()
-        return update
 
 
 def hand_out(parameters: Sequence[torch.nn.Parameter], grads: Sequence[torch.Tensor]) -> None:

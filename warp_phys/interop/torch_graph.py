@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from warp_phys.flow import Combined, linear_parts
+from warp_phys.flow import combine, linear_parts
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import split
 from warp_phys.interop.torch_clip import clip_gradients
@@ -113,7 +113,7 @@ class WholeUpdate:
     def _combine(self) -> None:
         """Write the flow's update, and the clipped one into the memory behind the `.grad` of the parameters."""
         parts = [self.updates[self.flows.index(part)] for part in linear_parts(self.flow)]
-        self.update.copy_(self.flow.rule(*parts) if isinstance(self.flow, Combined) else parts[0])
+        self.update.copy_(combine(self.flow, parts))
         self.grad.copy_(self.update)
         clip_gradients([self.grad], self.clip, self.clip_at)
 

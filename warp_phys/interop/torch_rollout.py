@@ -9,7 +9,7 @@ import warp as wp
 
 from warp_phys.arrays import as_structs, for_all_streams, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
-from warp_phys.flow import Combined, Flow, linear_parts, parts_of, resolve
+from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, resolve
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
 from warp_phys.interop.torch_compiled import name_of_rollout
@@ -362,8 +362,8 @@ class Rollout:
         grads = self._updates(updates[used], trainable)
         self.report = Report(flows, updates, tuple(grads), tuple(masked.tolist()))
         if adj_rows is not None and rows is not None:
-            adj_rows = self._combine(adj_rows[used].sum(dim=1, keepdim=True) if len(rows) == 1 else adj_rows[used])
-        return self._combine(adj_x0[used]), adj_rows, grads
+            adj_rows = combine(self.flow, adj_rows[used].sum(dim=1, keepdim=True) if len(rows) == 1 else adj_rows[used])
+        return combine(self.flow, adj_x0[used]), adj_rows, grads
 
     def running_flows(self) -> tuple[Flow, ...]:
         """Return the flows that a backward pass runs: those of the flow, and what `observe` adds."""
@@ -383,7 +383,3 @@ class Rollout:
         if not isinstance(self.flow, Combined):
             return split(updates[0], trainable)
         return combined_changes(self.flow, trainable, updates[0], updates[1])
-
-    def _combine(self, per_flow: torch.Tensor) -> torch.Tensor:
-        """Return the flow's own adjoint of one pass; per_flow has shape (parts of the flow, …)."""
-        return self.flow.rule(per_flow[0], per_flow[1]) if isinstance(self.flow, Combined) else per_flow[0]
