@@ -96,8 +96,8 @@ def draw_rotation(axes: Axes, diagnosis: Diagnosis) -> None:
     rows = [(flow, diagnosis.rotation[flow.name]) for flow in diagnosis.flows if flow.name in diagnosis.rotation]
     for place, (flow, found) in enumerate(rows):
         axes.bar(place, found.share, 0.6, yerr=found.share_error, capsize=4, color=colour(flow))
-        axes.annotate(str(found), (place, found.share + found.share_error), (0, 4), textcoords="offset points",
-                      ha="center", fontsize=8)  # fmt: skip
+        axes.annotate(f"{found.share:.2f} ± {found.share_error:.2f}", (place, found.share + found.share_error), (0, 4),
+                      textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
     axes.set(
         xticks=range(len(rows)), xticklabels=[name(flow) for flow, _ in rows], ylim=(0, 1),
         title="Rotation: antisymmetric share of the Jacobian",
