@@ -159,15 +159,14 @@ class Loop:
 
     def run_epoch(self, stop: Callable[[], bool]) -> bool:
         """Go through the minibatches that are left of this epoch; returns False where asked to stop before its end."""
-        states = self.train_states[self.order()].split(self.settings.batch)
-        while self.minibatch < len(states):
-            if self.ranks.any(stop(), self.device):
+        states = self.train_states[self.order()].unflatten(0, (-1, self.settings.batch))
+        last = len(states) - 1
+        # Both flows ride along in the sweep of one update per epoch, whatever the flow trained with.
+        for observe, end in (((), last), (("modified", "regular"), len(states))):
+            self.rollout.observe = observe
+            self.update(states[self.minibatch : end], lambda: self.ranks.any(stop(), self.device))
+            if self.minibatch < end:
                 return False
-            last = self.minibatch == len(states) - 1
-            # Both flows ride along in the sweep of one update per epoch, whatever the flow trained with.
-            self.rollout.observe = ("modified", "regular") if last else ()
-            self.update(states[self.minibatch], measure=last)
-            self.minibatch += 1
         self.rollout.observe = ()
         return True
 
@@ -178,19 +177,27 @@ class Loop:
         seed = np.random.SeedSequence([self.seeds.shuffle, len(self.records)])
         return torch.as_tensor(np.random.default_rng(seed).permutation(self.settings.train_states))
 
-    def update(self, states: torch.Tensor, measure: bool) -> None:
-        """One step of the optimiser: sums over parts and ranks first, then the flow's comparison, then clipping."""
+    def update(self, minibatches: torch.Tensor, stop: Callable[[], bool]) -> None:
+        """Take steps of the optimiser for the next minibatches, shape (minibatches, batch, D), until `stop` says yes."""
+        if len(minibatches) == 0:
+            return
         if self.settings.accumulate == 1 and self.ranks.world == 1:
-            self.losses[self.minibatch] += self.step(states)
-            if measure:
+            losses = self.step.minibatches(minibatches, stop)
+            self.losses[self.minibatch : self.minibatch + len(losses)] += losses
+            self.minibatch += len(losses)
+            if self.rollout.observe:
                 self.update_norm_squared = self.rollout.report.norm**2
             return
-        self.accumulate(states)
-        gradients = gradients_of(self.parameters)
-        if measure:
-            self.update_norm_squared = float(sum(gradient.square().sum() for gradient in gradients))
-        clip_gradients(gradients, self.settings.clip, self.settings.clip_at)
-        self.optimiser.step()
+        for states in minibatches:
+            if stop():
+                return
+            self.accumulate(states)
+            gradients = gradients_of(self.parameters)
+            if self.rollout.observe:
+                self.update_norm_squared = float(sum(gradient.square().sum() for gradient in gradients))
+            clip_gradients(gradients, self.settings.clip, self.settings.clip_at)
+            self.optimiser.step()
+            self.minibatch += 1
 
     def accumulate(self, states: torch.Tensor) -> None:
         """Leave the gradient of a minibatch that comes in parts, or that several ranks share."""

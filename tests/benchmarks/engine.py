@@ -18,9 +18,10 @@ class Program:
     Args:
         case: What to update.
         backend: "fused" or "general", see `Rollout`.
+        inner: Updates of one call.
     """
 
-    def __init__(self, case: Case, backend: str):
+    def __init__(self, case: Case, backend: str, inner: int = 1):
         published = case.published
         make_system: Any = SYSTEMS[case.system]
         system = make_system(**case.sizes, dt=case.dt)
@@ -28,7 +29,9 @@ class Program:
         self.weights = [to_torch(array).to(case.device) for array in make_weights(case)]
         self.parameters = list(self.controller.parameters())
         self.rollout = Rollout(system, self.controller, case.steps, case.flow, backend=backend)
-        self.batches = [torch.as_tensor(batch).to(case.device) for batch in make_batches(case)]
+        batches = torch.as_tensor(np.stack(make_batches(case))).to(case.device)
+        self.batches = torch.cat([batches, batches[: inner - 1]])  # a call may go on from the last to the first
+        self.count, self.inner = len(batches), inner
         optimiser = torch.optim.Adam(self.parameters, lr=RATE, eps=EPSILON, fused=True)
         self.loss = {"when": published.when, "control_cost": published.control_cost}
         self.update = Update(self.rollout, optimiser, **self.loss, graph=case.device == "cpu")
@@ -49,8 +52,9 @@ class Program:
 
     def run(self, updates: int) -> None:
         """Do a number of updates, and wait for them."""
-        for i in range(updates):
-            self.update(self.batches[i % len(self.batches)])
+        for i in range(0, updates, self.inner):
+            first = i % self.count
+            self.update.minibatches(self.batches[first : first + min(self.inner, updates - i)])
         self.wait()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from small_training import small
+from small_training import never, small
 
 from controllers import train
 from controllers.checkpoint import load_checkpoint
@@ -17,7 +17,7 @@ def take_part(rank, folder):
     updates = {}
     for name, settings in cases().items():
         loop = Loop(settings)
-        loop.update(loop.train_states[:8], measure=False)
+        loop.update(loop.train_states[None, :8], never)
         updates[name] = torch.cat([parameter.grad.flatten() for parameter in loop.parameters])
     torch.save(updates, f"{folder}/updates{rank}.pt")
     asked = iter(range(1000))
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", cases())
 def test_two_ranks_make_the_update_of_one(name, folder):
     loop = Loop(cases()[name])
-    loop.update(loop.train_states[:8], measure=False)
+    loop.update(loop.train_states[None, :8], never)
     whole = torch.cat([parameter.grad.flatten() for parameter in loop.parameters])
     for rank in range(2):
         update = torch.load(folder / f"updates{rank}.pt", weights_only=True)[name]

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from small_training import same_bits, small, without_seconds
+from small_training import never, same_bits, small, without_seconds
 
 from controllers import MLP, train
 from controllers.record import read_record
@@ -47,7 +47,8 @@ def test_clipping_leaves_small_gradients_alone(clip, values):
 def test_clipping_comes_last_in_an_update(device):
     plain, clipped = (Loop(small(device=device, clip=clip, clip_at=1e-3)) for clip in ("none", "value"))
     for loop in (plain, clipped):
-        loop.update(loop.train_states[:8], measure=True)
+        loop.rollout.observe = ("modified", "regular")
+        loop.update(loop.train_states[None, :8], never)
     expected = gradients_of(plain).clamp(-1e-3, 1e-3)
     assert gradients_of(plain).abs().max() > 2e-3
     torch.testing.assert_close(gradients_of(clipped), expected, rtol=1e-4, atol=1e-7)
@@ -59,7 +60,7 @@ def test_parts_of_a_minibatch_add_up_to_its_update(flow, device):
     updates = []
     for accumulate in (1, 3):
         loop = Loop(small(device=device, flow=flow, accumulate=accumulate))
-        loop.update(loop.train_states[:8], measure=False)
+        loop.update(loop.train_states[None, :8], never)
         updates.append((gradients_of(loop), loop.losses[0]))
     (whole, loss), (parts, loss_of_parts) = updates
     assert whole.norm() > 1e-3

@@ -250,7 +250,7 @@ class Rollout:
     def initial_states(self, x0: Any, check_finite: bool = True) -> torch.Tensor:
         """Return x0 as a tensor that fits, or raise; without `check_finite` whatever its numbers are."""
         if not isinstance(x0, torch.Tensor):
-            x0 = self._import(x0)
+            x0 = self.as_tensor(x0)
         if x0.ndim != 2 or x0.shape[1] != self.system.state_size or len(x0) == 0:
             columns = ", ".join(getattr(self.system, "states", ()))
             message = shape_message("x0", (-1, self.system.state_size), x0.shape)
@@ -264,7 +264,7 @@ class Rollout:
             raise ValueError(f"x0 must be finite, rows {bad[:8]} are not")
         return x0
 
-    def _import(self, x0: Any) -> torch.Tensor:
+    def as_tensor(self, x0: Any) -> torch.Tensor:
         """Return numpy or DLPack data as a tensor: numpy in the controller's precision and on its device."""
         if isinstance(x0, (np.ndarray, list, tuple)):
             array = np.asarray(x0)

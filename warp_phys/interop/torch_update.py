@@ -3,13 +3,14 @@
 import contextlib
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import warp as wp
 
+from warp_phys.arrays import shape_message
 from warp_phys.errors import check_choice
 from warp_phys.flow import Combined
 from warp_phys.interop.torch_adam import check_capturable, is_plain, memory_of, numbers_of, options_of
@@ -85,7 +86,7 @@ class Update:
         self._graph = bool(graph)
         self.is_recorded = False
         """Whether the last call ran as recorded launches, or replayed a graph."""
-        if self._on_cuda():
+        if self._graph_of_torchs:
             check_capturable(optimiser)
         self._forget()
 
@@ -125,7 +126,8 @@ class Update:
         """The limit of clipping."""
         return self._clipping[1]
 
-    def _on_cuda(self) -> bool:
+    @property
+    def _graph_of_torchs(self) -> bool:
         """Whether updates are CUDA graphs."""
         return self._graph and self.rollout.device.type == "cuda"
 
@@ -142,33 +144,95 @@ class Update:
         """
         refuse_inference("an update")
         x0 = self.rollout.initial_states(x0, check_finite=False)  # a trajectory from elsewhere is not finite either
-        loss = None
-        if self.rollout.reduce is None:
-            loss = self._replay(x0) if self._on_cuda() else self._launch(x0)
-        self.is_recorded = loss is not None
-        return self._step_by_step(x0) if loss is None else loss
+        loss = x0.new_empty(1)
+        self._take_steps([x0], loss, _never)
+        return loss[0]
 
-    def _launch(self, x0: torch.Tensor) -> torch.Tensor | None:
-        """Run the recorded launches; None where there are none, or a state is not finite: then nothing has changed."""
-        direct = self.rollout.direct_pass(len(x0), *self._loss)
+    def minibatches(self, x0: Any, stop: Callable[[], bool] | None = None) -> torch.Tensor:
+        """Take a step for each of several minibatches, as a call for each does; return the losses before each of them.
+
+        Recorded launches follow each other with next to no Python in between, which makes small updates cheaper; the
+        module, the optimiser and its numbers are looked at once, before the first. The report is that of the last.
+
+        Args:
+            x0: Initial states, shape (minibatches, batch, D): torch, numpy or any DLPack array.
+            stop: Asked before each step; when it says yes, the steps that are left are not taken.
+
+        Returns:
+            The losses of the steps taken, detached.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As a call.
+            Diverged: As a call; the steps before are taken.
+        """
+        refuse_inference("an update")
+        if not isinstance(x0, torch.Tensor):
+            x0 = self.rollout.as_tensor(x0)
+        if x0.ndim != 3 or len(x0) == 0:
+            size = self.rollout.system.state_size
+            raise ValueError(shape_message("x0", ("minibatches", -1, size), x0.shape))
+        self.rollout.initial_states(x0.flatten(0, 1), check_finite=False)
+        losses = x0.new_empty(len(x0))
+        return losses[: self._take_steps(x0.unbind(), losses, stop or _never)]
+
+    def _take_steps(self, minibatches: Sequence[torch.Tensor], losses: torch.Tensor, stop: Callable[[], bool]) -> int:
+        """Take steps until `stop` says yes; write their losses, return their number."""
+        if self._graph_of_torchs or self.rollout.reduce is not None:
+            return self._take_each(minibatches, losses, stop)
+        direct = self.rollout.direct_pass(len(minibatches[0]), *self._loss)
         end = None if direct is None else self._end(direct)
         if direct is None or end is None:
-            return None
+            return self._take_each(minibatches, losses, stop)
         with torch.no_grad():
-            direct.begin(x0)
-            update = torch.empty_like(direct.grad)
-            base, other = direct.updates[direct.parts[0]], direct.updates[direct.parts[-1]]
-            end.addresses[:] = base.data_ptr(), other.data_ptr(), update.data_ptr()
-            if end.graph is None:
-                direct.launch()
-                end.launch.launch()
-            else:
-                wp.capture_launch(end.graph)
-            if not end.status[0]:
-                return None
-            self.rollout.report = direct.report(update)
-        self._tell_torch((direct.grad, *direct.trainable))
-        return end.loss.clone()
+            return self._launch(direct, end, minibatches, losses, stop)
+
+    def _take_each(self, minibatches: Sequence[torch.Tensor], losses: torch.Tensor, stop: Callable[[], bool]) -> int:
+        """Take steps one by one: replays of a CUDA graph where there is one, else what autograd and torch do."""
+        for i, x0 in enumerate(minibatches):
+            if stop():
+                return i
+            loss = self._replay(x0) if self._graph_of_torchs and self.rollout.reduce is None else None
+            self.is_recorded = loss is not None
+            losses[i] = self._step_by_step(x0) if loss is None else loss
+        return len(minibatches)
+
+    def _launch(
+        self,
+        direct: DirectPass,
+        end: "_End",
+        minibatches: Sequence[torch.Tensor],
+        losses: torch.Tensor,
+        stop: Callable[[], bool],
+    ) -> int:
+        """Take steps by recorded launches, and step by step where a state is not finite: then nothing has changed."""
+        values, update = losses.numpy(), None
+        try:
+            for i, x0 in enumerate(minibatches):
+                if stop():
+                    return i
+                if update is None:
+                    direct.begin(x0)
+                    update = torch.empty_like(direct.grad)
+                    base, other = direct.updates[direct.parts[0]], direct.updates[direct.parts[-1]]
+                    end.addresses[:] = base.data_ptr(), other.data_ptr(), update.data_ptr()
+                else:
+                    direct.begin_again(x0)
+                if end.graph is None:
+                    direct.launch()
+                    end.launch.launch()
+                else:
+                    wp.capture_launch(end.graph)
+                self.is_recorded = bool(end.status[0])
+                if self.is_recorded:
+                    values[i] = end.loss[0]
+                else:
+                    update = None  # a pass of its own may take the room of this one
+                    losses[i] = self._step_by_step(x0)
+            return len(minibatches)
+        finally:
+            if update is not None:
+                self.rollout.report = direct.report(update)
+            self._tell_torch((direct.grad, *direct.trainable))
 
     def _replay(self, x0: torch.Tensor) -> torch.Tensor | None:
         """Replay a CUDA graph; None as above."""
@@ -205,7 +269,7 @@ class Update:
         return self._stream
 
     def _step_by_step(self, x0: torch.Tensor) -> torch.Tensor:
-        with beside(self._own_stream()) if self._on_cuda() else contextlib.nullcontext():
+        with beside(self._own_stream()) if self._graph_of_torchs else contextlib.nullcontext():
             loss = self.rollout.value_and_grad(x0, *self._loss)
             clip_gradients(gradients_of(self.rollout.controller.parameters()), *self._clipping)
             self.optimiser.step()
@@ -249,8 +313,12 @@ class Update:
         launch = wp.launch(kernel, 1, inputs, outputs, device="cpu", record_tape=False, record_cmd=True)
         held = (*inputs, *outputs)  # a recorded launch does not keep its arrays alive
         graph = direct.capture(launch) if self._graph else None
-        views = addresses.numpy(), list(groups), numbers.numpy(), status.numpy(), loss[0]
+        views = addresses.numpy(), list(groups), numbers.numpy(), status.numpy(), loss.numpy()
         return _End(launch, graph, memory, *views, held)
+
+
+def _never() -> bool:
+    return False
 
 
 class _End(NamedTuple):
@@ -268,5 +336,5 @@ class _End(NamedTuple):
     groups: np.ndarray
     """Learning rate and so on of every group, shape (groups, GROUP)."""
     status: np.ndarray
-    loss: torch.Tensor
+    loss: np.ndarray
     held: tuple
