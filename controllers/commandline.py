@@ -178,7 +178,9 @@ def run(command: Command, stop: threading.Event, received: list[int]) -> int:
     again = f"python -m controllers --resume --out {shlex.quote(settings.out)}"
     say("Preparing; the first run of a system compiles its kernels …")
     try:
-        trained = train(settings, resume=command.resume, overwrite=command.overwrite, stop=stop, progress=progress)
+        trained = train(
+            settings, resume=command.resume, overwrite=command.overwrite, stop=stop, progress=progress, graph=True
+        )
     except (OSError, ValueError) as error:
         say(f"python -m controllers: error: {error}")
         return 2

@@ -41,6 +41,7 @@ def train(
     overwrite: bool = False,
     stop: Stop | None = None,
     progress: Callable[[Record], None] | None = None,
+    graph: bool = False,
 ) -> Trained:
     """Train a controller; on the CPU the same settings give the same bits, stopped and resumed or in one go.
 
@@ -54,6 +55,8 @@ def train(
         stop: Asked before every minibatch, as an Event or a function; when it says yes, the state is saved, within the
             epoch if need be, and the training returns.
         progress: Called with every new record.
+        graph: On a CPU, replay updates as graphs, for speed: the same bits. No other thread may launch Warp kernels
+            during the first updates, or Warp would take them for a part of the graph.
 
     Raises:
         FileExistsError: `settings.out` holds a run, and neither `resume` nor `overwrite` is set.
@@ -65,7 +68,7 @@ def train(
     >>> [record.epoch for record in trained.records]
     [1, 2]
     """
-    loop = Loop(settings)
+    loop = Loop(settings, graph)
     folder = Path(settings.out) if settings.out else None
     if folder and resume:
         loop.restore(files.load_checkpoint(folder))
@@ -102,7 +105,7 @@ def train(
 class Loop:
     """The state of a training, and its steps; `train` is its public face."""
 
-    def __init__(self, settings: Training) -> None:
+    def __init__(self, settings: Training, graph: bool = False) -> None:
         self.settings, self.ranks, self.seeds = settings, Ranks(), derive_seeds(settings.seed)
         self.ranks.check(settings.batch // settings.accumulate, settings.test_states)
         self.device = torch.device(settings.device)
@@ -125,7 +128,8 @@ class Loop:
             reduce=self.ranks.sum if self.ranks.world > 1 else None,
         )
         clipping = settings.clip, settings.clip_at
-        self.step = Update(self.rollout, self.optimiser, settings.when, settings.control_cost, *clipping)
+        graph = graph and self.device.type == "cpu"
+        self.step = Update(self.rollout, self.optimiser, settings.when, settings.control_cost, *clipping, graph=graph)
         self.train_states, self.test_states = (
             torch.as_tensor(self.system.sample(count, seed=seed, dtype=np.dtype(settings.precision))).to(self.device)
             for count, seed in (

@@ -51,7 +51,7 @@ def perform(run: Run, stop: Callable[[], bool], progress: Callable[[Record], Non
     begun = (run.folder / CHECKPOINT).exists()
     try:
         (run.folder / OUTCOME).unlink(missing_ok=True)
-        trained = train(run.settings, resume=begun, overwrite=not begun, stop=stop, progress=progress)
+        trained = train(run.settings, resume=begun, overwrite=not begun, stop=stop, progress=progress, graph=True)
         if not trained.finished:
             return State(BEGUN, len(trained.records))
         state = State(FINISHED, len(trained.records))

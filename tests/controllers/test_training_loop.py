@@ -128,14 +128,15 @@ def test_shuffling_draws_another_order_every_epoch():
     assert torch.equal(Loop(small()).order(), torch.arange(32))
 
 
+@pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("minibatches", [0, 3, 8, 10])
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(minibatches, tmp_path):
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(minibatches, graph, tmp_path):
     settings = small(out=str(tmp_path / "run"), shuffle=True, clip="norm")
     asked = iter(range(1000))
-    stopped = train(settings, stop=lambda: next(asked) >= minibatches)
+    stopped = train(settings, stop=lambda: next(asked) >= minibatches, graph=graph)
     assert not stopped.finished
     assert len(stopped.records) == minibatches // 4
-    resumed = train(settings, resume=True)
+    resumed = train(settings, resume=True, graph=graph)
     whole = train(small(shuffle=True, clip="norm"))
     assert resumed.finished
     assert same_bits(resumed.controller, whole.controller)
@@ -168,10 +169,10 @@ def test_a_divergence_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     settings = small(out=str(tmp_path), checkpoint_every=2)
     update = Loop.update
 
-    def diverge(loop, states, measure):
+    def diverge(loop, states, stop):
         if len(loop.records) == 3:
             raise Diverged(5, [0])
-        update(loop, states, measure)
+        update(loop, states, stop)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "update", diverge)
