@@ -182,7 +182,7 @@ class Loop:
         return torch.as_tensor(np.random.default_rng(seed).permutation(self.settings.train_states))
 
     def update(self, minibatches: torch.Tensor, stop: Callable[[], bool]) -> None:
-        """Take steps of the optimiser for the next minibatches, shape (minibatches, batch, D), until `stop` says yes."""
+        """Take steps for the next minibatches, shape (minibatches, batch, D), until `stop` says yes."""
         if len(minibatches) == 0:
             return
         if self.settings.accumulate == 1 and self.ranks.world == 1:

@@ -6,7 +6,7 @@ import torch
 import warp as wp
 
 from tests.toy import TwoControls
-from warp_phys import CartPole, Dense, dense_kernels, phases
+from warp_phys import CartPole, Dense, phases
 from warp_phys.activations import ACTIVATIONS, activation
 
 TORCH = {
@@ -120,8 +120,3 @@ def test_new_parameters_are_glorot():
     bound = np.sqrt(6 / 250)
     assert np.abs(weight).max() <= bound and weight.std() == pytest.approx(bound / np.sqrt(3), rel=0.02)
     assert not bias.any()
-
-
-def test_packed_layout():
-    assert dense_kernels.padded_width((10, 100, 100, 1)) == 112
-    assert dense_kernels.layer_rows((10, 100, 100, 1)) == (0, 11, 112, 114)

@@ -10,12 +10,10 @@ from warp_phys import dense_kernels as kernels
 from warp_phys.activations import ACTIVATIONS
 from warp_phys.adjoint import active_tape
 from warp_phys.arrays import aligned_zeros, check_array, numpy_type, real_type
+from warp_phys.block_network import BlockNetwork
 from warp_phys.errors import check_choice, check_count
 from warp_phys.network import Network
 from warp_phys.plan import dense_plan
-
-FUSED_WIDTH = 256
-"""Widest layer of the fused unrolling; a sample's activations must stay in the first-level cache."""
 
 
 class Workspace:
@@ -70,10 +68,9 @@ class Dense:
         self.real = self.parameters[0].dtype
         self.device = self.parameters[0].device
         self._workspace = Workspace()
-        self._packing: list[Any] = []
-        self._network: Network | None = None
-        if wp.get_device(self.device).is_cpu and all(array.is_contiguous for array in self.parameters):
-            self._network = Network(dense_plan(self.sizes, self.activation), self.real)
+        plan = dense_plan(self.sizes, self.activation)
+        self._network = Network(plan, self.real) if wp.get_device(self.device).is_cpu else None
+        self._blocks = None if self._network else BlockNetwork(plan, self.real, self.device)
 
     def _check(self, parameters: Sequence[wp.array]) -> tuple[wp.array, ...]:
         shapes = _shapes(self.sizes)
@@ -126,10 +123,7 @@ class Dense:
 
     def fits(self, system: Any) -> bool:
         """Whether the whole unrolling with this system runs as one fused kernel."""
-        return hasattr(system, "functions") and (self._network is not None or self._is_narrow())
-
-    def _is_narrow(self) -> bool:
-        return kernels.padded_width(self.sizes) <= FUSED_WIDTH
+        return hasattr(system, "functions")
 
     def sweeps(self, system: Any) -> bool:
         """Whether `sweep` can run the whole backward pass: where `fits` holds, on a CPU."""
@@ -146,32 +140,26 @@ class Dense:
 
     def _packed_network(self) -> Network:
         assert self._network is not None
-        self._network.pack([array.ptr for array in self.parameters], lasting=True)
+        self._network.pack(self._addresses(), lasting=True)
         return self._network
+
+    def _addresses(self) -> list[int]:
+        """Return where a kernel finds the parameters: their own memory, or a copy of what is not contiguous."""
+        arrays = list(self.parameters)
+        for i, array in enumerate(arrays):
+            if not array.is_contiguous:
+                arrays[i] = self._workspace.array(f"parameter {i}", array.shape, self.real, self.device)
+                wp.copy(arrays[i], array)
+        return [array.ptr for array in arrays]
 
     def unroll(
         self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool = False
     ) -> Any:
         """Write states[1:] and controls from states[0], controller and physics in one kernel; keep nothing."""
-        if self._network is not None:
+        if self._blocks is not None:
+            self._blocks.unroll(self._addresses(), system, states, controls, parameters)
+        else:
             self._packed_network().unroll(system, states, controls, parameters, keep=False)
-            return
-        self.unroll_into(system, states, controls, parameters, None)
-
-    def unroll_into(
-        self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, kept: wp.array | None
-    ) -> None:
-        """Do the same, and write the hidden activations to `kept` if it is given.
-
-        Its shape is (hidden layers, steps, batch), of vectors of `dense_kernels.padded_width` numbers.
-        """
-        packed = self._pack()
-        if kept is None:
-            kept = self._workspace.array("nothing kept", (0, 0, 0), packed.dtype, self.device)
-        kernel = kernels.unroll_kernel(system.structure, self.sizes, self.activation, self.real)
-        threads = -(-states.shape[1] // kernels.SAMPLES)
-        inputs, outputs = [packed, parameters, states], [controls, kept]
-        wp.launch(kernel, dim=threads, inputs=inputs, outputs=outputs, device=self.device, record_tape=False)
 
     def _layers(self):
         return zip(self.parameters[::2], self.parameters[1::2], strict=True)
@@ -182,23 +170,6 @@ class Dense:
         if recording:
             return wp.empty(shape, dtype=self.real, device=self.device, requires_grad=True)
         return self._workspace.array(f"hidden{i}", shape, self.real, self.device)
-
-    def _pack(self) -> wp.array:
-        """Return the parameters in the layout of the fused kernel: see `dense_kernels.unroll_kernel`."""
-        width = kernels.padded_width(self.sizes)
-        rows = kernels.layer_rows(self.sizes)
-        Row = wp.types.vector(length=width, dtype=self.real)
-        packed = self._workspace.array("packed", (rows[-1],), Row, self.device)
-        if not self._packing:  # recorded once: the addresses stay, and a recorded launch costs little
-            kernel = kernels.pack_kernel(width, self.real)
-            for i, (weight, bias) in enumerate(self._layers()):
-                inputs = [weight, bias, rows[i], int(i == len(self.sizes) - 2)]
-                dim, out = (self.sizes[i] + 1, self.sizes[i + 1]), [packed]
-                command = wp.launch(kernel, dim, inputs, out, device=self.device, record_tape=False, record_cmd=True)
-                self._packing.append(command)
-        for command in self._packing:
-            command.launch()
-        return packed
 
 
 class DenseLinearisation:

@@ -2,7 +2,7 @@
 
 A network is a `Plan` of layers, each a dense layer on windows of its input (`native/layers.h` says more). The C++ there
 holds the products of a layer; the kernels here put layers and physics together, for blocks of samples that stay in the
-cache. They run where the vectors of a CPU are; `dense_kernels` has what runs on any device.
+cache. They run where the vectors of a CPU are; `block_kernels` has what runs on CUDA.
 """
 
 import functools

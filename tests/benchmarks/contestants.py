@@ -12,7 +12,7 @@ TUNED_XLA = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_ARENA_MAX": "1"}
 """The C library keeps memory that is freed: no page faults at every update."""
 INNER = 8
-"""Updates of one call, for the smallest batches, of this engine's fused backend and of the JAX that is tuned by hand."""
+"""Updates of one call for the smallest batches, of this engine's fused backend and of JAX tuned by hand."""
 DROPPED = ("OPENBLAS_CORETYPE", "XLA_FLAGS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
 """Variables of the caller that would favour or hinder someone."""
 

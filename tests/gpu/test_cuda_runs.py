@@ -4,8 +4,9 @@ import pytest
 import torch
 import warp as wp
 
+from controllers import GridCNN
 from tests.rollout.reference import relative
-from warp_phys import CartPole, Diverged
+from warp_phys import CartPole, Diverged, Quantum
 from warp_phys.interop.torch import Rollout, Update
 
 CUDA = [device.alias for device in wp.get_cuda_devices()]
@@ -42,6 +43,22 @@ def test_cuda_equals_cpu(flow, dtype, tolerance, backend):
     assert relative(cuda[0], cpu[0]) < tolerance
     if flow != "C" or dtype == torch.float64:  # in float32 a component near zero may change sides
         assert relative(cuda[1], cpu[1]) < 10 * tolerance
+
+
+@pytest.mark.parametrize("batch", [5, 300])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_convolutions_with_the_physics(batch, dtype, tolerance):
+    """In float32 activations stand in the memory of a multiprocessor, in float64 they do not fit there."""
+    system, found = Quantum(), []
+    for device, backend in (("cpu", "general"), ("cuda", "fused")):
+        net = GridCNN(system, seed=0).to(device, dtype)
+        rollout = Rollout(system, net, 60, "R", backend=backend)
+        states, controls = rollout(torch.as_tensor(system.sample(batch, 0)).to(device, dtype))
+        system.loss(states, controls).backward()
+        assert (rollout._adapter._blocks is not None) == (device == "cuda")
+        update = torch.cat([p.grad.flatten() for p in net.parameters()])
+        found.append([tensor.detach().cpu() for tensor in (states, controls, update)])
+    assert all(relative(b, a) < tolerance for a, b in zip(*found, strict=True))
 
 
 def test_torchs_current_stream_is_used():

@@ -71,6 +71,25 @@ def test_steps(make, flow, clip):
         assert body.report().norm == pytest.approx(twin.norm, rel=1e-9)
 
 
+@pytest.mark.parametrize("flow", ["R", "C"])
+def test_steps_with_the_fused_unrolling(flow, monkeypatch):
+    """As on CUDA: in blocks of threads, its activations kept for the backward pass."""
+    module = network()
+    update, body = whole(module, flow, "every", 0.2)
+    twin, adapter = Twin(update), body.rollout._adapter
+    monkeypatch.setattr(body.rollout, "_backend", "fused")
+    monkeypatch.setattr(adapter, "_on_cpu", lambda: False)
+    for i in range(3):
+        body.x0.copy_(start(seed=i))
+        expected = twin.step(start(seed=i))
+        with NoWaiting():
+            body.run(step=True)
+        torch.testing.assert_close(body.loss, expected, rtol=1e-11, atol=1e-13)
+        for own, other in zip(module.parameters(), twin.module.parameters(), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
+    assert adapter.held()[1] is adapter._blocks is not None and len(adapter._blocks._addresses) == 1
+
+
 def test_a_warm_up_takes_no_step():
     module = network()
     update, body = whole(module, "C")

@@ -135,4 +135,4 @@ def test_states_that_do_not_fit(x0, error, message):
     before = copy.deepcopy(update.rollout.controller.state_dict())
     with pytest.raises(error, match=message):
         update.minibatches(x0)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), update.rollout.controller.state_dict().values()))
+    assert all(torch.equal(value, before[name]) for name, value in update.rollout.controller.state_dict().items())

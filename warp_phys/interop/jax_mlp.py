@@ -11,7 +11,6 @@ from warp_phys.errors import check_choice, check_count
 from warp_phys.interop.extras import require
 from warp_phys.interop.jax_arrays import real_of
 from warp_phys.interop.jax_dense_calls import sweep_call, unroll_call
-from warp_phys.layers import FUSED_WIDTH
 from warp_phys.systems.base import System
 
 require("jax", "jax")
@@ -19,6 +18,9 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 Params = list[tuple[jax.Array, jax.Array]]
+
+FUSED_WIDTH = 256
+"""Widest layer that the engine runs itself: beyond it a matrix library is as good."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Any torch module as the controller of a rollout."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 import torch
 import warp as wp
 
-from warp_phys.dense_kernels import padded_width
+from warp_phys.block_network import BlockNetwork
+from warp_phys.block_plan import kept_starts
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
 from warp_phys.interop.torch_plan import (
     ACTIVATIONS,
@@ -33,11 +35,12 @@ class TorchController:
         self._key: tuple | None = None
         self._linears: tuple[list[torch.nn.Linear], str] | None = None
         self._network: Network | None = None
+        self._blocks: BlockNetwork | None = None
         self._planned: tuple[tuple | None, Planned | None] = None, None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory."""
-        empty = {"_dense": None, "_key": None, "_linears": None, "_network": None, "_planned": (None, None)}
+        empty = {**dict.fromkeys(("_dense", "_key", "_linears", "_network", "_blocks")), "_planned": (None, None)}
         return {"module": self.module, "inputs": self.inputs, "by_hand": self.by_hand, **empty}
 
     def signature(self) -> tuple:
@@ -73,7 +76,7 @@ class TorchController:
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""
         if self.by_hand and self.dense() is not None:
             assert self._linears is not None
-            hidden = kept if isinstance(kept, torch.Tensor) else None
+            hidden = kept if isinstance(kept, list) else None
             return DenseLinearisation(*self._linears, wp.to_torch(x), hidden, self.trainable)
         for module in self.module.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training:
@@ -84,13 +87,8 @@ class TorchController:
         """Whether the module is layers that the fused kernels express."""
         if not hasattr(system, "functions"):
             return False
-        if self._on_cpu():
-            planned = self.planned()
-            return planned is not None and planned.plan.outputs == system.control_size
-        dense = self.dense()
-        if dense is None or (dense.state_size, dense.control_size) != (system.state_size, system.control_size):
-            return False
-        return dense.fits(system)
+        planned = self.planned()
+        return planned is not None and planned.plan.outputs == system.control_size
 
     def unroll(
         self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool = False
@@ -98,21 +96,19 @@ class TorchController:
         """Write states[1:] and controls from states[0] in one kernel.
 
         Returns:
-            The activations, if `keep` asks for them: on a CPU what `sweep` takes; elsewhere those of the hidden layers,
-            shape (hidden layers, steps, batch, padded width), if they are no more than a backward pass holds anyway.
+            The activations, if `keep` asks for them: on a CPU what `sweep` takes; elsewhere those of the hidden layers
+            that `linearise` can use, shape (rows, outputs) each, if they are no more than a backward pass holds anyway.
         """
         if self._on_cpu():
             return self._packed_network()[0].unroll(system, states, controls, parameters, keep)
-        dense = self.dense()
-        assert dense is not None  # the caller has asked `fits`
-        steps, batch, _ = controls.shape
-        if not keep or steps * batch > CHUNK_ROWS or len(dense.sizes) == 2 or dense.activation not in OF_VALUE:
-            return dense.unroll(system, states, controls, parameters)
-        width, target = padded_width(dense.sizes), wp.to_torch(controls)
-        kept = target.new_empty((len(dense.sizes) - 2, steps, batch, width))
-        Row = wp.types.vector(length=width, dtype=dense.real)
-        dense.unroll_into(system, states, controls, parameters, as_array(kept, Row))
-        return kept
+        (network, tensors), dense = self.blocks(), self.dense()
+        rows, kept = controls.shape[0] * controls.shape[1], None
+        starts = [rows * start for start in kept_starts(network.plan)]
+        if keep and 0 < starts[-1] and rows <= CHUNK_ROWS and dense is not None and dense.activation in OF_VALUE:
+            kept = wp.to_torch(controls).new_empty(starts[-1])
+        room = None if kept is None else as_array(kept)
+        network.unroll(addresses_of(tensors), system, states, controls, parameters, room)
+        return None if kept is None else [kept[start:stop].view(rows, -1) for start, stop in pairwise(starts)]
 
     def sweeps(self, system: Any) -> bool:
         """Whether `sweep` can run the whole backward pass: where `fits` holds, on a CPU."""
@@ -183,6 +179,21 @@ class TorchController:
         if network is None or (network.plan, network.real, network.threads) != wanted:
             network = self._network = Network(*wanted)
         return network, tensors
+
+    def blocks(self) -> tuple[BlockNetwork, tuple[torch.Tensor | None, ...]]:
+        """Return the same for CUDA."""
+        planned = self.planned()
+        assert planned is not None
+        plan, tensors = planned
+        first: Any = tensors[0]
+        wanted, network = (plan, wp.dtype_from_torch(first.dtype), wp.device_from_torch(first.device)), self._blocks
+        if network is None or (network.plan, network.real, network.device) != wanted:
+            network = self._blocks = BlockNetwork(*wanted)
+        return network, tensors
+
+    def held(self) -> list[Any]:
+        """Return what a captured graph goes on using of this controller's, and must keep alive."""
+        return [self.dense(), None if self._on_cpu() or self.planned() is None else self.blocks()[0]]
 
     def dense(self) -> Dense | None:
         """Return the module as `Dense` layers over the same memory, or None if it is something else."""

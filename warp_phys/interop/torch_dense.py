@@ -26,7 +26,7 @@ class DenseLinearisation:
         linears: Sequence[torch.nn.Linear],
         name: str,
         x: torch.Tensor,
-        kept: torch.Tensor | None,
+        kept: Sequence[torch.Tensor] | None,
         trainable: Sequence[torch.Tensor],
     ):
         self.linears = linears
@@ -39,7 +39,7 @@ class DenseLinearisation:
             if kept is None:
                 y, slope = _activated(self.h[-1], layer, name)
             else:
-                y = kept[i].view(len(x), -1)[:, : layer.out_features]
+                y = kept[i]
                 slope = OF_VALUE[name](y)
             self.h.append(y)
             self.slopes.append(slope)

@@ -70,7 +70,7 @@ class WholeUpdate:
         # whatever else a graph reads must live as long as it does, also when caches and modules forget it
         options = [value for group in optimiser.param_groups for name, value in group.items() if name != "params"]
         own = rollout._structs(None, as_array(self.states)), chosen_array(self.times, str(rollout.device))
-        self._held = [own, options, rollout._adapter.dense(), list(rollout.controller.modules()), _buffers(rollout)]
+        self._held = [own, options, rollout._adapter.held(), list(rollout.controller.modules()), _buffers(rollout)]
 
     def run(self, step: bool) -> None:
         """Do all of it on `x0`; without `step` the weights stay."""
