@@ -56,7 +56,7 @@ def train(
             epoch if need be, and the training returns.
         progress: Called with every new record.
         graph: On a CPU, replay updates as graphs, for speed: the same bits. No other thread may launch Warp kernels
-            during the first updates, or Warp would take them for a part of the graph.
+            during the first epoch that runs, or Warp would take them for a part of a graph.
 
     Raises:
         FileExistsError: `settings.out` holds a run, and neither `resume` nor `overwrite` is set.

@@ -11,6 +11,7 @@ import pytest
 import torch
 import warp as wp
 
+import warp_phys
 from controllers import MLP, GridCNN
 from tests.springs import Springs
 from warp_phys import CartPole, Dense, Quantum, Repulsion, block_plan, kernels, phases
@@ -189,6 +190,30 @@ def test_dense_layers_of_warps(threads):
         for a, b, exact in zip(*found, strict=True):
             np.testing.assert_allclose(a, exact, rtol=1e-12, atol=1e-14)
             np.testing.assert_allclose(b, exact, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["fused", "general"])
+def test_a_graph_of_dense_layers_that_are_not_contiguous(backend):
+    """A captured rollout follows their numbers."""
+    system, generator = CartPole(poles=2, dt=0.02), np.random.default_rng(0)
+    whole = wp.array(generator.standard_normal((14, 12)), dtype=wp.float64, device="cpu")
+    biases, last = (wp.array(generator.standard_normal(shape), device="cpu") for shape in (14, (1, 7)))
+    parameters = [whole[::2, ::2], biases[::2], last, biases[:1]]
+    assert not parameters[0].is_contiguous and not parameters[1].is_contiguous
+    rollout = warp_phys.Rollout(
+        system, Dense((6, 7, 1), parameters=parameters), steps=10, on_divergence="ignore", backend=backend
+    )
+    x0 = wp.array(system.sample(5, dtype=np.float64), device="cpu")
+    rollout(x0)
+    with wp.ScopedCapture(device="cpu") as capture:
+        states, _ = rollout(x0)
+    for factor in (1.0, -0.5):
+        whole.assign(factor * whole.numpy())
+        biases.assign(factor * biases.numpy())
+        wp.capture_launch(capture.graph)
+        found = states.numpy().copy()
+        np.testing.assert_allclose(found, rollout(x0)[0].numpy(), rtol=1e-12, atol=1e-14)
+        assert found[-1].std() > 0.1
 
 
 def test_blocks_for_a_batch():

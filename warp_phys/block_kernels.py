@@ -25,7 +25,7 @@ from warp_phys.block_plan import (
     weight_starts,
 )
 from warp_phys.plan import Plan
-from warp_phys.rows import row_functions
+from warp_phys.rows import row_functions, scalar_name
 
 
 @functools.cache
@@ -36,17 +36,13 @@ def module_options() -> dict[str, Any]:
     return {"extra_build_options": options, "enable_backward": False}
 
 
-def _scalar(real: type) -> str:
-    return "double" if real is wp.float64 else "float"
-
-
 @functools.cache
 def pack_kernel(plan: Plan, real: type) -> wp.Kernel:
     """Write weights and biases, given by their addresses in turn, as native/blocks.h has them; a thread per number.
 
     A bias at address 0 is zero.
     """
-    scalar, starts, lines = _scalar(real), weight_starts(plan), []
+    scalar, starts, lines = scalar_name(real), weight_starts(plan), []
     for i, layer in enumerate(plan.layers):
         order = f"k % {layer.channels} * {layer.window // layer.channels} + k / {layer.channels}"
         lines += [
@@ -82,7 +78,7 @@ def _memory(plan: Plan, real: type) -> str:
     """Return C++ for the memory of a block."""
     size = block_numbers(plan)
     shared, own = size if is_shared(plan, real) else 0, f"memory.data + (long long)block * {size}"
-    return f"warp_phys::block_memory<{_scalar(real)}, {shared}>({own})"
+    return f"warp_phys::block_memory<{scalar_name(real)}, {shared}>({own})"
 
 
 @functools.cache
@@ -91,7 +87,7 @@ def _layer(plan: Plan, real: type, tile: int, i: int) -> Any:
     layer, act, parts = plan.layers[i], activation(plan.layers[i].activation, real).value, part_count(plan, i)
     at, weights, memory = places(plan), weight_starts(plan)[i], _memory(plan, real)
     outputs, start = layer.positions * layer.outputs, kept_starts(plan)[i]
-    name = f"warp_phys::BlockLayer<{_scalar(real)}, {tile}, {', '.join(map(str, layer[:4]))}, {parts}>"
+    name = f"warp_phys::BlockLayer<{scalar_name(real)}, {tile}, {', '.join(map(str, layer[:4]))}, {parts}>"
     hidden, Tile = i < len(plan.layers) - 1, wp.types.vector(length=tile, dtype=real)
 
     @wp.func_native(f"return {name}::sums({memory} + {at[i] * tile}, packed.data + {weights}, item);")

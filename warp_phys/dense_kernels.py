@@ -163,3 +163,27 @@ def activate_kernel(name: str, real: type) -> wp.Kernel:
         slope[i] = s
 
     return activate_lanes
+
+
+@functools.cache
+def copy_weight_kernel(real: type) -> wp.Kernel:
+    """Copy a weight, whatever its strides; `wp.copy` of one that is not contiguous cannot be captured."""
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def copy_weight(source: wp.array2d[real], target: wp.array2d[real]):
+        o, k = wp.tid()
+        target[o, k] = source[o, k]
+
+    return copy_weight
+
+
+@functools.cache
+def copy_bias_kernel(real: type) -> wp.Kernel:
+    """Copy a bias likewise."""
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def copy_bias(source: wp.array[real], target: wp.array[real]):
+        o = wp.tid()
+        target[o] = source[o]
+
+    return copy_bias

@@ -149,7 +149,8 @@ class Dense:
         for i, array in enumerate(arrays):
             if not array.is_contiguous:
                 arrays[i] = self._workspace.array(f"parameter {i}", array.shape, self.real, self.device)
-                wp.copy(arrays[i], array)
+                kernel = (kernels.copy_weight_kernel, kernels.copy_bias_kernel)[i % 2](self.real)
+                wp.launch(kernel, array.shape, [array], [arrays[i]], device=self.device, record_tape=False)
         return [array.ptr for array in arrays]
 
     def unroll(

@@ -10,7 +10,7 @@ from typing import Any
 import warp as wp
 
 from warp_phys.kernels import weighted_step_function
-from warp_phys.rows import row_functions
+from warp_phys.rows import row_functions, scalar_name
 
 
 def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: type) -> tuple[Any, Any]:
@@ -24,7 +24,7 @@ def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: typ
     """
     types, names = structure.types(real), structure.parameter_names
     Parameters, inputs, outputs = types.Parameters, structure.state_size, structure.control_size
-    scalar = "double" if real is wp.float64 else "float"
+    scalar = scalar_name(real)
     block = f"warp_phys::Block<{scalar}, warp_phys::{name}<{', '.join([scalar, *map(str, sizes)])}>>"
     numbers = "\n".join(f"own[{i}][s] = from.{field};" for i, field in enumerate(names))
     arguments = f"""

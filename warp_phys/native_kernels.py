@@ -14,7 +14,7 @@ import warp as wp
 from warp_phys.kernels import weighted_cost_function
 from warp_phys.native_blocks import advance_function, retreat_function
 from warp_phys.plan import SAMPLES, Plan, padded
-from warp_phys.rows import row_functions
+from warp_phys.rows import row_functions, scalar_name
 
 HEADERS = ("layers.h", "lanes.h", "cartpole.h", "repulsion.h", "quantum.h", "update.h")
 """The C++ that stands in front of the kernels' own."""
@@ -35,7 +35,7 @@ def module_options() -> dict[str, Any]:
 
 def _types(plan: Plan, real: type) -> list[str]:
     """Return the C++ types of the layers."""
-    scalar = "double" if real is wp.float64 else "float"
+    scalar = scalar_name(real)
     return [
         f"warp_phys::Layer<{scalar}, warp_phys::{_CPP[a.activation]}, "
         f"{a.positions}, {a.window}, {a.stride}, {a.outputs}>"
@@ -148,7 +148,7 @@ def pack_kernel(plan: Plan, real: type) -> wp.Kernel:
 
     A bias at address 0 is zero.
     """
-    scalar, lines = "double" if real is wp.float64 else "float", []
+    scalar, lines = scalar_name(real), []
     for i, layer in enumerate(plan.layers):
         width, out = padded(layer.window), padded(layer.outputs)
         order = f"k % {layer.channels} * {layer.window // layer.channels} + k / {layer.channels}"
@@ -186,7 +186,7 @@ def pack_kernel(plan: Plan, real: type) -> wp.Kernel:
 @functools.cache
 def unpack_kernel(plan: Plan, real: type) -> wp.Kernel:
     """Add packed gradients to those of weights and biases, given by their addresses in turn for every flow, or 0."""
-    scalar, lines = "double" if real is wp.float64 else "float", []
+    scalar, lines = scalar_name(real), []
     for i, layer in enumerate(plan.layers):
         width, out = padded(layer.window), padded(layer.outputs)
         order = f"k % {layer.channels} * {layer.window // layer.channels} + k / {layer.channels}"

@@ -16,6 +16,11 @@ REAL_TYPES: dict[type, type] = {np.float32: wp.float32, np.float64: wp.float64}
 """The precisions of the engine, numpy to Warp."""
 
 
+def scalar_name(real: type) -> str:
+    """Return the name of a precision in C++."""
+    return "double" if real is wp.float64 else "float"
+
+
 class RowFunctions(NamedTuple):
     """Warp functions on rows of one length and precision."""
 

@@ -7,6 +7,7 @@ import warp as wp
 
 from warp_phys.flow import agree, geometric, minmod
 from warp_phys.native_kernels import module_options
+from warp_phys.rows import scalar_name
 
 RULES: dict[Any, str] = {agree: "agree", geometric: "geometric", minmod: "minmod"}
 """The rules of `flow` that have a kernel, by their name in native/update.h."""
@@ -32,7 +33,7 @@ def finish_kernel(rule: Any, real: type) -> wp.Kernel:
     Raises:
         KeyError: `rule` has no kernel.
     """
-    scalar = "double" if real is wp.float64 else "float"
+    scalar = scalar_name(real)
     end = "for (long long i = 0; i < size; ++i) update[i] = base[i];"
     if rule is not None:
         end = f"combine<{RULES[rule]}>(base, (const {scalar}*)addresses.data[1], update, size);"

@@ -53,6 +53,8 @@ OF_A_PRECISION = [
     dense_kernels.transposed_kernel,
     dense_kernels.contract_kernel,
     dense_kernels.unit_rows_kernel,
+    dense_kernels.copy_weight_kernel,
+    dense_kernels.copy_bias_kernel,
     row_kernels.sum_over_time_kernel,
     row_kernels.add_rows_kernel,
     row_kernels.sum_rows_kernel,

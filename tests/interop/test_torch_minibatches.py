@@ -95,11 +95,40 @@ def test_a_divergence_leaves_the_steps_before():
         together.minibatches(x0)
     for x in x0[:2]:
         apart(x)
-    for own, expected in zip(
-        together.rollout.controller.parameters(), apart.rollout.controller.parameters(), strict=True
-    ):
+    for own, expected in zip(everything(together), everything(apart), strict=True):
         assert torch.equal(own, expected)
+    assert together.rollout.report.norm == apart.rollout.report.norm > 0.0
     assert next(together.rollout.controller.parameters())._version > version
+
+
+def test_a_stop_that_uses_the_rollout():
+    """Its pass takes the memory that the steps have been using."""
+    together, apart = make(), make()
+    rollout, other = together.rollout, states()[0] * 2.0
+
+    def stop():
+        assert torch.is_grad_enabled()
+        rollout.value_and_grad(other, together.when, together.control_cost)
+        return False
+
+    losses = together.minibatches(states(), stop)
+    assert torch.equal(losses, torch.stack([apart(x) for x in states()]))
+    assert_same(together, apart)
+
+
+@pytest.mark.parametrize("call", [lambda update, x: update(x[0]), lambda update, x: update.minibatches(x)])
+def test_torch_is_told_of_steps_alone(call):
+    """A call that changes no weight leaves graphs of autograd valid."""
+    update, x0 = make(), states()
+    weights = next(update.rollout.controller.parameters())
+    before = weights._version
+    assert len(update.minibatches(x0, lambda: True)) == 0 and weights._version == before
+    x0[0] = 1e308
+    output = update.rollout.controller(states()[1])
+    with pytest.raises(Diverged):
+        call(update, x0)
+    output.sum().backward()
+    assert weights._version == before and not hasattr(update.optimiser, "_opt_called")
 
 
 def test_reports_are_kept():
@@ -125,7 +154,8 @@ def test_numpy_and_other_layouts():
     [
         (torch.zeros(BATCH, 5), ValueError, r"x0 must have shape \(minibatches, batch, 5\), got \(5, 5\)"),
         (torch.zeros(0, BATCH, 5), ValueError, r"got \(0, 5, 5\)"),
-        (torch.zeros(3, BATCH, 9).double(), ValueError, "x0 must have shape"),
+        (torch.zeros(3, BATCH, 9).double(), ValueError, r"batch, 5\), got \(3, 5, 9\)"),
+        (torch.zeros(3, 0, 5).double(), ValueError, r"got \(3, 0, 5\)"),
         (torch.zeros(3, BATCH, 5), TypeError, "float64"),
         ("text", TypeError, "x0 must be"),
     ],

@@ -4,25 +4,24 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-import warp as wp
 
 from warp_phys.arrays import shape_message
 from warp_phys.errors import check_choice
 from warp_phys.flow import Combined
+from warp_phys.interop.report import Report
 from warp_phys.interop.torch_adam import check_capturable, is_plain, memory_of, numbers_of, options_of
 from warp_phys.interop.torch_clip import clip_gradients, gradients_of
-from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import DirectPass
+from warp_phys.interop.torch_end import End, record_end
 from warp_phys.interop.torch_graph import WholeUpdate, beside, key_of
 from warp_phys.interop.torch_loss import refuse_inference
 from warp_phys.interop.torch_rollout import DIRECT_PASSES, Rollout
 from warp_phys.systems.base import System
 from warp_phys.systems.losses import chosen_times
-from warp_phys.update_kernels import CLIPPING, GROUP, RULES, TENSOR, finish_kernel
+from warp_phys.update_kernels import CLIPPING, RULES
 
 
 class Update:
@@ -94,7 +93,7 @@ class Update:
         """Start with no memory of earlier calls."""
         self._stream: torch.cuda.Stream | None = None
         self._graphs: dict[tuple, WholeUpdate | None] = {}
-        self._ends: weakref.WeakKeyDictionary[DirectPass, _End] = weakref.WeakKeyDictionary()
+        self._ends: weakref.WeakKeyDictionary[DirectPass, End] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory, so that copies and pickles are possible."""
@@ -152,7 +151,8 @@ class Update:
         """Take a step for each of several minibatches, as a call for each does; return the losses before each of them.
 
         Recorded launches follow each other with next to no Python in between, which makes small updates cheaper; the
-        module, the optimiser and its numbers are looked at once, before the first. The report is that of the last.
+        module, the optimiser and its numbers are looked at once, before the first. The report is that of the last step;
+        where the step after it raises `Diverged`, only its norm is left.
 
         Args:
             x0: Initial states, shape (minibatches, batch, D): torch, numpy or any DLPack array.
@@ -168,8 +168,8 @@ class Update:
         refuse_inference("an update")
         if not isinstance(x0, torch.Tensor):
             x0 = self.rollout.as_tensor(x0)
-        if x0.ndim != 3 or len(x0) == 0:
-            size = self.rollout.system.state_size
+        size = self.rollout.system.state_size
+        if x0.ndim != 3 or 0 in x0.shape or x0.shape[2] != size:
             raise ValueError(shape_message("x0", ("minibatches", -1, size), x0.shape))
         self.rollout.initial_states(x0.flatten(0, 1), check_finite=False)
         losses = x0.new_empty(len(x0))
@@ -183,8 +183,7 @@ class Update:
         end = None if direct is None else self._end(direct)
         if direct is None or end is None:
             return self._take_each(minibatches, losses, stop)
-        with torch.no_grad():
-            return self._launch(direct, end, minibatches, losses, stop)
+        return self._launch(direct, end, minibatches, losses, stop)
 
     def _take_each(self, minibatches: Sequence[torch.Tensor], losses: torch.Tensor, stop: Callable[[], bool]) -> int:
         """Take steps one by one: replays of a CUDA graph where there is one, else what autograd and torch do."""
@@ -199,40 +198,42 @@ class Update:
     def _launch(
         self,
         direct: DirectPass,
-        end: "_End",
+        end: End,
         minibatches: Sequence[torch.Tensor],
         losses: torch.Tensor,
         stop: Callable[[], bool],
     ) -> int:
         """Take steps by recorded launches, and step by step where a state is not finite: then nothing has changed."""
-        values, update = losses.numpy(), None
+        values, room, update, unsaid = losses.numpy(), None, direct.grad, False
         try:
             for i, x0 in enumerate(minibatches):
                 if stop():
                     return i
-                if update is None:
-                    direct.begin(x0)
-                    update = torch.empty_like(direct.grad)
-                    base, other = direct.updates[direct.parts[0]], direct.updates[direct.parts[-1]]
-                    end.addresses[:] = base.data_ptr(), other.data_ptr(), update.data_ptr()
-                else:
-                    direct.begin_again(x0)
-                if end.graph is None:
-                    direct.launch()
-                    end.launch.launch()
-                else:
-                    wp.capture_launch(end.graph)
+                with torch.no_grad():
+                    if direct.updates is room:
+                        direct.begin_again(x0)
+                    else:  # the first step, or another pass has been in between
+                        direct.begin(x0)
+                        room, update = direct.updates, torch.empty_like(direct.grad)
+                        end.aim(direct, update)
+                    end.run(direct)
                 self.is_recorded = bool(end.status[0])
                 if self.is_recorded:
-                    values[i] = end.loss[0]
-                else:
-                    update = None  # a pass of its own may take the room of this one
-                    losses[i] = self._step_by_step(x0)
+                    values[i], unsaid = end.loss[0], True
+                    continue
+                if unsaid:
+                    self._conclude(direct, update)
+                    self.rollout.report, unsaid = Report(changes=(update,)), False  # of the flows nothing is left
+                losses[i], room = self._step_by_step(x0), None
             return len(minibatches)
         finally:
-            if update is not None:
-                self.rollout.report = direct.report(update)
-            self._tell_torch((direct.grad, *direct.trainable))
+            if unsaid:
+                self._conclude(direct, update)
+
+    def _conclude(self, direct: DirectPass, update: torch.Tensor) -> None:
+        """Leave what the last of some recorded steps leaves."""
+        self.rollout.report = direct.report(update)
+        self._tell_torch((direct.grad, *direct.trainable))
 
     def _replay(self, x0: torch.Tensor) -> torch.Tensor | None:
         """Replay a CUDA graph; None as above."""
@@ -275,7 +276,7 @@ class Update:
             self.optimiser.step()
         return loss
 
-    def _end(self, direct: DirectPass) -> "_End | None":
+    def _end(self, direct: DirectPass) -> End | None:
         """Return the recorded end of an update with the optimiser's numbers as they are now, or None."""
         flow = self.rollout.flow
         rule = flow.rule if isinstance(flow, Combined) else None
@@ -289,52 +290,12 @@ class Update:
         if end is None or end.memory != memory or len(end.groups) != len(groups):
             if not is_plain(self.optimiser, direct.trainable):
                 return None
-            end = self._ends[direct] = self._record(direct, rule, memory, groups)
+            end = self._ends[direct] = record_end(direct, rule, memory, groups, self._clipping, self._graph)
         if end.numbers != groups:
             end.groups[:] = groups
             end.numbers[:] = groups
         return end
 
-    def _record(self, direct: DirectPass, rule: Any, memory: list, groups: list) -> "_End":
-        """Record the launch."""
-        addresses = wp.zeros(3, dtype=wp.uint64, device="cpu")
-        tensors = wp.array(np.array(memory, dtype=np.uint64).reshape(-1, TENSOR), dtype=wp.uint64, device="cpu")
-        sizes = [0, *(parameter.numel() for parameter in direct.trainable)]
-        starts = wp.array(np.cumsum(sizes), dtype=wp.int32, device="cpu")
-        numbers = wp.array(np.array(groups).reshape(-1, GROUP), dtype=wp.float64, device="cpu")
-        status, loss = wp.zeros(1, dtype=wp.int32, device="cpu"), torch.zeros(1, dtype=direct.grad.dtype)
-        trajectory = [as_array(tensor) for tensor in (direct.states, direct.controls, direct.costs)]
-        inputs = [
-            *trajectory, direct.per_sample, direct.control_weight, addresses, CLIPPING[self.clip], self.clip_at,
-            tensors, starts, numbers,
-        ]  # fmt: skip
-        outputs = [status, as_array(loss), as_array(direct.grad)]
-        kernel = finish_kernel(rule, wp.dtype_from_torch(direct.grad.dtype))
-        launch = wp.launch(kernel, 1, inputs, outputs, device="cpu", record_tape=False, record_cmd=True)
-        held = (*inputs, *outputs)  # a recorded launch does not keep its arrays alive
-        graph = direct.capture(launch) if self._graph else None
-        views = addresses.numpy(), list(groups), numbers.numpy(), status.numpy(), loss.numpy()
-        return _End(launch, graph, memory, *views, held)
-
 
 def _never() -> bool:
     return False
-
-
-class _End(NamedTuple):
-    """The recorded launch that ends an update, and views of what it reads and writes."""
-
-    launch: Any
-    graph: Any
-    """All launches of the update in one graph, or None."""
-    memory: list[tuple[int, ...]]
-    """Addresses of every trained tensor and of its state, and its group."""
-    addresses: np.ndarray
-    """Of the updates of base and other, and of the combined update."""
-    numbers: list[tuple[float, ...]]
-    """What stands in `groups`."""
-    groups: np.ndarray
-    """Learning rate and so on of every group, shape (groups, GROUP)."""
-    status: np.ndarray
-    loss: np.ndarray
-    held: tuple

@@ -11,6 +11,7 @@ import warp as wp
 from warp_phys.arrays import numpy_type, real_type
 from warp_phys.errors import check_count
 from warp_phys.native_blocks import block_functions
+from warp_phys.rows import scalar_name
 from warp_phys.systems.base import System, SystemFunctions
 
 
@@ -223,7 +224,7 @@ def _cost(system: Quantum, real: type) -> Any:
     Complex = wp.types.vector(length=2, dtype=real)
 
     # a table: a sine takes as long as the rest of a point's work
-    scalar = "double" if real is wp.float64 else "float"
+    scalar = scalar_name(real)
     numbers = ", ".join(f"{value!r}" for value in system.eigenstate(number).tolist())
 
     @wp.func_native(f"static const {scalar} table[] = {{{numbers}}}; return table[j];")
