@@ -88,7 +88,7 @@ def draw_agreement(axes: Axes, diagnosis: Diagnosis) -> None:
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.7)
     if layers:
-        axes.legend(fontsize=8, frameon=False, loc="lower left")
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)
 
 
 def draw_rotation(axes: Axes, diagnosis: Diagnosis) -> None:
