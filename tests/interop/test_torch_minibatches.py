@@ -116,6 +116,23 @@ def test_a_stop_that_uses_the_rollout():
     assert_same(together, apart)
 
 
+def test_a_divergence_after_such_a_stop():
+    """What the step before has left is still what the report tells."""
+    together, apart = make(), make()
+    x0 = states()
+    x0[2, 1] = 1e308
+
+    def stop():
+        together.rollout.value_and_grad(states()[5], together.when, together.control_cost)
+        return False
+
+    with pytest.raises(Diverged):
+        together.minibatches(x0, stop)
+    for x in x0[:2]:
+        apart(x)
+    assert together.rollout.report.norm == apart.rollout.report.norm > 0.0
+
+
 @pytest.mark.parametrize("call", [lambda update, x: update(x[0]), lambda update, x: update.minibatches(x)])
 def test_torch_is_told_of_steps_alone(call):
     """A call that changes no weight leaves graphs of autograd valid."""

@@ -97,11 +97,7 @@ class DirectPass:
 
     def begin(self, x0: torch.Tensor) -> None:
         """Take up initial states, and make room for the updates: the report keeps the last ones."""
-        self.renew()
         self._x0.copy_(x0)
-
-    def renew(self) -> None:
-        """Make room for updates that nobody holds."""
         self.updates = torch.zeros_like(self.updates)
         np.add(self._offsets, np.uint64(self.updates.data_ptr()), out=self._targets, where=self._trained)
 

@@ -204,7 +204,7 @@ class Update:
         stop: Callable[[], bool],
     ) -> int:
         """Take steps by recorded launches, and step by step where a state is not finite: then nothing has changed."""
-        values, room, update, unsaid = losses.numpy(), None, direct.grad, False
+        values, room, update, done = losses.numpy(), None, direct.grad, None
         try:
             for i, x0 in enumerate(minibatches):
                 if stop():
@@ -219,16 +219,16 @@ class Update:
                     end.run(direct)
                 self.is_recorded = bool(end.status[0])
                 if self.is_recorded:
-                    values[i], unsaid = end.loss[0], True
+                    values[i], done = end.loss[0], update
                     continue
-                if unsaid:
-                    self._conclude(direct, update)
-                    self.rollout.report, unsaid = Report(changes=(update,)), False  # of the flows nothing is left
+                if done is not None:
+                    self._conclude(direct, done)
+                    self.rollout.report, done = Report(changes=(done,)), None  # of the flows nothing is left
                 losses[i], room = self._step_by_step(x0), None
             return len(minibatches)
         finally:
-            if unsaid:
-                self._conclude(direct, update)
+            if done is not None:
+                self._conclude(direct, done)
 
     def _conclude(self, direct: DirectPass, update: torch.Tensor) -> None:
         """Leave what the last of some recorded steps leaves."""
