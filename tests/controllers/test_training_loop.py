@@ -133,6 +133,7 @@ def test_shuffling_draws_another_order_every_epoch():
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(minibatches, graph, tmp_path):
     settings = small(out=str(tmp_path / "run"), shuffle=True, clip="norm")
     asked = iter(range(1000))
+    assert Loop(small(), graph).step._graph == graph
     stopped = train(settings, stop=lambda: next(asked) >= minibatches, graph=graph)
     assert not stopped.finished
     assert len(stopped.records) == minibatches // 4
