@@ -170,8 +170,16 @@ def test_a_capture_depends_on_what_lies_deep_in_a_module():
 
     module.scale = torch.ones(1)
     check_new()
-    module.inner[1] = torch.nn.ReLU()
+    module.inner[1] = torch.nn.ELU()
     check_new()
+    module.inner[1].alpha = 0.5
+    check_new()
+    module.gain = 2.0
+    check_new()
+    module.gains = (1.0, (2, "two"))
+    check_new()
+    module.note = [1.0]  # may change in place, so it is not looked at
+    assert key_of(rollout, 5) in keys
     handle = module.inner[0].register_forward_hook(lambda *_: None)
     assert key_of(rollout, 5) is None
     handle.remove()

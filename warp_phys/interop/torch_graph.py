@@ -160,11 +160,25 @@ def key_of(rollout: Rollout, batch: int) -> tuple | None:
     modules = list(rollout.controller.modules())
     if are_hooks_everywhere() or any(has_hooks(module) for module in modules):
         return None
-    parts = tuple((id(module), type(module), module.training) for module in modules)
+    parts = tuple((id(module), type(module), plain_attributes(module)) for module in modules)
     buffers = tuple((id(buffer), buffer.data_ptr()) for buffer in _buffers(rollout))
     _, parameters = rollout._adapter.signature()
     own = rollout.steps, batch, rollout.flow, tuple(rollout.observe), id(rollout._adapter.dense())
     return *own, parts, buffers, tuple(parameters)
+
+
+def plain_attributes(module: torch.nn.Module) -> tuple:
+    """Return the attributes that are numbers, words or tuples of such: a stride, a slope, the mode of training.
+
+    A module that counts its calls in one is never the same twice, and so is never captured.
+    """
+    return tuple((name, value) for name, value in vars(module).items() if _is_plain(value))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | complex | str | torch.dtype)
 
 
 def _buffers(rollout: Rollout) -> list[torch.Tensor]:
