@@ -18,6 +18,8 @@ CHECKPOINT, CONTROLLER, RECORD, CURVES, SETTINGS = (
     "settings.json",
 )
 KEYS = {"settings", "weights", "optimiser", "records", "minibatch", "losses", "seconds"}
+ADDED = {"update"}
+"""What checkpoints of earlier versions lack."""
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"out: {folder} holds no {CHECKPOINT}, so there is nothing to resume")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content.keys() == KEYS:
+        if KEYS <= content.keys() <= KEYS | ADDED:
             return content
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, LookupError, ValueError):
         pass

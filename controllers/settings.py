@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from controllers.networks import check_network
-from warp_phys.flow import resolve
+from warp_phys.flow import memory_in, resolve
 from warp_phys.systems import SYSTEMS
 
 # What a resumed run may change without becoming another run.
@@ -39,7 +39,7 @@ class Training:
     """Weight of the mean squared control in the loss."""
     flow: str = "combined"
     """Gradient flow by name or letter: regular R, modified M, stopped S, controller N, combined C; geometric and minmod
-    combine M and R by other rules."""
+    combine M and R by other rules, averaged compares M with a running average of R."""
     network: Literal["auto", "dense", "grid-cnn"] = "auto"
     """Network: dense layers, convolutions over a grid, or auto: the latter for a system on a grid."""
     hidden: tuple[int, ...] = (100, 100)
@@ -104,6 +104,8 @@ class Training:
             raise ValueError(f"batch must divide train_states ({self.train_states}), got {self.batch}")
         if self.accumulate > self.batch:
             raise ValueError(f"accumulate must be at most batch ({self.batch}), got {self.accumulate}")
+        if self.accumulate > 1 and memory_in(resolve(self.flow)):
+            raise ValueError(f"accumulate must be 1 with flow {self.flow!r}, which has a memory, got {self.accumulate}")
         check_device(self.device)
         # A frozen dataclass sets its own fields this way; equal settings then compare equal, however they were written.
         set_field = object.__setattr__

@@ -16,6 +16,7 @@ from controllers.ranks import Ranks
 from controllers.record import Record, plot_record, write_record
 from controllers.settings import Training, check_resume, derive_seeds
 from warp_phys import Diverged
+from warp_phys.flow import memory_in, resolve
 from warp_phys.interop.torch import Rollout, Update
 from warp_phys.interop.torch_clip import clip_gradients, gradients_of
 
@@ -108,6 +109,8 @@ class Loop:
     def __init__(self, settings: Training, graph: bool = False) -> None:
         self.settings, self.ranks, self.seeds = settings, Ranks(), derive_seeds(settings.seed)
         self.ranks.check(settings.batch // settings.accumulate, settings.test_states)
+        if self.ranks.world > 1 and memory_in(resolve(settings.flow)):
+            raise ValueError(f"flow {settings.flow!r} has a memory, which is for one process, got {self.ranks.world}")
         self.device = torch.device(settings.device)
         dtype = getattr(torch, settings.precision)
         self.system = settings.make_system()
@@ -250,6 +253,7 @@ class Loop:
             "settings": asdict(self.settings),
             "weights": self.controller.state_dict(),
             "optimiser": self.optimiser.state_dict(),
+            "update": self.step.state_dict(),
             "records": [tuple(record) for record in self.records],
             "minibatch": self.minibatch,
             "losses": self.losses,
@@ -266,6 +270,8 @@ class Loop:
             raise ValueError(f"epochs must be at least {done}, as the saved run has begun, got {self.settings.epochs}")
         self.controller.load_state_dict(content["weights"])
         self.optimiser.load_state_dict(content["optimiser"])
+        if "update" in content:  # an earlier version had no flow with a memory
+            self.step.load_state_dict(content["update"])
         self.records = [Record(*values) for values in content["records"]]
         self.minibatch, self.seconds = content["minibatch"], content["seconds"]
         if self.ranks.leads:

@@ -12,6 +12,7 @@ COLOURS = {
     "combined": "#009E73",  # bluish green
     "geometric": "#E69F00",  # orange
     "minmod": "#56B4E9",  # sky blue
+    "averaged": "#000000",
 }
 
 POLES = ("#332288", "#AA4499", "#999933", "#88CCEE")

@@ -209,11 +209,35 @@ def test_rules_of_agreement(rule, real):
     states, costs, loss, grad = (wp.zeros(shape, real, "cpu") for shape in ((1, 1, 1), (1, 1), 1, len(base)))
     nobody = wp.zeros((0, update_kernels.TENSOR), wp.uint64, "cpu"), wp.zeros(1, int, "cpu")  # no tensor to train
     groups, status = wp.zeros((0, update_kernels.GROUP), wp.float64, "cpu"), wp.zeros(1, int, "cpu")
-    inputs = [states, states, costs, 1.0, 0.0, addresses, update_kernels.CLIPPING["none"], 1.0, *nobody, groups]
-    wp.launch(update_kernels.finish_kernel(rule, real), 1, inputs, [status, loss, grad], device="cpu")
+    inputs = [states, states, costs, 1.0, 0.0, addresses, 0.0, update_kernels.CLIPPING["none"], 1.0, *nobody, groups]
+    wp.launch(update_kernels.finish_kernel(rule, False, real), 1, inputs, [status, loss, grad], device="cpu")
     assert status.numpy()[0] == 1
     with np.errstate(all="ignore"):
         expected = rule(base, other)
     np.testing.assert_allclose(out[:-1], expected, rtol=np.finfo(dtype).eps, atol=0.0)
     np.testing.assert_array_equal(grad.numpy(), out[:-1])
     assert out[-1] == 7.0
+
+
+@pytest.mark.parametrize("real", [wp.float32, wp.float64])
+def test_a_rule_of_an_average(real):
+    """Scaled to length 1 before it is averaged, however small or large; one that is not finite changes nothing."""
+    dtype = np.float32 if real is wp.float32 else np.float64
+    base, mean, out = np.array([1.0, -2.0, 3.0], dtype), np.zeros(3, dtype), np.zeros(3, dtype)
+    states, costs, loss, grad = (wp.zeros(shape, real, "cpu") for shape in ((1, 1, 1), (1, 1), 1, 3))
+    nobody = wp.zeros((0, update_kernels.TENSOR), wp.uint64, "cpu"), wp.zeros(1, int, "cpu")
+    groups, status = wp.zeros((0, update_kernels.GROUP), wp.float64, "cpu"), wp.zeros(1, int, "cpu")
+    expected, scales = np.zeros(3), (1.0, 1e-30, 0.0, np.nan, np.inf, 1e30)
+    for i, scale in enumerate(scales):
+        direction = np.array([3.0, 4.0, 0.0]) if i % 2 else np.array([0.0, -3.0, 4.0])
+        with np.errstate(invalid="ignore"):
+            other = (scale * direction).astype(dtype)
+        if np.isfinite(scale):
+            expected = 0.75 * expected + (0.25 * direction / 5.0 if scale else 0.0)
+        addresses = [array.ctypes.data for array in (base, other, out, mean)]
+        addresses = wp.array(addresses, dtype=wp.uint64, device="cpu")
+        inputs = [states, states, costs, 1.0, 0.0, addresses, 0.75, 0, 1.0, *nobody, groups]
+        kernel = update_kernels.finish_kernel(agree, True, real)
+        wp.launch(kernel, 1, inputs, [status, loss, grad], device="cpu")
+        np.testing.assert_allclose(mean, expected, rtol=4 * np.finfo(dtype).eps, atol=0.0)
+        np.testing.assert_array_equal(out, np.where(np.sign(mean) == np.sign(base), base, 0.0))

@@ -205,6 +205,10 @@ class Combined:
     """Flow whose update is consulted."""
     rule: Callable[[Any, Any], Any] = agree
     """Pure function of two arrays of one shape, elementwise."""
+    memory: float = 0.0
+    """Decay, in [0, 1), of a running average of `other` over the updates of a training, each scaled to length 1: the
+    rule takes that average in place of the update itself. The signs of a minibatch's R are noisy, those of the average
+    less so. Only `warp_phys.interop.torch.Update` keeps an average; 0 needs none."""
 
     def __post_init__(self):
         for name in ("base", "other"):
@@ -212,6 +216,7 @@ class Combined:
                 raise TypeError(f"{name} must be a Flow, got {getattr(self, name)!r}")
         if not callable(self.rule):
             raise TypeError(f"rule must be a function of two arrays, got {self.rule!r}")
+        object.__setattr__(self, "memory", _decay(self.memory))
 
     @property
     def name(self) -> str:
@@ -219,12 +224,22 @@ class Combined:
         for name, known in NAMED.items():
             if self == known:
                 return name
-        return f"{getattr(self.rule, '__name__', 'rule')}({self.base.name}; {self.other.name})"
+        memory = f", memory {self.memory:g}" if self.memory else ""
+        return f"{getattr(self.rule, '__name__', 'rule')}({self.base.name}; {self.other.name}{memory})"
 
     @property
     def letter(self) -> str:
         """Letter in the table of flows, or an empty string."""
         return "C" if self == COMBINED else ""
+
+
+def _decay(memory: object) -> float:
+    """Check a memory."""
+    if isinstance(memory, bool) or not isinstance(memory, (int, float)):
+        raise TypeError(f"memory must be a number, got {memory!r}")
+    if not 0.0 <= memory < 1.0:
+        raise ValueError(f"memory must be at least 0 and below 1, got {memory!r}")
+    return float(memory)
 
 
 COMBINED = Combined()
@@ -238,6 +253,7 @@ NAMED: dict[str, Flow | Combined] = {
     "combined": COMBINED,
     "geometric": Combined(rule=geometric),
     "minmod": Combined(rule=minmod),
+    "averaged": Combined(memory=0.9),
 }
 """The flows by name. Those of the publication are also known by their letters R, M, S, N and C."""
 
@@ -269,8 +285,28 @@ def linear_parts(flow: Flow | Combined) -> tuple[Flow, ...]:
 
 
 def combine(flow: Flow | Combined, parts: Sequence[Any]) -> Any:
-    """Return a flow's own update from those of its `linear_parts`, as the rule takes them."""
+    """Return a flow's own update from those of its `linear_parts`, as the rule takes them.
+
+    Raises:
+        ValueError: The flow has a memory.
+    """
+    refuse_memory(flow)
     return flow.rule(parts[0], parts[1]) if isinstance(flow, Combined) else parts[0]
+
+
+def memory_in(flow: Flow | Combined) -> float:
+    """Return the memory of a flow, 0 for one that has none."""
+    return flow.memory if isinstance(flow, Combined) else 0.0
+
+
+def refuse_memory(*flows: Flow | Combined) -> None:
+    """Raise a ValueError for a flow whose update is no function of one pass alone."""
+    for flow in flows:
+        if memory_in(flow):
+            raise ValueError(
+                f"flow {flow.name!r} has a memory, which only warp_phys.interop.torch.Update keeps; "
+                "Combined() without one is 'combined'"
+            )
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -19,7 +19,7 @@ import warp as wp
 from warp_phys import kernels, landscape_kernels, plane
 from warp_phys.arrays import numpy_type, real_type
 from warp_phys.errors import check_count
-from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, resolve
+from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refuse_memory, resolve
 from warp_phys.phases import flow_gates
 from warp_phys.systems.losses import chosen_array
 from warp_phys.systems.polynomial import Polynomial
@@ -156,9 +156,9 @@ class Landscape:
 
 def _flows(flows: FlowLike | Sequence[FlowLike]) -> tuple[Flow | Combined, ...]:
     """Return the flows asked for as values."""
-    if isinstance(flows, (str, Flow, Combined)):
-        return (resolve(flows),)
-    return tuple(resolve(flow) for flow in flows)
+    resolved = (resolve(flows),) if isinstance(flows, (str, Flow, Combined)) else tuple(map(resolve, flows))
+    refuse_memory(*resolved)
+    return resolved
 
 
 def _run(

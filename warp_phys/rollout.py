@@ -11,7 +11,7 @@ from warp_phys import row_kernels
 from warp_phys.adjoint import active_tape, paused
 from warp_phys.arrays import alias, check_array, numpy_type, parameter_numbers, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
-from warp_phys.flow import COMBINED, Combined, Flow, agree, linear_parts, resolve
+from warp_phys.flow import COMBINED, Combined, Flow, agree, linear_parts, refuse_memory, resolve
 from warp_phys.layers import Workspace
 from warp_phys.phases import Controller, Seeds, Trajectory, WarpController, backward, flow_gates, forward
 from warp_phys.systems.base import Simulator, System
@@ -86,6 +86,7 @@ class Rollout:
     @flow.setter
     def flow(self, flow: str | Flow | Combined) -> None:
         flow = resolve(flow)
+        refuse_memory(flow)
         if isinstance(flow, Combined) and flow.rule is not agree:
             raise ValueError(f"in pure Warp the rule of a combined flow must be agree, got {flow.rule!r}")
         self._flow = flow

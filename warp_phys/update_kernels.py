@@ -23,11 +23,12 @@ GROUP = 6
 
 
 @functools.cache
-def finish_kernel(rule: Any, real: type) -> wp.Kernel:
+def finish_kernel(rule: Any, memory: bool, real: type) -> wp.Kernel:
     """Finish an update whose flows have run, in one thread.
 
     `rule` combines the flows at the first two of `addresses`, or is None: then the first alone counts. The third takes
-    the result, `grad` the same clipped. Where a state is not finite, `status` becomes 0 and nothing else is written,
+    the result, `grad` the same clipped. With `memory` the second goes into the running average at the fourth, of this
+    `decay`, and the rule takes that. Where a state is not finite, `status` becomes 0 and nothing else is written,
     else it becomes 1.
 
     Raises:
@@ -36,7 +37,12 @@ def finish_kernel(rule: Any, real: type) -> wp.Kernel:
     scalar = scalar_name(real)
     end = "for (long long i = 0; i < size; ++i) update[i] = base[i];"
     if rule is not None:
-        end = f"combine<{RULES[rule]}>(base, (const {scalar}*)addresses.data[1], update, size);"
+        end = f"""
+        const auto* other = (const {scalar}*)addresses.data[1];
+        auto* mean = ({scalar}*)addresses.data[3];
+        if ({int(memory)}) remember(other, mean, size, decay);
+        combine<{RULES[rule]}>(base, {int(memory)} ? mean : other, update, size);
+        """
 
     @wp.func_native(f"""
         using namespace warp_phys;
@@ -63,7 +69,7 @@ def finish_kernel(rule: Any, real: type) -> wp.Kernel:
         """)
     def finish(
         states: wp.array3d[real], controls: wp.array3d[real], costs: wp.array2d[real], cost_weight: wp.float64,
-        control_weight: wp.float64, addresses: wp.array[wp.uint64], clipping: int, limit: wp.float64,
+        control_weight: wp.float64, addresses: wp.array[wp.uint64], decay: wp.float64, clipping: int, limit: wp.float64,
         tensors: wp.array2d[wp.uint64], starts: wp.array[int], groups: wp.array2d[wp.float64], status: wp.array[int],
         loss: wp.array[real], grad: wp.array[real],
     ): ...  # fmt: skip
@@ -77,6 +83,7 @@ def finish_kernel(rule: Any, real: type) -> wp.Kernel:
         cost_weight: wp.float64,
         control_weight: wp.float64,
         addresses: wp.array[wp.uint64],
+        decay: wp.float64,
         clipping: int,
         limit: wp.float64,
         tensors: wp.array2d[wp.uint64],
@@ -88,8 +95,8 @@ def finish_kernel(rule: Any, real: type) -> wp.Kernel:
         grad: wp.array[real],
     ):
         finish(
-            states, controls, costs, cost_weight, control_weight, addresses, clipping, limit, tensors, starts, groups,
-            status, loss, grad,
+            states, controls, costs, cost_weight, control_weight, addresses, decay, clipping, limit, tensors, starts,
+            groups, status, loss, grad,
         )  # fmt: skip
 
     return finish_update

@@ -25,6 +25,7 @@ STYLES = {
     "combined": "-",
     "geometric": (0, (9, 2)),
     "minmod": (0, (3, 1, 1, 1, 1, 1)),
+    "averaged": (0, (7, 1, 2, 1)),
 }
 """A dash pattern per flow, so that a print without colours can be read too."""
 BINS = 24

@@ -11,7 +11,7 @@ from controllers.checkpoint import CHECKPOINT, RECORD, SETTINGS, save_json
 from controllers.settings import Training, check_resume
 from demos.experiments.published import EXPERIMENTS
 
-FLOW_ORDER = ("regular", "modified", "stopped", "controller", "combined", "geometric", "minmod")
+FLOW_ORDER = ("regular", "modified", "stopped", "controller", "combined", "geometric", "minmod", "averaged")
 CLIPS = ("none", "value", "norm")
 """Order of flows and of clipping modes in tables and figures."""
 OUTCOME = "outcome.json"

@@ -20,6 +20,8 @@ def take_part(rank, folder):
         loop.update(loop.train_states[None, :8], never)
         updates[name] = torch.cat([parameter.grad.flatten() for parameter in loop.parameters])
     torch.save(updates, f"{folder}/updates{rank}.pt")
+    with pytest.raises(ValueError, match="flow 'averaged' has a memory, which is for one process, got 2"):
+        Loop(small(flow="averaged"))
     asked = iter(range(1000))
     # Only one of the two is asked to stop, by the user who pressed a key; both do.
     stop = (lambda: next(asked) >= 6) if rank == 1 else None

@@ -128,21 +128,33 @@ def test_shuffling_draws_another_order_every_epoch():
     assert torch.equal(Loop(small()).order(), torch.arange(32))
 
 
+@pytest.mark.parametrize("flow", ["combined", "averaged"])
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("minibatches", [0, 3, 8, 10])
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(minibatches, graph, tmp_path):
-    settings = small(out=str(tmp_path / "run"), shuffle=True, clip="norm")
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(minibatches, graph, flow, tmp_path):
+    settings = small(out=str(tmp_path / "run"), shuffle=True, clip="norm", flow=flow)
     asked = iter(range(1000))
     assert Loop(small(), graph).step._graph == graph
     stopped = train(settings, stop=lambda: next(asked) >= minibatches, graph=graph)
     assert not stopped.finished
     assert len(stopped.records) == minibatches // 4
     resumed = train(settings, resume=True, graph=graph)
-    whole = train(small(shuffle=True, clip="norm"))
+    whole = train(small(shuffle=True, clip="norm", flow=flow))
     assert resumed.finished
     assert same_bits(resumed.controller, whole.controller)
     assert without_seconds(resumed.records) == without_seconds(whole.records)
     assert resumed.records[-1].seconds > (stopped.records[-1].seconds if stopped.records else 0)
+
+
+def test_a_checkpoint_of_an_earlier_version_can_be_resumed(tmp_path):
+    """Which had no flow with a memory."""
+    settings = small(out=str(tmp_path))
+    asked = iter(range(1000))
+    train(settings, stop=lambda: next(asked) >= 6)
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del content["update"]
+    torch.save(content, tmp_path / "checkpoint.pt")
+    assert same_bits(train(settings, resume=True).controller, train(small()).controller)
 
 
 def test_a_finished_run_can_be_prolonged(tmp_path):

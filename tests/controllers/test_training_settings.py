@@ -115,6 +115,7 @@ def test_help_tells_every_docstring(capsys):
         (["--poles", "0"], "poles"),
         (["--wheels", "4"], "unrecognized arguments: --wheels 4"),
         (["--epoch", "4"], "unrecognized arguments: --epoch 4"),
+        (["--flow", "averaged", "--accumulate", "2"], "accumulate must be 1 with flow 'averaged', which has a memory"),
         (["--system", "teapot"], "system must be one of"),
         (["--resume", "--overwrite", "--out", "{run}"], "nothing to resume"),
     ],

@@ -141,7 +141,7 @@ def test_a_gif_shows_the_trajectory_and_rests_at_its_end(tmp_path):
 
 
 def test_flows_have_colours_of_their_own():
-    assert len(set(COLOURS.values())) == len(COLOURS) == 7
+    assert len(set(COLOURS.values())) == len(COLOURS) == 8
     assert [colour(letter) for letter in "RMSNC"] == ["#D55E00", "#0072B2", "#999999", "#CC79A7", "#009E73"]
     assert {resolve(name).name for name in COLOURS} == set(COLOURS)
 

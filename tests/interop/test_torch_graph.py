@@ -50,7 +50,8 @@ def whole(module, flow, when="final", control_cost=0.0, clip="none", clip_at=1.0
     rollout.observe = ("M", "R")
     update = Update(rollout, adam(module), when, control_cost, clip, clip_at)
     update(start(batch, system=system))
-    return update, WholeUpdate(rollout, update.optimiser, batch, when, control_cost, clip, clip_at)
+    body = WholeUpdate(rollout, update.optimiser, batch, when, control_cost, clip, clip_at, update._mean())
+    return update, body
 
 
 def check_steps(update, body):

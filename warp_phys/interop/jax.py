@@ -8,7 +8,7 @@ import numpy as np
 
 from warp_phys.arrays import shape_message
 from warp_phys.errors import Diverged, check_count
-from warp_phys.flow import Combined, Flow, combine, linear_parts, resolve
+from warp_phys.flow import Combined, Flow, combine, linear_parts, refuse_memory, resolve
 from warp_phys.interop import jax_calls as calls
 from warp_phys.interop.extras import require
 from warp_phys.interop.jax_arrays import (
@@ -67,6 +67,7 @@ def rollout(
         raise TypeError(f"controller must be a function of (params, states), got {type(controller).__name__}")
     check_sizes(system, controller)
     flow, steps = resolve(flow), check_count("steps", steps)
+    refuse_memory(flow)
     x0 = check_rows("x0", x0, system)
     rows = rows_of_parameters(system, parameters, x0)
     _check_controller(controller, params, x0, system.control_size)
@@ -109,6 +110,7 @@ def trajectory(
     if controls.dtype != x0.dtype:
         raise TypeError(f"controls must hold {x0.dtype} as x0 does, got {controls.dtype}")
     flow = resolve(flow)
+    refuse_memory(flow)
     flow_gates(linear_parts(flow), len(controls))
     shared = shared_columns(system, parameters)
     spec = _Spec(key_of(system), None, len(controls), flow, bool(parameters), shared)

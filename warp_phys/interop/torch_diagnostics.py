@@ -24,6 +24,7 @@ from warp_phys.flow import (
     linear_parts,
     norm,
     parts_of,
+    refuse_memory,
     resolve,
 )
 from warp_phys.interop.sums import split
@@ -207,7 +208,9 @@ class _Unrolled(NamedTuple):
 
 def _flows(flows: FlowLike | Sequence[FlowLike]) -> tuple[Flow | Combined, ...]:
     given = (flows,) if isinstance(flows, (str, Flow, Combined)) else flows
-    return tuple(dict.fromkeys(resolve(flow) for flow in given))
+    resolved = tuple(dict.fromkeys(map(resolve, given)))
+    refuse_memory(*resolved)
+    return resolved
 
 
 def _objective(rollout: Rollout, when: Any, control_cost: float, loss: Loss | None, parameters: Any) -> Loss:

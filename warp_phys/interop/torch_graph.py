@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from warp_phys.flow import combine, linear_parts
+from warp_phys.flow import Combined, combine, linear_parts
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import split
 from warp_phys.interop.torch_clip import clip_gradients
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import hand_out
 from warp_phys.interop.torch_loss import costs_at, costs_vjp, torch_stream
+from warp_phys.interop.torch_memory import combine_remembering
 from warp_phys.interop.torch_plan import are_hooks_everywhere, has_hooks
 from warp_phys.interop.torch_rollout import Rollout
 from warp_phys.layers import Workspace
@@ -37,6 +38,7 @@ class WholeUpdate:
         control_cost: Factor of the mean squared control.
         clip: "none", "value" or "norm".
         clip_at: The limit.
+        mean: The average, where the flow has a memory.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class WholeUpdate:
         control_cost: float,
         clip: str,
         clip_at: float,
+        mean: torch.Tensor | None = None,
     ):
         system, flow, steps = rollout.system, rollout.flow, rollout.steps
         self.rollout, self.optimiser, self.flow = rollout, optimiser, flow
@@ -70,6 +73,7 @@ class WholeUpdate:
         # whatever else a graph reads must live as long as it does, also when caches and modules forget it
         options = [value for group in optimiser.param_groups for name, value in group.items() if name != "params"]
         own = rollout._structs(None, as_array(self.states)), chosen_array(self.times, str(rollout.device))
+        self._mean = mean
         self._held = [own, options, rollout._adapter.held(), list(rollout.controller.modules()), _buffers(rollout)]
 
     def run(self, step: bool) -> None:
@@ -80,7 +84,7 @@ class WholeUpdate:
             kept = self._forward()
             seeds = self._loss()
             self._backward(kept, seeds)
-        self._combine()
+        self._combine(step)
         if step:
             self._step()
 
@@ -110,10 +114,15 @@ class WholeUpdate:
             fused=rollout.backend == "fused",
         )  # fmt: skip
 
-    def _combine(self) -> None:
+    def _combine(self, step: bool) -> None:
         """Write the flow's update, and the clipped one into the memory behind the `.grad` of the parameters."""
         parts = [self.updates[self.flows.index(part)] for part in linear_parts(self.flow)]
-        self.update.copy_(combine(self.flow, parts))
+        if self._mean is None:
+            self.update.copy_(combine(self.flow, parts))
+        else:
+            assert isinstance(self.flow, Combined)
+            skip = self.diverged if step else torch.ones_like(self.diverged)
+            self.update.copy_(combine_remembering(self.flow, parts, self._mean, skip))
         self.grad.copy_(self.update)
         clip_gradients([self.grad], self.clip, self.clip_at)
 

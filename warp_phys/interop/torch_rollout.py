@@ -9,7 +9,7 @@ import warp as wp
 
 from warp_phys.arrays import as_structs, for_all_streams, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
-from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, resolve
+from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refuse_memory, resolve
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
 from warp_phys.interop.torch_compiled import name_of_rollout
@@ -151,9 +151,11 @@ class Rollout:
                 A combined flow compares sums over the batch if all are numbers, else it compares sample by sample.
 
         Raises:
-            TypeError, ValueError: x0 or a parameter does not fit.
+            TypeError, ValueError: x0 or a parameter does not fit; the flow has a memory, and gradients are asked for.
             Diverged: A state is not finite, and `on_divergence` is "raise".
         """
+        if torch.is_grad_enabled():
+            refuse_memory(self._flow)
         if torch.compiler.is_compiling():
             return self._as_operator(x0, parameters)
         refuse_transforms("a rollout")
@@ -197,6 +199,7 @@ class Rollout:
             RuntimeError: In `torch.inference_mode`.
         """
         refuse_inference("value_and_grad")
+        refuse_memory(self._flow)
         x0 = self.initial_states(x0)
         direct = self.direct_pass(len(x0), when, control_cost)
         if direct is None:

@@ -3,21 +3,24 @@
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from warp_phys.arrays import shape_message
 from warp_phys.errors import check_choice
-from warp_phys.flow import Combined
+from warp_phys.flow import Combined, linear_parts, memory_in
 from warp_phys.interop.report import Report
+from warp_phys.interop.sums import split
 from warp_phys.interop.torch_adam import check_capturable, is_plain, memory_of, numbers_of, options_of
 from warp_phys.interop.torch_clip import clip_gradients, gradients_of
 from warp_phys.interop.torch_direct import DirectPass
 from warp_phys.interop.torch_end import End, record_end
 from warp_phys.interop.torch_graph import WholeUpdate, beside, key_of
 from warp_phys.interop.torch_loss import refuse_inference
+from warp_phys.interop.torch_memory import Memory, combine_remembering
 from warp_phys.interop.torch_rollout import DIRECT_PASSES, Rollout
 from warp_phys.systems.base import System
 from warp_phys.systems.losses import chosen_times
@@ -38,6 +41,8 @@ class Update:
     must be made with `fused=True, capturable=True`. The first call of a kind goes step by step, the second is captured,
     and again when anything but numbers in memory changes; give the learning rate as a tensor on the device if it
     changes often. The code of the module runs at the capture alone.
+
+    A flow with a memory consults a running average over the updates made here: `state_dict` has it, for checkpoints.
 
     Two threads must not be in updates of one rollout at the same time. While a graph is captured on a CPU, no other
     thread may launch kernels there: Warp would take them for a part of it.
@@ -82,7 +87,7 @@ class Update:
         self.rollout, self.optimiser = rollout, optimiser
         self._loss = when if isinstance(when, str) else tuple(when), float(control_cost)
         self._clipping = check_choice("clip", clip, tuple(CLIPPING)), float(clip_at)
-        self._graph = bool(graph)
+        self._graph, self._memory = bool(graph), Memory()
         self.is_recorded = False
         """Whether the last call ran as recorded launches, or replayed a graph."""
         if self._graph_of_torchs:
@@ -104,6 +109,24 @@ class Update:
         """Make a copy."""
         vars(self).update(state)
         self._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an update remembers besides the optimiser's state: the average of a flow with a memory."""
+        return self._memory.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned.
+
+        Raises:
+            TypeError, ValueError: It returned something else.
+        """
+        self._memory.load_state_dict(state)
+        self._forget()
+
+    def _mean(self) -> torch.Tensor | None:
+        """Return the average where the flow has a memory."""
+        trainable = self.rollout._adapter.trainable
+        return self._memory.mean(trainable) if memory_in(self.rollout.flow) and trainable else None
 
     @property
     def when(self) -> str | tuple[int, ...]:
@@ -241,7 +264,8 @@ class Update:
         memory, known = memory_of(self.optimiser, self.rollout._adapter.trainable), key_of(self.rollout, len(x0))
         if memory is None or known is None or not isinstance(self.rollout.system, System):
             return None
-        key = known, tuple(memory), options_of(self.optimiser)
+        mean = self._mean()
+        key = known, tuple(memory), options_of(self.optimiser), None if mean is None else mean.data_ptr()
         if key not in self._graphs:
             if len(self._graphs) >= DIRECT_PASSES:
                 self._graphs.pop(next(iter(self._graphs)))
@@ -249,7 +273,7 @@ class Update:
             return None  # step by step, which checks that the module repeats itself
         whole = self._graphs[key]
         if whole is None:
-            whole = WholeUpdate(self.rollout, self.optimiser, len(x0), *self._loss, *self._clipping)
+            whole = WholeUpdate(self.rollout, self.optimiser, len(x0), *self._loss, *self._clipping, mean)
             whole.capture(self._own_stream())
             self._graphs[key] = whole
         if not whole.replay(x0):
@@ -271,26 +295,46 @@ class Update:
 
     def _step_by_step(self, x0: torch.Tensor) -> torch.Tensor:
         with beside(self._own_stream()) if self._graph_of_torchs else contextlib.nullcontext():
-            loss = self.rollout.value_and_grad(x0, *self._loss)
+            loss = self._value_and_grad(x0)
             clip_gradients(gradients_of(self.rollout.controller.parameters()), *self._clipping)
             self.optimiser.step()
         return loss
 
+    def _value_and_grad(self, x0: torch.Tensor) -> torch.Tensor:
+        """Do what the rollout's method does, with a memory too where the flow has one."""
+        flow, mean = self.rollout.flow, self._mean()
+        if mean is None:
+            return self.rollout.value_and_grad(x0, *self._loss)
+        assert isinstance(flow, Combined)
+        self.rollout.flow = replace(flow, memory=0.0)
+        try:
+            loss = self.rollout.value_and_grad(x0, *self._loss)
+        finally:
+            self.rollout.flow = flow
+        report, trainable = self.rollout.report, self.rollout._adapter.trainable
+        assert report.updates is not None
+        parts = [report.updates[report.flows.index(part)] for part in linear_parts(flow)]
+        with torch.no_grad():
+            update = combine_remembering(flow, parts, mean)
+            for parameter, part in zip(trainable, split(update, trainable), strict=True):
+                parameter.grad = part.clone() if parameter.grad is None else parameter.grad.copy_(part)
+        self.rollout.report = replace(report, changes=(update,))
+        return loss
+
     def _end(self, direct: DirectPass) -> End | None:
         """Return the recorded end of an update with the optimiser's numbers as they are now, or None."""
-        flow = self.rollout.flow
-        rule = flow.rule if isinstance(flow, Combined) else None
+        flow, mean = self.rollout.flow, self._mean()
         groups = numbers_of(self.optimiser)
-        if groups is None or (rule is not None and rule not in RULES):
+        if groups is None or (isinstance(flow, Combined) and flow.rule not in RULES):
             return None
         memory = memory_of(self.optimiser, direct.trainable, make_state=True)
         if memory is None:
             return None
         end = self._ends.get(direct)
-        if end is None or end.memory != memory or len(end.groups) != len(groups):
+        if end is None or end.memory != memory or end.mean is not mean or len(end.groups) != len(groups):
             if not is_plain(self.optimiser, direct.trainable):
                 return None
-            end = self._ends[direct] = record_end(direct, rule, memory, groups, self._clipping, self._graph)
+            end = self._ends[direct] = record_end(direct, flow, mean, memory, groups, self._clipping, self._graph)
         if end.numbers != groups:
             end.groups[:] = groups
             end.numbers[:] = groups

@@ -49,6 +49,14 @@ template <typename R, typename T> static inline void combine(const T* base, cons
     }
 }
 
+// A running average of updates, each scaled to length 1; one that is not finite leaves it as it is.
+template <typename T> static inline void remember(const T* update, T* mean, long long size, double decay) {
+    const double length = wp::sqrt(sum_of_squares(update, size));
+    if (!wp::isfinite(length)) return;
+    const double take = length > 0.0 ? (1.0 - decay) / length : 0.0;
+    for (long long i = 0; i < size; ++i) mean[i] = T(double(update[i]) * take + double(mean[i]) * decay);
+}
+
 constexpr int CLIP_VALUE = 1, CLIP_NORM = 2;
 
 // Each component to at most `limit`, or the norm of all; what is not a number stays so.
