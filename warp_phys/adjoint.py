@@ -73,8 +73,8 @@ def gate(x: wp.array, weight: Any) -> wp.array:
     kernel = gate_kernel(adj_x.ndim, real)
 
     def backward():
-        inputs = [weight, adj_view, adj_x]
-        wp.launch(kernel, dim=adj_x.shape, inputs=inputs, device=adj_x.device, record_tape=False)
+        inputs, outputs = [weight, adj_view], [adj_x, adj_view]
+        wp.launch(kernel, adj_x.shape, inputs=inputs, outputs=outputs, device=adj_x.device, record_tape=False)
 
     tape.record_func(backward, [x, view])
     return view

@@ -106,12 +106,16 @@ def check_parameter_names(names: Sequence[str], values: Mapping[str, Any]) -> No
 
 
 def alias(array: wp.array, dtype: Any, shape: Sequence[int], strides: Sequence[int] | None = None) -> wp.array:
-    """Return another view of an array's memory, without adjoint; it keeps the memory alive."""
+    """Return another view of an array's memory, without adjoint; it keeps the memory alive.
+
+    To Warp's `verify_autograd_array_access` it is the array: what reads the view has read the array.
+    """
     layout: dict[str, Any] = {"shape": tuple(shape), "device": array.device, "capacity": array.capacity}
     if strides is not None:
         layout["strides"] = tuple(strides)
-    view: wp.array = wp.array(ptr=array.ptr, dtype=dtype, **layout)
-    view._source = array  # type: ignore[attr-defined]
+    view: Any = wp.array(ptr=array.ptr, dtype=dtype, **layout)
+    view._source = array
+    view._ref, view._is_read = array, array._is_read  # as in views that Warp makes
     return view
 
 
