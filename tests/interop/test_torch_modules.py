@@ -9,7 +9,7 @@ import torch
 
 from tests.interop.test_torch import STEPS, SYSTEM, flat, network, start, update
 from tests.rollout import reference
-from warp_phys import Diverged
+from warp_phys import Diverged, phases
 from warp_phys.flow import resolve
 from warp_phys.interop.torch import Rollout
 from warp_phys.systems import CartPole
@@ -88,6 +88,29 @@ def test_module_against_torch(make, flow, device):
     torch.testing.assert_close(got.detach(), states.detach(), rtol=1e-12, atol=1e-12)
     SYSTEM.loss(got).backward()
     assert reference.relative(flat(net), expected) < 1e-10
+
+
+COMPILED = {
+    "compiled": lambda net, x: torch.compile(net, backend="aot_eager"),
+    "compiled inside": lambda net, x: torch.nn.Sequential(torch.compile(net, backend="aot_eager"), torch.nn.Identity()),
+    "scripted": lambda net, x: torch.jit.script(net),
+    "scripted inside": lambda net, x: torch.nn.Sequential(torch.jit.script(net)),
+    "traced": torch.jit.trace,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("make", COMPILED.values(), ids=COMPILED)
+def test_what_torch_compiles(make, parallel, device, monkeypatch):
+    """Modules that torch has compiled, also those whose graph serves for one backward pass only."""
+    monkeypatch.setattr(phases, "parallel_in_time", lambda *_: parallel)
+    net, x0 = network(device=device), start(device)
+    rollout = Rollout(SYSTEM, make(net, x0), 5, "C")
+    assert rollout.backend == "general"
+    expected = update(Rollout(SYSTEM, torch.nn.Sequential(net, torch.nn.Identity()), 5, "C"), x0)
+    for _ in range(2):
+        assert reference.relative(update(rollout, x0), expected) < 1e-10
 
 
 def _freeze(net):

@@ -10,15 +10,8 @@ import warp as wp
 from warp_phys.block_network import BlockNetwork
 from warp_phys.block_plan import kept_starts
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
-from warp_phys.interop.torch_plan import (
-    ACTIVATIONS,
-    PRECISIONS,
-    READ,
-    Planned,
-    are_hooks_everywhere,
-    has_hooks,
-    read_plan,
-)
+from warp_phys.interop.torch_linearisation import TorchLinearisation
+from warp_phys.interop.torch_plan import ACTIVATIONS, PRECISIONS, READ, Planned, has_hooks, is_sequential, read_plan
 from warp_phys.layers import Dense, Workspace
 from warp_phys.network import Network
 from warp_phys.phases import CHUNK_ROWS
@@ -70,9 +63,7 @@ class TorchController:
             raise ValueError(f"controller must return shape {tuple(c.shape)}, got {tuple(output.shape)}")
         c.copy_(output)
 
-    def linearise(
-        self, x: wp.array, workspace: Workspace, kept: Any = None
-    ) -> "TorchLinearisation | DenseLinearisation":
+    def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> TorchLinearisation | DenseLinearisation:
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""
         if self.by_hand and self.dense() is not None:
             assert self._linears is not None
@@ -81,7 +72,7 @@ class TorchController:
         for module in self.module.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError("controller must not normalise over the batch in training: use controller.eval()")
-        return TorchLinearisation(self, wp.to_torch(x))
+        return TorchLinearisation(self.module, self.trainable, wp.to_torch(x))
 
     def fits(self, system: Any) -> bool:
         """Whether the module is layers that the fused kernels express."""
@@ -132,11 +123,11 @@ class TorchController:
         return [[g.data_ptr() + starts[id(t)] if id(t) in starts else 0 for t in tensors] for g in gradients]
 
     def fingerprint(self) -> tuple | None:
-        """What the plan of the module depends on, and the addresses of its parameters; None if hooks forbid a plan.
+        """What the plan of the module depends on, and the addresses of its parameters; None if there can be no plan.
 
         Far cheaper than reading the plan again.
         """
-        if has_hooks(self.module) or are_hooks_everywhere():
+        if not is_sequential(self.module):
             return None
         parts: list[Any] = [type(self.module)]
         for layer in self.module._modules.values():
@@ -219,7 +210,7 @@ def addresses_of(tensors: Sequence[torch.Tensor | None]) -> list[int]:
 
 def _dense_layers(module: torch.nn.Module) -> tuple[list[torch.nn.Linear], str] | None:
     """Return the linear layers and the activation between them, or None for any other module."""
-    if type(module).forward is not torch.nn.Sequential.forward or has_hooks(module) or are_hooks_everywhere():
+    if not is_sequential(module):
         return None
     layers = list(module._modules.values())  # children() would leave out an activation that is used twice
     linears, between = [layer for layer in layers[::2] if _is_plain_linear(layer)], layers[1::2]
@@ -237,62 +228,6 @@ def _is_plain_linear(layer: torch.nn.Module | None) -> TypeGuard[torch.nn.Linear
     if not isinstance(layer.weight, torch.nn.Parameter) or not isinstance(layer.bias, torch.nn.Parameter):
         return False
     return layer.weight.is_contiguous() and layer.weight.dtype in PRECISIONS
-
-
-class TorchLinearisation:
-    """A module's autograd graph at N rows, used for the input Jacobian and for every flow's contraction."""
-
-    def __init__(self, controller: TorchController, x: torch.Tensor):
-        self.parameters = controller.trainable
-        with torch.enable_grad():
-            self.x = x.detach().requires_grad_()
-            self.output = controller.module(self.x)
-
-    def jacobian(self, out: wp.array) -> None:
-        """Write ∂N/∂x, shape (N, K, D), with one backward pass per control component."""
-        target, seed = wp.to_torch(out), torch.zeros_like(self.output)
-        for k in range(self.output.shape[1]):
-            seed[:, k] = 1.0
-            self._pull(seed, target[:, k])
-            seed[:, k] = 0.0
-
-    def pull(self, mu: wp.array, adj_x: wp.array) -> None:
-        """Write adj_x = (∂N/∂x)ᵀ mu."""
-        self._pull(wp.to_torch(mu), wp.to_torch(adj_x))
-
-    def contract(self, mu: wp.array, gradients: Sequence[torch.Tensor]) -> None:
-        """Add Σ (∂N/∂θ)ᵀ mu[f] over the rows of each flow f to the flat tensor gradients[f]."""
-        if not self.parameters or not self.output.requires_grad:
-            return
-        for mu_f, gradient in zip(wp.to_torch(mu), gradients, strict=True):
-            parts = torch.autograd.grad(self.output, self.parameters, mu_f, retain_graph=True, allow_unused=True)
-            gradient.add_(_flatten(parts, self.parameters))
-
-    def _pull(self, mu: torch.Tensor, out: torch.Tensor) -> None:
-        if not self.output.requires_grad:  # a controller that does not look at its input
-            out.zero_()
-            return
-        (adj,) = torch.autograd.grad(self.output, (self.x,), mu, retain_graph=True, allow_unused=True)
-        out.zero_() if adj is None else out.copy_(adj)
-
-
-def _flatten(parts: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return tensors as one flat tensor; None stands for zeros of the shape in `like`."""
-    return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(parts, like, strict=True)])
-
-
-def check_pure(linear: Any, stored: wp.array) -> None:
-    """Raise a ValueError if a controller gives other controls for the same states than it gave in the forward pass."""
-    if not isinstance(linear, TorchLinearisation):
-        return  # dense layers have no memory
-    before = wp.to_torch(stored)
-    error = (linear.output.detach() - before).abs().max()
-    tolerance = 1e-4 if before.dtype == torch.float32 else 1e-10
-    if not error <= tolerance * (1.0 + before.abs().max()):
-        raise ValueError(
-            f"controller must give the same controls for the same states each time, they differ by {float(error):.3g}; "
-            "dropout, batch normalisation, noise, memory do that: use controller.eval(), or put memory into the state"
-        )
 
 
 def precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[torch.dtype, torch.device]:

@@ -28,8 +28,8 @@ from warp_phys.flow import (
     resolve,
 )
 from warp_phys.interop.sums import split
-from warp_phys.interop.torch_controller import check_pure
 from warp_phys.interop.torch_dense import as_array
+from warp_phys.interop.torch_linearisation import check_pure
 from warp_phys.interop.torch_loss import rows_of_parameters, torch_stream
 from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, flow_gates

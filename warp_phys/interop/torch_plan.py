@@ -145,7 +145,7 @@ def read_plan(module: torch.nn.Module, inputs: int) -> Planned | None:
         module: The module.
         inputs: Numbers D of a state.
     """
-    if type(module).forward is not torch.nn.Sequential.forward or has_hooks(module) or are_hooks_everywhere():
+    if not is_sequential(module):
         return None
     reader = _Reader(inputs)
     for layer in module._modules.values():  # children() would leave out an activation that is used twice
@@ -158,6 +158,13 @@ def read_plan(module: torch.nn.Module, inputs: int) -> Planned | None:
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
+def is_sequential(module: torch.nn.Module) -> bool:
+    """Whether a module is a `torch.nn.Sequential` that does nothing but run its layers in turn."""
+    if not isinstance(module, torch.nn.Sequential) or type(module).forward is not torch.nn.Sequential.forward:
+        return False
+    return not has_hooks(module) and not are_hooks_everywhere()
 
 
 def has_hooks(module: torch.nn.Module | None) -> bool:

@@ -13,9 +13,10 @@ from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refu
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, split
 from warp_phys.interop.torch_compiled import name_of_rollout
-from warp_phys.interop.torch_controller import TorchController, check_pure, precision_and_device
+from warp_phys.interop.torch_controller import TorchController, precision_and_device
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import DirectPass, is_finite
+from warp_phys.interop.torch_linearisation import check_pure
 from warp_phys.interop.torch_loss import (
     refuse_inference,
     refuse_transforms,
