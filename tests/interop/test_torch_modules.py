@@ -262,6 +262,78 @@ def test_a_controller_without_parameters(device):
     assert torch.isfinite(x0.grad).all() and x0.grad.any() and np.isnan(rollout.report.norm)
 
 
+class Wrapped(torch.nn.Module):
+    """A network that does something with its input and with its output."""
+
+    def __init__(self, net, before=lambda x: x, after=lambda c: c):
+        super().__init__()
+        self.net, self.before, self.after = net, before, after
+
+    def forward(self, x):
+        return self.after(self.net(self.before(x)))
+
+
+def _wrap_angles(x):
+    with torch.no_grad():
+        x[:, 2::2].remainder_(2 * torch.pi)
+    return x
+
+
+@pytest.mark.parametrize("before", [_wrap_angles, lambda x: x.mul_(0.5)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_controller_that_changes_its_input(before, grad, device):
+    rollout = Rollout(SYSTEM, Wrapped(network(device=device), before=before), STEPS)
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="controller must not change its input in place"):
+        rollout(start(device))
+
+
+def test_a_controller_that_returns_more_than_controls(device):
+    rollout = Rollout(SYSTEM, Wrapped(network(device=device), after=lambda c: (c, None)), STEPS)
+    with pytest.raises(TypeError, match=r"controller must return the controls alone, a torch\.Tensor, got tuple"):
+        rollout(start(device))
+
+
+def test_a_controller_without_a_graph(device):
+    """It can be rolled out; it cannot be trained, and says so, unless it is not to be trained."""
+    net, x0 = network(device=device), start(device).requires_grad_()
+    controller = Wrapped(net, after=torch.Tensor.detach)
+    rollout = Rollout(SYSTEM, controller, STEPS, "C")
+    loss = SYSTEM.loss(*rollout(x0))
+    with pytest.raises(ValueError, match="controller must be differentiable: what it returns has no graph back to"):
+        loss.backward()
+    controller.requires_grad_(False)
+    SYSTEM.loss(*rollout(x0)).backward()
+    assert x0.grad.any()
+
+
+def test_a_controller_that_ignores_its_input(device):
+    net, x0 = network(device=device), start(device)
+    results = []
+    for before in (torch.zeros_like, lambda x: 0.0 * x):
+        results.append(update(Rollout(SYSTEM, Wrapped(net, before=before), STEPS, "C"), x0))
+    assert results[0].any()
+    assert reference.relative(results[0], results[1]) < 1e-10
+
+
+def test_a_controller_that_is_off_at_most_states(device, monkeypatch):
+    """There are chunks of the trajectory without a graph, and one with it."""
+    net, x0 = network(device=device), start(device, batch=1)
+
+    class Sometimes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            on = (x == x0).all(1, keepdim=True)
+            return torch.where(on, self.net(x), 0.0) if on.any() else torch.zeros_like(x[:, :1])
+
+    expected = update(Rollout(SYSTEM, Sometimes(), STEPS, "C"), x0)
+    monkeypatch.setattr(phases, "CHUNK_ROWS", 1)
+    assert expected.any()
+    assert reference.relative(update(Rollout(SYSTEM, Sometimes(), STEPS, "C"), x0), expected) < 1e-10
+
+
 def test_parameters_of_the_loss_must_fit(device):
     states = Rollout(SYSTEM, network(device=device), 3)(start(device))[0].detach()
     for trajectory in (states, states.cpu().numpy()):

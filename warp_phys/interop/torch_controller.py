@@ -10,7 +10,7 @@ import warp as wp
 from warp_phys.block_network import BlockNetwork
 from warp_phys.block_plan import kept_starts
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
-from warp_phys.interop.torch_linearisation import TorchLinearisation
+from warp_phys.interop.torch_linearisation import TorchLinearisation, controls_of
 from warp_phys.interop.torch_plan import ACTIVATIONS, PRECISIONS, READ, Planned, has_hooks, is_sequential, read_plan
 from warp_phys.layers import Dense, Workspace
 from warp_phys.network import Network
@@ -58,7 +58,7 @@ class TorchController:
 
     @torch.no_grad()
     def _evaluate(self, x: torch.Tensor, c: torch.Tensor) -> None:
-        output = self.module(x)
+        output = controls_of(self.module, x)
         if output.shape != c.shape:  # copy_ would broadcast it
             raise ValueError(f"controller must return shape {tuple(c.shape)}, got {tuple(output.shape)}")
         c.copy_(output)

@@ -1,10 +1,26 @@
-"""A torch module linearised by autograd."""
+"""A torch module as a function of the states: evaluated, and linearised by autograd."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import warp as wp
+
+
+def controls_of(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return the controls (N, K) at the states x (N, D).
+
+    Raises:
+        TypeError: The module returns something else than a tensor.
+        ValueError: The module has changed x.
+    """
+    before = None if x.is_inference() else x._version  # an inference tensor counts no versions
+    output = module(x)
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(f"controller must return the controls alone, a torch.Tensor, got {type(output).__name__}")
+    if before is not None and x._version != before:
+        raise ValueError("controller must not change its input in place, which is the trajectory itself: use x.clone()")
+    return output
 
 
 class TorchLinearisation:
@@ -43,7 +59,7 @@ class TorchLinearisation:
 
     def _evaluate(self) -> torch.Tensor:
         with torch.enable_grad():
-            return self.module(self.x)
+            return controls_of(self.module, self.x)
 
     def _product(self, inputs: Sequence[torch.Tensor], mu: torch.Tensor) -> Sequence[torch.Tensor | None]:
         """Return (∂N/∂inputs)ᵀ mu; None for an input that the controls do not depend on.
@@ -80,3 +96,27 @@ def check_pure(linear: Any, stored: wp.array) -> None:
             f"controller must give the same controls for the same states each time, they differ by {float(error):.3g}; "
             "dropout, batch normalisation, noise, memory do that: use controller.eval(), or put memory into the state"
         )
+
+
+class TrainingCheck:
+    """What a backward pass that trains asks of a controller: `check_pure` at every chunk, and a graph at one of them.
+
+    A controller may well leave its parameters alone at some states, but not at all.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: list[bool] = []
+
+    def __call__(self, linear: Any, stored: wp.array) -> None:
+        """Look at a chunk, see `phases.backward`."""
+        check_pure(linear, stored)
+        if isinstance(linear, TorchLinearisation) and linear.parameters:
+            self._graphs.append(linear.output.requires_grad)
+
+    def finish(self) -> None:
+        """Raise a ValueError if there are parameters to train, and nothing led back to them."""
+        if self._graphs and not any(self._graphs):
+            raise ValueError(
+                "controller must be differentiable: what it returns has no graph back to its parameters; detach(), "
+                "no_grad(), numpy() and .data do that. One that is not to be trained: controller.requires_grad_(False)"
+            )

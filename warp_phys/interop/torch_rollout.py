@@ -16,7 +16,7 @@ from warp_phys.interop.torch_compiled import name_of_rollout
 from warp_phys.interop.torch_controller import TorchController, precision_and_device
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import DirectPass, is_finite
-from warp_phys.interop.torch_linearisation import check_pure
+from warp_phys.interop.torch_linearisation import TrainingCheck
 from warp_phys.interop.torch_loss import (
     refuse_inference,
     refuse_transforms,
@@ -353,10 +353,12 @@ class Rollout:
             arrays = [as_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
             gates, gates_array = self._gates_of(flows, len(controls))
             trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]), kept)
+            check = TrainingCheck()
             adjoints = backward(
                 self.system, self._adapter, trajectory, Seeds(arrays[2], arrays[3]), gates, gates_array,
-                list(updates), workspace, want_rows, check=check_pure, fused=self.backend == "fused",
+                list(updates), workspace, want_rows, check=check, fused=self.backend == "fused",
             )  # fmt: skip
+            check.finish()
             adj_x0 = wp.to_torch(adjoints.x0).clone()
             adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters).clone()
         self._workspaces.append(workspace)
