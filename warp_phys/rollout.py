@@ -51,6 +51,7 @@ class Rollout:
     ):
         self._system, self._controller, self._steps = system, controller, check_count("steps", steps)
         check_sizes(system, controller)
+        _check_controller(controller)
         self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "ignore"))
         first = controller.parameters[0]
         self.real, self.device = first.dtype, first.device
@@ -238,6 +239,16 @@ def check_sizes(system: Any, controller: Any) -> None:
         if getattr(controller, size, getattr(system, size)) != getattr(system, size):
             got = getattr(controller, size)
             raise ValueError(f"controller has {size} {got}, {system} needs {getattr(system, size)}")
+
+
+def _check_controller(controller: Any) -> None:
+    """Raise a TypeError if this is no Warp controller."""
+    lacking = [verb for verb in ("evaluator", "linearise", "fits", "gradients") if not hasattr(controller, verb)]
+    if lacking:
+        raise TypeError(
+            f"controller must have {lacking[0]} (see warp_phys.phases.WarpController), {type(controller).__name__} has "
+            "not; for a torch.nn.Module use warp_phys.interop.torch.Rollout"
+        )
 
 
 def choose_backend(backend: str, system: Any, controller: Controller, cuda: bool) -> str:
