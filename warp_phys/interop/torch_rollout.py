@@ -43,7 +43,8 @@ class Rollout:
 
     Args:
         system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`).
-        controller: Any module that maps (B, D) to (B, K) row by row, the same way each time.
+        controller: Any module that maps (B, D) to (B, K) row by row, the same way each time, and leaves its input as it
+            is.
         steps: Number of time steps T.
         flow: A name, a letter, a `Flow` or a `Combined`.
         device: "cpu", "cuda", "cuda:1", …; that of the controller's parameters if None.
