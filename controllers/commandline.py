@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn
 import torch
 import warp
 
-from controllers.checkpoint import load_checkpoint
+from controllers.checkpoint import CHECKPOINT, load_checkpoint
 from controllers.progress import Progress
 from controllers.ranks import Ranks, launched_ranks
 from controllers.settings import Training
@@ -185,7 +185,11 @@ def run(command: Command, stop: threading.Event, received: list[int]) -> int:
         say(f"python -m controllers: error: {error}")
         return 2
     except Diverged as error:
-        say(f"\nThe training diverged: {error}\nThe last checkpoint and the record are kept in {settings.out}.")
+        kept = settings.out and (Path(settings.out) / CHECKPOINT).exists()
+        say(f"\nThe training diverged: {error}.")
+        say(
+            f"The last checkpoint and the record are kept in {settings.out}." if kept else "There is no checkpoint yet."
+        )
         return 1
     finally:
         if progress:

@@ -63,7 +63,7 @@ def train(
         FileExistsError: `settings.out` holds a run, and neither `resume` nor `overwrite` is set.
         FileNotFoundError: There is nothing to resume.
         ValueError: The saved run had other settings.
-        Diverged: A trajectory left the finite numbers; the last checkpoint is kept.
+        Diverged: A trajectory left the finite numbers; the last checkpoint, where there is one, is kept.
 
     >>> trained = train(Training(epochs=2, train_states=8, test_states=8, steps=10, hidden=(8,), out=""))
     >>> [record.epoch for record in trained.records]
@@ -86,10 +86,11 @@ def train(
         files.save_json(folder / files.SETTINGS, asdict(settings))
     try:
         finished = loop.run(asked, progress, folder)
-    except Diverged:
+    except Diverged as error:
         if folder:
             write_record(folder / files.RECORD, loop.records)
-        raise
+        # A training has no setting that masks samples, so its message names none.
+        raise Diverged(error.step, error.samples) from error
     if folder:
         loop.save(folder)
         if finished:

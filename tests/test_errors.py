@@ -217,3 +217,21 @@ def test_diverged_survives_a_process_boundary():
     error = pickle.loads(pickle.dumps(Diverged(3, range(20))))
     assert error.step == 3 and error.samples == tuple(range(20))
     assert "at step 3; 20 sample(s) diverge: 0, 1, 2, 3, 4, 5, 6, 7, …" in str(error)
+    for maskable in (True, False):
+        error = Diverged(3, [0], maskable)
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_masking_is_advised_where_it_would_help():
+    controller, some = Dense((10, 4, 1), device="cpu"), torch.as_tensor(SYSTEM.sample(4))
+    some[2, 3] = 1e30  # a rate whose square overflows
+    rollouts = {kind: Rollout(SYSTEM, net(), 5, on_divergence=kind) for kind in ("raise", "mask")}
+    for run, advised in (
+        (lambda: rollouts["raise"](some), True),
+        (lambda: rollouts["raise"](some[2:3]), False),
+        (lambda: rollouts["mask"](some[2:3]), False),
+        (lambda: WarpRollout(SYSTEM, controller, 5)(wp.from_torch(some)), False),
+    ):
+        with pytest.raises(Diverged) as caught:
+            run()
+        assert ("on_divergence='mask'" in str(caught.value)) == advised

@@ -9,19 +9,21 @@ class Diverged(RuntimeError):
     Attributes:
         step: First step n whose state x_n is not finite (1 is the state after the first step).
         samples: Indices of all samples that diverged, in ascending order.
+        maskable: Whether `on_divergence="mask"` would leave samples to train on; the message then says so.
     """
 
-    def __init__(self, step: int, samples: Sequence[int]):
-        self.step = int(step)
+    def __init__(self, step: int, samples: Sequence[int], maskable: bool = False):
+        self.step, self.maskable = int(step), maskable
         self.samples = tuple(int(sample) for sample in samples)
         shown = ", ".join(map(str, self.samples[:8])) + (", …" if len(self.samples) > 8 else "")
+        advice = ", or pass on_divergence='mask' to train on the others" if maskable else ""
         super().__init__(
             f"the trajectory leaves the finite numbers at step {self.step}; {len(self.samples)} sample(s) diverge: "
-            f"{shown}. Use a smaller dt, bound the controls, or pass on_divergence='mask' to train on the others"
+            f"{shown}. Use a smaller dt or bound the controls{advice}"
         )
 
     def __reduce__(self):  # RuntimeError would be rebuilt from its message alone
-        return Diverged, (self.step, self.samples)
+        return Diverged, (self.step, self.samples, self.maskable)
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:

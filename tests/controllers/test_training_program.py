@@ -17,6 +17,8 @@ from controllers.checkpoint import load_checkpoint
 from controllers.commandline import main, stop_on_signals
 from controllers.progress import Progress
 from controllers.record import Record, read_record
+from controllers.training import Loop
+from warp_phys import Diverged
 
 FLAGS = "--poles 1 --dt 0.02 --steps 20 --hidden 16 16 --batch 8 --train-states 32 --test-states 16".split()
 
@@ -61,6 +63,23 @@ def test_a_divergence_is_told_without_a_traceback(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "The training diverged" in said
     assert "Traceback" not in said
+    assert "There is no checkpoint yet" in said
+    assert "on_divergence" not in said
+
+
+def test_a_divergence_after_a_checkpoint_says_what_is_kept(tmp_path, capsys, monkeypatch):
+    update = Loop.update
+
+    def diverge(loop, states, stop):
+        if loop.records:
+            raise Diverged(5, [0], maskable=True)
+        update(loop, states, stop)
+
+    monkeypatch.setattr(Loop, "update", diverge)
+    assert main([*FLAGS, "--epochs", "2", "--checkpoint-every", "1", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"The last checkpoint and the record are kept in {tmp_path}." in said
+    assert "on_divergence" not in said
 
 
 def test_a_run_in_the_way_is_told(tmp_path, capsys):

@@ -322,8 +322,9 @@ class Rollout:
             return none
         samples = torch.nonzero(~finite.all(dim=0)).flatten()
         first = finite[:, samples].long().argmin(dim=0)
-        if self.on_divergence == "raise" or len(samples) == states.shape[1]:
-            raise Diverged(int(first.min()), samples.tolist())
+        some = len(samples) < states.shape[1]
+        if self.on_divergence == "raise" or not some:
+            raise Diverged(int(first.min()), samples.tolist(), maskable=some)
         for sample, n in zip(samples.tolist(), first.tolist(), strict=True):
             states[n:, sample] = states[n - 1, sample]
             controls[n - 1 :, sample] = 0.0
