@@ -12,7 +12,7 @@ from controllers.networks import check_network
 from warp_phys.flow import memory_in, resolve
 from warp_phys.systems import SYSTEMS
 
-# What a resumed run may change without becoming another run.
+# What a resumed run may change without becoming another run; epochs only where the learning rate does not know them.
 FREE_ON_RESUME = ("epochs", "device", "out", "checkpoint_every", "threads")
 
 
@@ -64,6 +64,8 @@ class Training:
     """Draw a new order of the training states every epoch; as published the order is fixed."""
     rate: float = 1e-3
     """Learning rate of Adam."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate over the epochs: constant, or cosine, which falls to 0 over all epochs in half a wave."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decays of Adam's two moments."""
     epsilon: float = 1e-7
@@ -116,6 +118,16 @@ class Training:
         parameters = asdict(self.make_system())
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
         set_field(self, "parameters", plain)
+
+    def rate_at(self, epoch: int) -> float:
+        """The learning rate of an epoch, the first one being 0.
+
+        >>> [round(Training(epochs=4, rate=1.0, schedule="cosine").rate_at(epoch), 3) for epoch in range(4)]
+        [1.0, 0.854, 0.5, 0.146]
+        """
+        if self.schedule == "constant":
+            return self.rate
+        return self.rate * 0.5 * (1.0 + math.cos(math.pi * epoch / self.epochs))
 
     def make_system(self) -> Any:
         """The system with its parameters."""
@@ -186,9 +198,10 @@ def check_device(name: str) -> None:
 def check_resume(saved: dict[str, Any], settings: Training) -> None:
     """Raise ValueError where `settings` would make the saved run another run."""
     wanted = asdict(settings)
-    names = [name for name in wanted if name not in FREE_ON_RESUME and saved.get(name) != wanted[name]]
+    # A setting that the saved run lacks came later, and its default is what was there before.
+    saved = {entry.name: entry.default for entry in fields(Training)} | saved
+    free = [name for name in FREE_ON_RESUME if name != "epochs" or settings.schedule == "constant"]
+    names = [name for name in wanted if name not in free and saved[name] != wanted[name]]
     if names:
-        differences = "; ".join(f"{name} was {saved.get(name)!r}, is {wanted[name]!r}" for name in names)
-        raise ValueError(
-            f"a resumed run keeps its settings (only {', '.join(FREE_ON_RESUME)} may change), but {differences}"
-        )
+        differences = "; ".join(f"{name} was {saved[name]!r}, is {wanted[name]!r}" for name in names)
+        raise ValueError(f"a resumed run keeps its settings (only {', '.join(free)} may change), but {differences}")

@@ -1,6 +1,7 @@
 """The training loop: what one update is, what a record says, what repeats bit by bit."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,18 +129,35 @@ def test_shuffling_draws_another_order_every_epoch():
     assert torch.equal(Loop(small()).order(), torch.arange(32))
 
 
+def test_a_learning_rate_that_falls():
+    settings = small(schedule="cosine", rate=2e-3)
+    rates = [record.rate for record in train(settings).records]
+    assert rates == pytest.approx([1e-3 * (1 + np.cos(np.pi * epoch / 4)) for epoch in range(4)], rel=1e-12)
+    first = replace(settings, schedule="constant")  # of which the first epoch is the same
+    assert train(settings).records[0].train_loss == train(first).records[0].train_loss
+    assert train(settings).records[1].train_loss != train(first).records[1].train_loss
+    assert {record.rate for record in train(first).records} == {2e-3}
+
+
+def test_a_learning_rate_that_falls_knows_its_epochs(tmp_path):
+    settings = small(out=str(tmp_path), schedule="cosine")
+    train(settings)
+    with pytest.raises(ValueError, match="epochs was 4, is 6"):
+        train(replace(settings, epochs=6), resume=True)
+
+
 @pytest.mark.parametrize("flow", ["combined", "averaged"])
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("minibatches", [0, 3, 8, 10])
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(minibatches, graph, flow, tmp_path):
-    settings = small(out=str(tmp_path / "run"), shuffle=True, clip="norm", flow=flow)
+    settings = small(out=str(tmp_path / "run"), shuffle=True, clip="norm", flow=flow, schedule="cosine")
     asked = iter(range(1000))
     assert Loop(small(), graph).step._graph == graph
     stopped = train(settings, stop=lambda: next(asked) >= minibatches, graph=graph)
     assert not stopped.finished
     assert len(stopped.records) == minibatches // 4
     resumed = train(settings, resume=True, graph=graph)
-    whole = train(small(shuffle=True, clip="norm", flow=flow))
+    whole = train(small(shuffle=True, clip="norm", flow=flow, schedule="cosine"))
     assert resumed.finished
     assert same_bits(resumed.controller, whole.controller)
     assert without_seconds(resumed.records) == without_seconds(whole.records)
@@ -147,12 +165,12 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(minibatches, graph, 
 
 
 def test_a_checkpoint_of_an_earlier_version_can_be_resumed(tmp_path):
-    """Which had no flow with a memory."""
+    """Which had no flow with a memory, and one learning rate."""
     settings = small(out=str(tmp_path))
     asked = iter(range(1000))
     train(settings, stop=lambda: next(asked) >= 6)
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    del content["update"]
+    del content["update"], content["settings"]["schedule"]
     torch.save(content, tmp_path / "checkpoint.pt")
     assert same_bits(train(settings, resume=True).controller, train(small()).controller)
 

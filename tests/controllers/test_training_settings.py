@@ -74,6 +74,7 @@ def test_command_line_has_a_flag_for_every_setting():
         "test_states": 3,
         "shuffle": True,
         "rate": 0.01,
+        "schedule": "cosine",
         "betas": (0.8, 0.99),
         "epsilon": 1e-8,
         "clip": "norm",
