@@ -8,10 +8,10 @@ import pytest
 import torch
 import warp as wp
 
-from warp_phys import CartPole, Combined, Dense, Diverged, Flow
+from warp_phys import CartPole, Combined, Dense, Diverged, Flow, audit
 from warp_phys import Rollout as WarpRollout
 from warp_phys.flow import resolve
-from warp_phys.interop.torch import Rollout
+from warp_phys.interop.torch import Rollout, Step
 
 SYSTEM = CartPole(poles=4)
 
@@ -66,6 +66,7 @@ def test_initial_states(x0, kind, message):
             TypeError,
             "controller must have float32 or float64 parameters, got torch.float16",
         ),
+        ({"system": CartPole}, TypeError, "system must be an instance, got the class CartPole"),
         ({"system": "cartpole"}, TypeError, "system must have step (see warp_phys.systems.Simulator), str has not"),
     ],
 )
@@ -102,16 +103,53 @@ def test_controller_with_a_wrong_output_shape():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    "call",
     [
-        ({"mass": 1.0}, "parameters mass are unknown; there are dt, gravity, pole_mass, total_mass, half_length"),
-        ({"gravity": [1.0, 2.0]}, "parameter gravity must be a number or 8 numbers, one per sample, got 2"),
-        ({"gravity": np.nan}, "parameter gravity must be finite, got nan"),
+        lambda values: Rollout(SYSTEM, net(), 5)(SYSTEM.sample(8), values),
+        lambda values: Step(SYSTEM)(torch.zeros(8, 10), torch.zeros(8, 1), values),
+        lambda values: SYSTEM.loss(torch.zeros(6, 8, 10), parameters=values),
+        lambda values: SYSTEM.parameter_array(values, device="cpu"),
     ],
 )
-def test_physical_parameters(values, message):
-    with raises(ValueError, message):
-        Rollout(SYSTEM, net(), 5)(SYSTEM.sample(8), values)
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        (
+            {"mass": 1.0},
+            ValueError,
+            "parameters mass are unknown; there are dt, gravity, pole_mass, total_mass, half_length",
+        ),
+        ({"gravity": np.nan}, ValueError, "parameter gravity must be finite, got "),
+        ({"dt": -0.01}, ValueError, "parameter dt must be positive, got -0.01"),
+        ({"dt": [0.01] * 7 + [-0.01]}, ValueError, "parameter dt must be positive, got [0.01, 0.01"),
+        ({"gravity": np.ones((2, 4))}, ValueError, "parameter gravity must be a number or "),
+        ({"gravity": np.ones((8, 1))}, ValueError, "parameter gravity must be a number or "),
+        ({"gravity": "a"}, TypeError, "parameter gravity must be a number or one number per sample, got 'a'"),
+        ({"gravity": None}, TypeError, "parameter gravity must be a number or one number per sample, got None"),
+        ("gravity", TypeError, "parameters must be a mapping of names to numbers, got str"),
+    ],
+)
+def test_physical_parameters(call, values, kind, message):
+    with raises(kind, message):
+        call(values)
+
+
+def test_numbers_of_physical_parameters():
+    rollout, x0 = Rollout(SYSTEM, net(), 5), SYSTEM.sample(8)
+    with raises(ValueError, "parameter gravity must be a number or 8 numbers, one per sample, got 2"):
+        rollout(x0, {"gravity": [1.0, 2.0]})
+    with raises(ValueError, "parameter gravity must be a number or 8 numbers, one per sample, got shape (2, 4)"):
+        rollout(x0, {"gravity": torch.ones(2, 4)})
+    with raises(ValueError, "parameter dt must be positive, got 0.0"):
+        rollout(x0, {"dt": 0.0})
+
+
+def test_classes_in_place_of_instances():
+    for call in (Step, audit):
+        with raises(TypeError, "system must be an instance, got the class CartPole"):
+            call(CartPole)
+    with raises(TypeError, "controller must be an instance, got the class Dense"):
+        WarpRollout(SYSTEM, Dense, 5)
 
 
 @pytest.mark.parametrize(

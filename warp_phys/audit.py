@@ -8,6 +8,7 @@ import numpy as np
 import warp as wp
 
 from warp_phys.arrays import numpy_type, real_type, shape_message
+from warp_phys.checks import check_instance
 from warp_phys.errors import check_count
 from warp_phys.systems.base import Simulator, System
 
@@ -139,6 +140,7 @@ def audit(
     >>> report.ok, report.components("state")
     (True, ())
     """
+    check_instance("system", system)
     dtype = numpy_type(real_type(dtype or getattr(system, "dtype", np.float64)))
     horizons = [check_count("horizons", horizon) for horizon in horizons]
     if not horizons:

@@ -10,6 +10,7 @@ import warp as wp
 from warp_phys import row_kernels
 from warp_phys.adjoint import active_tape, paused
 from warp_phys.arrays import alias, check_array, numpy_type, parameter_numbers, shape_message
+from warp_phys.checks import check_instance
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import COMBINED, Combined, Flow, agree, linear_parts, refuse_memory, resolve
 from warp_phys.layers import Workspace
@@ -230,6 +231,8 @@ def _as_rows(array: wp.array) -> wp.array:
 
 def check_sizes(system: Any, controller: Any) -> None:
     """Raise a ValueError or TypeError if a system and a controller do not fit together."""
+    for name, value in (("system", system), ("controller", controller)):
+        check_instance(name, value)
     for verb in ("step", "step_vjp", "state_size", "control_size"):
         if not hasattr(system, verb):
             raise TypeError(

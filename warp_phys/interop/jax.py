@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from warp_phys.arrays import shape_message
+from warp_phys.checks import check_instance
 from warp_phys.errors import Diverged, check_count
 from warp_phys.flow import Combined, Flow, combine, linear_parts, refuse_memory, resolve
 from warp_phys.interop import jax_calls as calls
@@ -101,6 +102,7 @@ def trajectory(
         TypeError, ValueError: Arguments that do not fit.
         Diverged: As for `rollout`.
     """
+    check_instance("system", system)
     if not isinstance(system, System):
         raise TypeError(f"system must be a warp_phys.System, got {type(system).__name__}: scan over step instead")
     x0, controls = check_rows("x0", x0, system), jnp.asarray(controls)

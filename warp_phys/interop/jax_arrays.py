@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from warp_phys.arrays import check_parameter_names, real_type, shape_message
+from warp_phys.arrays import real_type, shape_message
+from warp_phys.checks import check_given, check_lengths, range_of
 from warp_phys.interop.extras import require
 from warp_phys.systems.base import System
 
@@ -66,11 +67,12 @@ def rows_of_parameters(system: Any, values: Mapping[str, Any] | None, like: jax.
     """Return physical parameters as rows (batch, number of parameters) for states `like`; None for a foreign system.
 
     Raises:
-        ValueError: An unknown name, lengths that differ, numbers that are not finite.
+        TypeError, ValueError: Something else than numbers, an unknown name, lengths that differ, numbers that are not
+            finite, a dt that is not positive, where the numbers are known.
     """
     values = values or {}
     names: Sequence[str] = getattr(system, "parameter_names", ())
-    check_parameter_names(names, values)
+    check_given(names, values)
     if not isinstance(system, System):
         return None
     columns = [_column(name, values.get(name, getattr(system, name)), like) for name in names]
@@ -84,9 +86,10 @@ def shared_columns(system: Any, values: Mapping[str, Any] | None) -> tuple[bool,
 
 
 def _column(name: str, value: Any, like: jax.Array) -> jax.Array:
-    column = jnp.asarray(value, like.dtype).reshape(-1)
-    if len(column) not in (1, len(like)):
-        raise ValueError(f"parameter {name} must be a number or {len(like)} numbers, one per sample, got {len(column)}")
-    if not is_traced(column) and not np.isfinite(np.asarray(column)).all():
-        raise ValueError(f"parameter {name} must be finite, got {value}")
+    column = jnp.asarray(value, like.dtype)
+    check_lengths(name, column.shape, len(like))
+    if not is_traced(column):
+        numbers = np.asarray(column)
+        if not np.isfinite(numbers).all() or (range_of(name) == "positive" and (numbers <= 0.0).any()):
+            raise ValueError(f"parameter {name} must be {range_of(name)}, got {value}")
     return jnp.broadcast_to(column, len(like))

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from warp_phys.arrays import check_parameter_names
+from warp_phys.checks import check_given
 from warp_phys.interop import jax_calls as calls
 from warp_phys.interop.extras import require
 from warp_phys.interop.jax_arrays import key_of, real_of, rows_of_parameters
@@ -30,7 +30,7 @@ def loss(
         ValueError, TypeError: As `System.loss` does.
     """
     states, controls = jnp.asarray(states), None if controls is None else jnp.asarray(controls)
-    check_parameter_names(getattr(system, "parameter_names", ()), parameters or {})
+    check_given(getattr(system, "parameter_names", ()), parameters or {})
     own = {"parameters": parameters} if parameters else {}
     return system.loss(states, controls, when=when, control_cost=control_cost, **own)
 

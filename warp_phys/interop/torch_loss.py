@@ -8,7 +8,8 @@ import torch
 import warp as wp
 
 from warp_phys import kernels
-from warp_phys.arrays import as_structs, check_parameter_names
+from warp_phys.arrays import as_structs
+from warp_phys.checks import check_given, check_lengths, range_of
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.systems.base import System
 from warp_phys.systems.losses import chosen_array
@@ -107,23 +108,23 @@ def rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tenso
     None stands for the system's own.
 
     Raises:
-        ValueError: An unknown name, lengths that differ, numbers that are not finite.
+        TypeError, ValueError: Something else than numbers, an unknown name, lengths that differ, numbers that are not
+            finite, a dt that is not positive.
     """
     if not values:
         return None
     names, columns = getattr(system, "parameter_names", ()), []
     are_known = not torch.compiler.is_compiling() and not in_transform()
-    check_parameter_names(names, values)
+    check_given(names, values)
     for name in names:
         value = values.get(name, getattr(system, name))
-        column = torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1)
-        if len(column) not in (1, len(like)):
-            raise ValueError(
-                f"parameter {name} must be a number or {len(like)} numbers, one per sample, got {len(column)}"
-            )
-        if are_known and not torch.isfinite(column).all():
-            raise ValueError(f"parameter {name} must be finite, got {value}")
-        columns.append(column)
+        column = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+        check_lengths(name, column.shape, len(like))
+        if are_known:
+            fine = torch.isfinite(column) & (column > 0.0) if range_of(name) == "positive" else torch.isfinite(column)
+            if not fine.all():
+                raise ValueError(f"parameter {name} must be {range_of(name)}, got {value}")
+        columns.append(column.reshape(-1))
     return torch.stack(torch.broadcast_tensors(*columns), dim=1)
 
 

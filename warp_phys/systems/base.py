@@ -12,6 +12,7 @@ import warp as wp
 
 from warp_phys import kernels
 from warp_phys.arrays import as_structs, check_array, for_all_streams, numpy_type, parameter_rows, real_type
+from warp_phys.checks import check_given, range_of
 from warp_phys.rows import row_functions
 from warp_phys.systems import losses
 
@@ -170,8 +171,8 @@ class System(ABC):
                 raise TypeError(
                     f"{name} must be a number, got {value!r}; numbers per sample go to parameter_array, or to a rollout"
                 )
-            if not math.isfinite(value) or (name == "dt" and value <= 0.0):
-                raise ValueError(f"{name} must be {'positive' if name == 'dt' else 'finite'}, got {value}")
+            if not math.isfinite(value) or (range_of(name) == "positive" and value <= 0.0):
+                raise ValueError(f"{name} must be {range_of(name)}, got {value}")
             object.__setattr__(self, name, float(value))
 
     def types(self, real: type) -> SystemTypes:
@@ -185,20 +186,26 @@ class System(ABC):
 
         Args:
             values: A number, or one number per sample, for some of the parameters; the system's own for the others.
+                Zeros for all make an array to write adjoints to.
             device: Warp device.
             dtype: float32 or float64.
             requires_grad: Whether a tape shall find their adjoints.
 
         Raises:
-            ValueError: An unknown name, lengths that differ, numbers that are not finite.
+            TypeError, ValueError: Something else than numbers, an unknown name, lengths that differ, numbers that are
+                not finite, a negative dt.
 
         >>> from warp_phys import CartPole
         >>> CartPole().parameter_array({"pole_mass": [0.1, 0.2]}, device="cpu").shape
         (2,)
         """
         real = real_type(dtype)
-        own = [getattr(self, name) for name in self.parameter_names]
-        rows = parameter_rows(self.parameter_names, own, values or {}).astype(numpy_type(real))
+        names, values = self.parameter_names, {} if values is None else values
+        check_given(names, values)
+        rows = parameter_rows(names, [getattr(self, name) for name in names], values).astype(numpy_type(real))
+        for name, column in zip(names, rows.T, strict=True):
+            if range_of(name) == "positive" and (column < 0.0).any():  # zeros are for adjoints
+                raise ValueError(f"parameter {name} must be positive, got {values.get(name)}")
         return as_structs(
             wp.array(rows, dtype=real, device=device, requires_grad=requires_grad), self.types(real).Parameters
         )

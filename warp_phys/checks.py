@@ -1,0 +1,63 @@
+"""Checks of numbers at the boundary: settings, and physical parameters given by name."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def check_number(name: str, value: Any, least: float = -math.inf, positive: bool = False) -> None:
+    """Raise a TypeError or ValueError that names `value` if it is not a finite number, at least `least` or positive.
+
+    >>> check_number("control_cost", -1.0, least=0)
+    Traceback (most recent call last):
+        ...
+    ValueError: control_cost must be a number of at least 0, got -1.0
+    """
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        if -math.inf < value < math.inf and value >= least and (value > 0.0 or not positive):
+            return
+        error: type[Exception] = ValueError
+    else:
+        error = TypeError
+    wanted = "a positive number" if positive else "a finite number"
+    wanted = f"a number of at least {least:g}" if math.isfinite(least) else wanted
+    raise error(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_instance(name: str, value: Any) -> None:
+    """Raise a TypeError if `value` is a class."""
+    if isinstance(value, type):
+        raise TypeError(f"{name} must be an instance, got the class {value.__name__}")
+
+
+def range_of(name: str) -> str:
+    """Return what a physical parameter must be, "finite", or "positive" too: a time step."""
+    return "positive" if name == "dt" else "finite"
+
+
+def check_given(names: Sequence[str], values: Any) -> None:
+    """Raise a TypeError or ValueError if `values` are not physical parameters by name, among `names`.
+
+    >>> check_given((), {"g": 9.81})
+    Traceback (most recent call last):
+        ...
+    ValueError: parameters g are unknown; there are none
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"parameters must be a mapping of names to numbers, got {type(values).__name__}")
+    unknown = [str(name) for name in values if name not in names]
+    if unknown:
+        raise ValueError(f"parameters {', '.join(unknown)} are unknown; there are {', '.join(names) or 'none'}")
+    for name, value in values.items():
+        is_number = isinstance(value, (int, float, np.number)) or hasattr(value, "shape")
+        if not is_number and (not isinstance(value, Sequence) or isinstance(value, (str, bytes))):
+            raise TypeError(f"parameter {name} must be a number or one number per sample, got {value!r}")
+
+
+def check_lengths(name: str, shape: Sequence[int], batch: int) -> None:
+    """Raise a ValueError if this shape is not that of a number, or of one number per sample."""
+    if len(shape) > 1 or (len(shape) == 1 and shape[0] not in (1, batch)):
+        got = shape[0] if len(shape) == 1 else f"shape {tuple(shape)}"
+        raise ValueError(f"parameter {name} must be a number or {batch} numbers, one per sample, got {got}")
