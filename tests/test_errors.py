@@ -201,6 +201,9 @@ def test_step():
     ("arguments", "message"),
     [
         ({"states": np.zeros((8, 10))}, "states must have shape (steps + 1, batch, 10), got (8, 10)"),
+        ({"control_cost": np.nan}, "control_cost must be a number of at least 0, got nan"),
+        ({"control_cost": np.inf}, "control_cost must be a number of at least 0, got inf"),
+        ({"control_cost": -1.0}, "control_cost must be a number of at least 0, got -1.0"),
         ({"when": "last"}, "when must be one of 'final', 'every', got 'last'"),
         ({"when": [6]}, "when must be 'final', 'every' or distinct steps from 0 to 5, got [6]"),
         ({"when": [2, 2]}, "distinct steps"),

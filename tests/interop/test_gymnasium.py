@@ -197,7 +197,7 @@ def test_errors():
         SystemEnv("pendulum")
     with pytest.raises(TypeError, match="poles: unknown settings; the parameters of CartPole"):
         SystemEnv(CartPole(), poles=3)
-    with pytest.raises(ValueError, match="action_scale must be positive, got 0.0"):
+    with pytest.raises(ValueError, match="action_scale must be a positive number, got 0.0"):
         SystemEnv(Polynomial(), action_scale=0.0)
     with pytest.raises(ValueError, match="render_mode must be one of 'rgb_array', got 'human'"):
         SystemEnv(Polynomial(), render_mode="human")

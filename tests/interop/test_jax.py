@@ -364,6 +364,14 @@ def test_arguments(changes, error, message):
 
 
 def test_other_arguments():
+    states, controls = jnp.ones((4, 5, 6)), jnp.ones((3, 5, 1))
+    foreign = JaxSystem(STEP, 6, 1, cost=lambda x: x[:, 0])
+    for cost, error in ((np.nan, ValueError), (-1.0, ValueError), ("x", TypeError)):
+        for loss in (SYSTEM.loss, functools.partial(bridge.loss, SYSTEM), foreign.loss):
+            with pytest.raises(error, match="control_cost must be a number of at least 0, got"):
+                loss(states, controls, control_cost=cost)
+    with pytest.raises(TypeError, match="system must be an instance, got the class CartPole"):
+        bridge.trajectory(CartPole, _start(), controls)
     with pytest.raises(TypeError, match="system must be a warp_phys.System, got JaxSystem: scan over step instead"):
         bridge.trajectory(OF_JAX, _start(), jnp.zeros((3, 5, 1)))
     with pytest.raises(ValueError, match=r"controls must have shape \(steps, 5, 1\), got \(3, 4, 1\)"):

@@ -357,7 +357,18 @@ def test_the_same_bits_every_time():
         ({"clip": "both"}, ValueError, "clip"),
         ({"clip_at": 0.0}, ValueError, "clip_at must be a positive number, got 0.0"),
         ({"clip_at": float("nan")}, ValueError, "clip_at"),
-        ({"clip_at": None}, ValueError, "clip_at must be a positive number, got None"),
+        ({"clip_at": None}, TypeError, "clip_at must be a positive number, got None"),
+        ({"clip_at": True}, TypeError, "clip_at must be a positive number, got True"),
+        ({"control_cost": float("nan")}, ValueError, "control_cost must be a number of at least 0, got nan"),
+        ({"control_cost": "x"}, TypeError, "control_cost must be a number of at least 0, got 'x'"),
+        ({"when": [1.7]}, TypeError, "when must be 'final', 'every' or distinct steps from 0 to 12"),
+        ({"when": None}, TypeError, "when must be 'final', 'every' or distinct steps from 0 to 12, got None"),
+        (
+            {"optimiser": torch.optim.LBFGS(network().parameters())},
+            TypeError,
+            "optimiser must take a step without a closure, LBFGS needs one",
+        ),
+        ({"optimiser": adam(network())}, ValueError, "optimiser must hold parameters of the rollout's controller"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, error, message):
@@ -365,6 +376,34 @@ def test_arguments_that_do_not_fit(arguments, error, message):
     good = {"rollout": Rollout(SYSTEM, module, STEPS, "C"), "optimiser": adam(module)}
     with pytest.raises(error, match=message):
         Update(**{**good, **arguments})
+
+
+class Verbs:
+    """The two verbs of a simulator, and nothing else."""
+
+    def __init__(self, system):
+        self.state_size, self.control_size = system.state_size, system.control_size
+
+    def step(self, *_):
+        raise AssertionError("nothing shall run")
+
+    step_vjp = step
+
+
+def test_simulators_without_a_loss():
+    module = network()
+    rollout = Rollout(Verbs(SYSTEM), module, STEPS, "C")
+    for call in (lambda: Update(rollout, adam(module)), lambda: rollout.value_and_grad(start())):
+        with pytest.raises(TypeError, match="system must have a loss, Verbs has none"):
+            call()
+
+
+def test_an_optimiser_of_some_parameters_and_of_others():
+    module, other = network(), NN.Linear(2, 2)
+    parts = torch.optim.SGD([module[0].weight, *other.parameters()], lr=0.1)
+    before = [p.detach().clone() for p in module.parameters()]
+    Update(Rollout(SYSTEM, module, STEPS, "C"), parts, clip="norm", clip_at=np.float32(1.0))(start())
+    assert [torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True)] == [False, True, True, True]
 
 
 def test_what_is_said_once():

@@ -288,6 +288,11 @@ def test_initial_states_and_their_errors():
     for when in ("first", [STEPS + 1], []):
         with pytest.raises(ValueError, match="when must be"):
             rollout.value_and_grad(x0, when)
+    for when in (5, None, [1.7]):
+        with pytest.raises(TypeError, match="when must be"):
+            rollout.value_and_grad(x0, when)
+    with pytest.raises(ValueError, match="control_cost must be a number of at least 0, got nan"):
+        rollout.value_and_grad(x0, control_cost=float("nan"))
     module.float()
     with pytest.raises(ValueError, match="controller is now torch.float32"):
         rollout.value_and_grad(start())

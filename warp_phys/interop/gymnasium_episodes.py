@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode
 
 from warp_phys import kernels
 from warp_phys.arrays import numpy_type, real_type, shape_message
+from warp_phys.checks import check_number
 from warp_phys.errors import check_choice, check_count
 from warp_phys.systems import SYSTEMS, System
 from warp_phys.systems.losses import chosen_array
@@ -38,12 +39,9 @@ class Task:
     """Where the system is stepped."""
 
     def __post_init__(self):
-        for name in ("action_scale", "control_cost", "divergence_reward"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not np.isfinite(value) or (name == "action_scale" and value <= 0.0):
-                raise ValueError(f"{name} must be {'positive' if name == 'action_scale' else 'finite'}, got {value}")
+        check_number("action_scale", self.action_scale, positive=True)
+        check_number("control_cost", self.control_cost, least=0.0)
+        check_number("divergence_reward", self.divergence_reward)
         object.__setattr__(self, "dtype", numpy_type(real_type(self.dtype)))
         object.__setattr__(self, "device", wp.get_device(str(self.device)).alias)
 

@@ -9,6 +9,7 @@ import warp as wp
 from warp_phys import row_kernels
 from warp_phys.adjoint import active_tape, paused
 from warp_phys.arrays import check_array, numpy_type, real_type, shape_message
+from warp_phys.checks import check_number
 from warp_phys.errors import check_choice, check_count
 from warp_phys.interop.extras import require
 
@@ -76,8 +77,7 @@ class NewtonSystem:
     ):
         _check_model(model)
         self.solver = _make_solver(solver, model)
-        if isinstance(dt, bool) or not isinstance(dt, (int, float, np.number)) or not np.isfinite(dt) or dt <= 0.0:
-            raise ValueError(f"dt must be a positive number, got {dt!r}")
+        check_number("dt", dt, positive=True)
         self.model, self.dt, self.substeps = model, float(dt), check_count("substeps", substeps)
         self.device, self.worlds = model.device, world_count(model)
         check_choice("control", control, tuple(TARGETS))

@@ -29,7 +29,7 @@ from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
 from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
 from warp_phys.systems.base import Simulator, System
-from warp_phys.systems.losses import chosen_times
+from warp_phys.systems.losses import check_loss, chosen_times
 
 DIRECT_PASSES = 8
 """Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
@@ -203,6 +203,7 @@ class Rollout:
         refuse_inference("value_and_grad")
         refuse_memory(self._flow)
         x0 = self.initial_states(x0)
+        check_loss(self.system, when, self.steps, control_cost)
         direct = self.direct_pass(len(x0), when, control_cost)
         if direct is None:
             return self._value_and_grad_by_graph(x0, when, control_cost)

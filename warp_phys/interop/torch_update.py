@@ -1,7 +1,7 @@
 """A whole update in one call: forward, loss, backward, combination, clipping and a step of Adam, without autograd."""
 
 import contextlib
-import math
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from warp_phys.arrays import shape_message
+from warp_phys.checks import check_number
 from warp_phys.errors import check_choice
 from warp_phys.flow import Combined, linear_parts, memory_in
 from warp_phys.interop.report import Report
@@ -23,7 +24,7 @@ from warp_phys.interop.torch_loss import refuse_inference
 from warp_phys.interop.torch_memory import Memory, combine_remembering
 from warp_phys.interop.torch_rollout import DIRECT_PASSES, Rollout
 from warp_phys.systems.base import System
-from warp_phys.systems.losses import chosen_times
+from warp_phys.systems.losses import check_loss
 from warp_phys.update_kernels import CLIPPING, RULES
 
 
@@ -49,7 +50,7 @@ class Update:
 
     Args:
         rollout: The rollout; its flow, steps and `observe` may change from call to call.
-        optimiser: Any optimiser of the controller's parameters.
+        optimiser: Any optimiser of the controller's parameters whose step needs no closure.
         when: "final", "every", or the chosen steps, see `System.loss`.
         control_cost: Factor of the mean squared control.
         clip: "none"; "value" clips each component of the update to [−clip_at, clip_at], "norm" the norm of all.
@@ -81,9 +82,9 @@ class Update:
         for name, value, kind in (("rollout", rollout, Rollout), ("optimiser", optimiser, torch.optim.Optimizer)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
-        chosen_times(when, rollout.steps)
-        if not (isinstance(clip_at, (int, float)) and 0.0 < clip_at < math.inf):
-            raise ValueError(f"clip_at must be a positive number, got {clip_at!r}")
+        check_loss(rollout.system, when, rollout.steps, control_cost)
+        check_number("clip_at", clip_at, positive=True)
+        _check_optimiser(optimiser, rollout.controller)
         self.rollout, self.optimiser = rollout, optimiser
         self._loss = when if isinstance(when, str) else tuple(when), float(control_cost)
         self._clipping = check_choice("clip", clip, tuple(CLIPPING)), float(clip_at)
@@ -343,3 +344,16 @@ class Update:
 
 def _never() -> bool:
     return False
+def _check_optimiser(optimiser: torch.optim.Optimizer, controller: torch.nn.Module) -> None:
+    """Raise a TypeError or ValueError if an optimiser's step would train nothing of the controller."""
+    closure = inspect.signature(optimiser.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"optimiser must take a step without a closure, {type(optimiser).__name__} needs one: call value_and_grad "
+            "in it"
+        )
+    held = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in controller.parameters()):
+        raise ValueError("optimiser must hold parameters of the rollout's controller, it holds none of them")
+
+

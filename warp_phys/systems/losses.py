@@ -1,6 +1,7 @@
 """The loss of a trajectory, from a system's pointwise cost."""
 
 import functools
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import warp as wp
 
 from warp_phys import kernels
 from warp_phys.arrays import for_all_streams, real_type, shape_message
+from warp_phys.checks import check_number
 from warp_phys.errors import check_choice
 
 
@@ -60,6 +62,7 @@ def check_trajectory(system: Any, states: Any, controls: Any, control_cost: floa
     if len(shape) != 3 or shape[2] != system.state_size or shape[0] < 2 or shape[1] < 1:
         message = shape_message("states", ("steps + 1", "batch", system.state_size), shape, ", ".join(system.states))
         raise ValueError(message)
+    check_number("control_cost", control_cost, least=0.0)
     if control_cost and controls is None:
         raise ValueError("control_cost needs the controls: pass controls, shape (steps, batch, K)")
     if controls is not None and tuple(controls.shape) != (shape[0] - 1, shape[1], system.control_size):
@@ -67,8 +70,22 @@ def check_trajectory(system: Any, states: Any, controls: Any, control_cost: floa
         raise ValueError(shape_message("controls", expected, controls.shape, ", ".join(system.controls)))
 
 
+def check_loss(system: Any, when: str | Sequence[int], steps: int, control_cost: float) -> None:
+    """Raise a TypeError or ValueError if a system has no loss, or its loss does not take these arguments."""
+    if not callable(getattr(system, "loss", None)):
+        raise TypeError(
+            f"system must have a loss, {type(system).__name__} has none: write one as an expression of the states and "
+            "controls that the rollout returns, and call its backward()"
+        )
+    chosen_times(when, steps)
+    check_number("control_cost", control_cost, least=0.0)
+
+
 def chosen_times(when: str | Sequence[int], steps: int) -> tuple[int, ...]:
     """Return the steps at which the cost counts.
+
+    Raises:
+        TypeError, ValueError: Neither a name nor distinct integers from 0 to `steps`.
 
     >>> chosen_times("final", 3), chosen_times("every", 3), chosen_times([1, 3], 3)
     ((3,), (1, 2, 3), (1, 3))
@@ -76,9 +93,16 @@ def chosen_times(when: str | Sequence[int], steps: int) -> tuple[int, ...]:
     if isinstance(when, str):
         check_choice("when", when, ("final", "every"))
         return (steps,) if when == "final" else tuple(range(1, steps + 1))
-    times = tuple(int(n) for n in when)
+    wanted = f"when must be 'final', 'every' or distinct steps from 0 to {steps}, got {when!r}"
+    try:
+        given = tuple(when)
+        times = tuple(operator.index(n) for n in given)
+    except TypeError:
+        raise TypeError(wanted) from None
+    if any(isinstance(n, bool) for n in given):
+        raise TypeError(wanted)
     if not times or len(set(times)) != len(times) or min(times) < 0 or max(times) > steps:
-        raise ValueError(f"when must be 'final', 'every' or distinct steps from 0 to {steps}, got {when!r}")
+        raise ValueError(wanted)
     return times
 
 
