@@ -27,6 +27,12 @@ def states(count=COUNT):
     return torch.stack([torch.as_tensor(SYSTEM.sample(BATCH, seed, np.float64)) for seed in range(count)])
 
 
+def nan_in(minibatch, row):
+    x0 = states()
+    x0[minibatch, row, 0] = np.nan
+    return x0
+
+
 def everything(update):
     """Weights, gradients, the optimiser's state."""
     module = update.rollout.controller
@@ -175,6 +181,7 @@ def test_numpy_and_other_layouts():
         (torch.zeros(3, 0, 5).double(), ValueError, r"got \(3, 0, 5\)"),
         (torch.zeros(3, BATCH, 5), TypeError, "float64"),
         ("text", TypeError, "x0 must be"),
+        (nan_in(3, 2), ValueError, "x0 must be finite, minibatch 3 is not, in row 2"),
     ],
 )
 def test_states_that_do_not_fit(x0, error, message):

@@ -17,7 +17,7 @@ from warp_phys.interop.report import Report
 from warp_phys.interop.sums import split
 from warp_phys.interop.torch_adam import check_capturable, is_plain, memory_of, numbers_of, options_of
 from warp_phys.interop.torch_clip import clip_gradients, gradients_of
-from warp_phys.interop.torch_direct import DirectPass
+from warp_phys.interop.torch_direct import DirectPass, is_finite
 from warp_phys.interop.torch_end import End, record_end
 from warp_phys.interop.torch_graph import WholeUpdate, beside, key_of
 from warp_phys.interop.torch_loss import refuse_inference
@@ -186,7 +186,7 @@ class Update:
             The losses of the steps taken, detached.
 
         Raises:
-            TypeError, ValueError, RuntimeError: As a call.
+            TypeError, ValueError, RuntimeError: As a call, before the first step.
             Diverged: As a call; the steps before are taken.
         """
         refuse_inference("an update")
@@ -196,6 +196,9 @@ class Update:
         if x0.ndim != 3 or 0 in x0.shape or x0.shape[2] != size:
             raise ValueError(shape_message("x0", ("minibatches", -1, size), x0.shape))
         self.rollout.initial_states(x0.flatten(0, 1), check_finite=False)
+        if not is_finite(x0):
+            bad = torch.nonzero(~torch.isfinite(x0).all(dim=2))[0].tolist()
+            raise ValueError("x0 must be finite, minibatch {} is not, in row {}".format(*bad))
         losses = x0.new_empty(len(x0))
         return losses[: self._take_steps(x0.unbind(), losses, stop or _never)]
 
@@ -342,8 +345,6 @@ class Update:
         return end
 
 
-def _never() -> bool:
-    return False
 def _check_optimiser(optimiser: torch.optim.Optimizer, controller: torch.nn.Module) -> None:
     """Raise a TypeError or ValueError if an optimiser's step would train nothing of the controller."""
     closure = inspect.signature(optimiser.step).parameters.get("closure")
@@ -357,3 +358,5 @@ def _check_optimiser(optimiser: torch.optim.Optimizer, controller: torch.nn.Modu
         raise ValueError("optimiser must hold parameters of the rollout's controller, it holds none of them")
 
 
+def _never() -> bool:
+    return False
