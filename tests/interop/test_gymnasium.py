@@ -1,7 +1,10 @@
 """Systems as Gymnasium environments: its checker, its own vectoriser as the reference, seeds, ends, errors."""
 
+import copy
+import functools
 import importlib
 import json
+import pickle
 import sys
 import warnings
 
@@ -178,6 +181,21 @@ def test_what_is_returned_is_the_callers():
     assert np.isfinite(envs.step(np.ones((2, 1)))[0]).all() and all(np.isfinite(copy).all() for copy in copies)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+@pytest.mark.parametrize("make", [gym.make, functools.partial(gym.make_vec, num_envs=3)])
+def test_copies_go_on_with_the_same_numbers(make, copied):
+    env = make("warp_phys/CartPole-v0", max_episode_steps=4, render_mode="rgb_array")
+    copied(env)
+    env.reset(seed=0)
+    env.step(np.ones(env.action_space.shape, np.float32))
+    env.render()
+    other, actions = copied(env), np.full((5, *env.action_space.shape), 0.5, np.float32)
+    alone = [env.step(action) for action in actions[:2]]
+    assert data_equivalence(alone, [other.step(action) for action in actions[:2]], exact=True)
+    np.testing.assert_array_equal(env.render(), other.render())
+    assert data_equivalence(env.reset(), other.reset(), exact=True)
+
+
 def test_pictures():
     env = SystemEnv("cartpole", render_mode="rgb_array")
     env.reset(seed=0)
@@ -199,6 +217,15 @@ def test_errors():
         SystemEnv(CartPole(), poles=3)
     with pytest.raises(ValueError, match="action_scale must be a positive number, got 0.0"):
         SystemEnv(Polynomial(), action_scale=0.0)
+    with pytest.raises(ValueError, match="control_cost must be a number of at least 0, got -1.0"):
+        SystemVectorEnv(Polynomial(), control_cost=-1.0)
+    with pytest.raises(ValueError, match="a key of options must be one of 'state', got 'states'"):
+        SystemEnv(Polynomial()).reset(options={"states": [[1.0]]})
+    for kind in (SystemVectorEnv, DifferentiableVectorEnv):
+        with pytest.raises(ValueError, match="a key of options must be one of 'reset_mask', 'states', got 'state'"):
+            kind(Polynomial()).reset(options={"state": [1.0]})
+    with pytest.raises(TypeError, match="options must be a mapping, got str"):
+        SystemEnv(Polynomial()).reset(options="a")
     with pytest.raises(ValueError, match="render_mode must be one of 'rgb_array', got 'human'"):
         SystemEnv(Polynomial(), render_mode="human")
     with pytest.raises(ValueError, match="autoreset_mode must be one of .*'SAME_STEP'.* got 'same'"):

@@ -26,6 +26,7 @@ from warp_phys.interop.gymnasium_episodes import (  # noqa: E402
     DIVERGENCE_REWARD,
     Stepper,
     Task,
+    check_options,
     draw_state,
     given_states,
     resolve_system,
@@ -88,12 +89,11 @@ class SystemEnv(gymnasium.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Begin an episode, in the state `options["state"]` if given; return the observation and an empty info."""
+        chosen, given = check_options(options, "state"), None
+        if "state" in chosen:  # checked first: a reset that fails changes nothing
+            given = given_states(chosen["state"], self.task, (self.system.state_size,), "state")
         super().reset(seed=seed)
-        options = options or {}
-        if "state" in options:
-            self._state = given_states(options["state"], self.task, (self.system.state_size,), "state")
-        else:
-            self._state = draw_state(self.task, self.np_random)
+        self._state = draw_state(self.task, self.np_random) if given is None else given
         self._control = None
         return self._state.copy(), {}
 
@@ -172,10 +172,10 @@ class SystemVectorEnv(BatchEnv):
         Returns:
             The observations of all environments, shape (num_envs, D), and an empty info.
         """
-        options = options or {}
-        given = options.get("states")  # checked first: a reset that fails changes nothing
+        chosen = check_options(options, "reset_mask", "states")
+        given = chosen.get("states")  # checked first: a reset that fails changes nothing
         given = None if given is None else given_states(given, self.task, self._states.shape, "states")
-        mask = self._episodes.reset(seed, options)
+        mask = self._episodes.reset(seed, chosen)
         self._states[mask] = self._episodes.draw(mask) if given is None else given[mask]
         self._controls = None
         return self._states.copy(), {}

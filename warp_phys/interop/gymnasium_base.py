@@ -23,6 +23,9 @@ class Camera:
         self._canvas: Any = None
         self._move: Callable[..., Any] | None = None
 
+    def __reduce__(self):  # a copy draws pictures of its own
+        return Camera, (self.system,)
+
     def picture(self, state: np.ndarray, control: np.ndarray | None) -> np.ndarray:
         """Return one picture, shape (400, 400, 3), uint8."""
         if self._move is None:

@@ -102,6 +102,9 @@ class Stepper:
         self.cost_kernel = kernels.cost_kernel(system.structure, real)
         self.y_at_time_0 = self.y.reshape((1, *self.y.shape))
 
+    def __reduce__(self):  # arrays of Warp cannot be copied, and hold nothing from one step to the next
+        return Stepper, (self.task, len(self.x))
+
     def step(self, states: np.ndarray, controls: np.ndarray) -> "Outcome":
         """Move rows one time step on; those that diverge stay where they were."""
         _write(self.x, states)
@@ -206,6 +209,21 @@ class Episodes:
 def draw_state(task: Task, generator: np.random.Generator) -> np.ndarray:
     """Return one of the system's own initial states, shape (D,), whose seed comes from a generator."""
     return task.system.sample(1, seed=int(generator.integers(2**63)), dtype=task.dtype)[0]
+
+
+def check_options(options: Mapping[str, Any] | None, *known: str) -> Mapping[str, Any]:
+    """Return reset's options, none for None.
+
+    Raises:
+        TypeError, ValueError: They are no mapping, or have other keys than the known ones.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"options must be a mapping, got {type(options).__name__}")
+    for name in options:
+        check_choice("a key of options", name, known)
+    return options
 
 
 def given_states(value: Any, task: Task, shape: Sequence[int], name: str) -> np.ndarray:

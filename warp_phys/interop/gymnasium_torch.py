@@ -10,7 +10,7 @@ from warp_phys.arrays import shape_message
 from warp_phys.flow import Combined, Flow, resolve
 from warp_phys.interop.gymnasium import AutoresetMode
 from warp_phys.interop.gymnasium_base import BatchEnv
-from warp_phys.interop.gymnasium_episodes import DIVERGENCE_REWARD, Task, resolve_system
+from warp_phys.interop.gymnasium_episodes import DIVERGENCE_REWARD, Task, check_options, resolve_system
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_loss import pointwise_cost, refuse_second_derivative, torch_stream
 from warp_phys.systems import System
@@ -98,10 +98,10 @@ class DifferentiableVectorEnv(BatchEnv):
 
         `options["states"]` may be a tensor with a history: then gradients reach it.
         """
-        options = options or {}
-        given = options.get("states")  # checked first: a reset that fails changes nothing
+        chosen = check_options(options, "reset_mask", "states")
+        given = chosen.get("states")  # checked first: a reset that fails changes nothing
         given = None if given is None else self._given(given)
-        mask = self._episodes.reset(seed, options)
+        mask = self._episodes.reset(seed, chosen)
         fresh = self._drawn(mask) if given is None else given
         self._states = self._replaced(self._states, fresh, mask)
         self._controls = None
