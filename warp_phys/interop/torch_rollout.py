@@ -42,7 +42,8 @@ class Rollout:
     before one optimiser step add up as they should, for a combined flow M and R apart.
 
     Args:
-        system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`).
+        system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`). A `System` is kept for good, as is
+            its array of parameters: to sweep numbers, hand them to calls as `parameters`.
         controller: Any module that maps (B, D) to (B, K) row by row, the same way each time, and leaves its input as it
             is.
         steps: Number of time steps T.
@@ -202,8 +203,8 @@ class Rollout:
         """
         refuse_inference("value_and_grad")
         refuse_memory(self._flow)
-        x0 = self.initial_states(x0)
         check_loss(self.system, when, self.steps, control_cost)
+        x0 = self.initial_states(x0)
         direct = self.direct_pass(len(x0), when, control_cost)
         if direct is None:
             return self._value_and_grad_by_graph(x0, when, control_cost)
