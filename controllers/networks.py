@@ -160,7 +160,8 @@ def check_network(hidden: Sequence[int], activation: str, init: str) -> None:
         ...
     ValueError: activation must be one of tanh, relu, elu, silu, sigmoid, got 'cosine'
     """
-    if isinstance(hidden, str) or not all(isinstance(width, int) and width > 0 for width in hidden):
+    is_sequence = isinstance(hidden, Sequence) and not isinstance(hidden, str)
+    if not is_sequence or not all(isinstance(width, int) and width > 0 for width in hidden):
         raise ValueError(f"hidden must be widths of at least 1, such as (100, 100), got {hidden!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

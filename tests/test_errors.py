@@ -110,6 +110,7 @@ def test_controller_with_a_wrong_output_shape():
         lambda values: SYSTEM.loss(torch.zeros(6, 8, 10), parameters=values),
         lambda values: SYSTEM.parameter_array(values, device="cpu"),
     ],
+    ids=["rollout", "step", "loss", "array"],
 )
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
@@ -200,10 +201,10 @@ def test_step():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"states": np.zeros((8, 10))}, "states must have shape (steps + 1, batch, 10), got (8, 10)"),
         ({"control_cost": np.nan}, "control_cost must be a number of at least 0, got nan"),
         ({"control_cost": np.inf}, "control_cost must be a number of at least 0, got inf"),
         ({"control_cost": -1.0}, "control_cost must be a number of at least 0, got -1.0"),
+        ({"states": np.zeros((8, 10))}, "states must have shape (steps + 1, batch, 10), got (8, 10)"),
         ({"when": "last"}, "when must be one of 'final', 'every', got 'last'"),
         ({"when": [6]}, "when must be 'final', 'every' or distinct steps from 0 to 5, got [6]"),
         ({"when": [2, 2]}, "distinct steps"),
@@ -214,6 +215,39 @@ def test_step():
 def test_loss(arguments, message):
     with raises(ValueError, message):
         SYSTEM.loss(**{"states": np.zeros((6, 8, 10)), **arguments})
+
+
+@pytest.mark.parametrize("make", [np.zeros, torch.zeros, lambda shape: wp.zeros(shape, dtype=float, device="cpu")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"control_cost": "x"}, "control_cost must be a number of at least 0, got 'x'"),
+        ({"control_cost": True}, "control_cost must be a number of at least 0, got True"),
+        ({"when": [1.7]}, "when must be 'final', 'every' or distinct steps from 0 to 5, got [1.7]"),
+        ({"when": [True]}, "when must be 'final', 'every' or distinct steps from 0 to 5, got [True]"),
+        ({"when": 5}, "when must be 'final', 'every' or distinct steps from 0 to 5, got 5"),
+        ({"when": None}, "when must be 'final', 'every' or distinct steps from 0 to 5, got None"),
+    ],
+)
+def test_kinds_of_a_loss(make, arguments, message):
+    with raises(TypeError, message):
+        SYSTEM.loss(make((6, 8, 10)), make((5, 8, 1)), **arguments)
+
+
+def test_numbers_of_numpy():
+    states, controls = np.ones((6, 8, 10)), np.ones((5, 8, 1))
+    expected = SYSTEM.loss(states, controls, [1, 5], 0.5)
+    assert SYSTEM.loss(states, controls, np.array([1, 5]), np.float32(0.5)) == expected
+    assert Combined(memory=np.float32(0.5)).memory == 0.5
+
+
+@pytest.mark.parametrize("rule", [lambda base, other: base.sum(), lambda base, other: base[:1], lambda base, other: 3])
+def test_rules_of_another_shape(rule):
+    rollout = Rollout(SYSTEM, net(), 5, Combined(rule=rule))
+    with raises(ValueError, "rule <lambda> must return the shape of its arguments, (49,), got "):
+        rollout.value_and_grad(SYSTEM.sample(8))
+    with raises(ValueError, "rule <lambda> must return the shape of its arguments, (49,), got "):
+        SYSTEM.loss(*rollout(SYSTEM.sample(8))).backward()
 
 
 def test_flows():

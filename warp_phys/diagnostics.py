@@ -253,7 +253,7 @@ def path_norms(
         own = [array[parts[0]] for array in norms]
         if isinstance(flow, Combined):
             with np.errstate(over="ignore", invalid="ignore"):
-                combined = flow.rule(wide[parts[0]], wide[parts[1]])
+                combined = flow.apply(wide[parts[0]], wide[parts[1]])
             own = [row_norms(combined), *(np.full(array.shape, np.nan) for array in own[1:])]
         for row, array in zip(rows, own, strict=True):
             row.append(array)

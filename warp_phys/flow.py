@@ -218,6 +218,15 @@ class Combined:
             raise TypeError(f"rule must be a function of two arrays, got {self.rule!r}")
         object.__setattr__(self, "memory", _decay(self.memory))
 
+    def apply(self, base: Any, other: Any) -> Any:
+        """Return what the rule makes of two updates, or raise a ValueError if that has not their shape."""
+        update = self.rule(base, other)
+        if getattr(update, "shape", None) != base.shape:
+            name, got = getattr(self.rule, "__name__", "rule"), getattr(update, "shape", type(update).__name__)
+            got = got if isinstance(got, str) else tuple(got)
+            raise ValueError(f"rule {name} must return the shape of its arguments, {tuple(base.shape)}, got {got}")
+        return update
+
     @property
     def name(self) -> str:
         """Name in words: that by which `resolve` knows it, or the rule and the flows."""
@@ -233,9 +242,9 @@ class Combined:
         return "C" if self == COMBINED else ""
 
 
-def _decay(memory: object) -> float:
+def _decay(memory: Any) -> float:
     """Check a memory."""
-    if isinstance(memory, bool) or not isinstance(memory, (int, float)):
+    if isinstance(memory, bool) or not isinstance(memory, (int, float, np.integer, np.floating)):
         raise TypeError(f"memory must be a number, got {memory!r}")
     if not 0.0 <= memory < 1.0:
         raise ValueError(f"memory must be at least 0 and below 1, got {memory!r}")
@@ -291,7 +300,7 @@ def combine(flow: Flow | Combined, parts: Sequence[Any]) -> Any:
         ValueError: The flow has a memory.
     """
     refuse_memory(flow)
-    return flow.rule(parts[0], parts[1]) if isinstance(flow, Combined) else parts[0]
+    return flow.apply(parts[0], parts[1]) if isinstance(flow, Combined) else parts[0]
 
 
 def memory_in(flow: Flow | Combined) -> float:

@@ -72,13 +72,15 @@ def test_options(model):
             r"joints must name movable joints of one world \(slide, hinge\), each once, got 'slid'",
         ),
         ({"joints": ("slide", "slide")}, "each once, got 'slide'"),
-        ({"joints": ()}, "joints must name at least one joint"),
+        ({"joints": ()}, "joints must name at least one joint; there are slide, hinge"),
         ({"gain": (1.0, 2.0, 3.0)}, "gain must be a number or 2 numbers, finite and not 0"),
         ({"gain": 0.0}, "gain must be a number or 2 numbers, finite and not 0, got 0.0"),
         ({"control": "joint_target_q"}, "control 'joint_target_q' needs joint_target_ke of joint slide to be positive"),
     ):
         with pytest.raises(ValueError, match=message):
             NewtonSystem(model, **options)
+    with pytest.raises(TypeError, match=r"joints must be names of joints, such as \('slide',\), got the text 'slide'"):
+        NewtonSystem(model, joints="slide")
     with pytest.raises(ValueError, match="drives no free or ball joints, ball_free_joint is one"):
         NewtonSystem(scene(ball()), control="joint_target_q", joints=("ball_free_joint",))
     with pytest.raises(ValueError, match="the model has none besides fixed and free ones"):

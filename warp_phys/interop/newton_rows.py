@@ -203,6 +203,8 @@ def _chosen_joints(model: newton.Model, worlds: int, target: str, joints: Sequen
     labels = model.joint_label[: len(kinds)]
     movable = [short(label) for label, kind in zip(labels, kinds, strict=True) if kind != Joint.FIXED]
     able = [j for j, kind in enumerate(kinds) if kind != Joint.FIXED and kind not in FLOATING]
+    if isinstance(joints, str):
+        raise TypeError(f"joints must be names of joints, such as ({joints!r},), got the text {joints!r}")
     if joints is None:
         chosen = able
     else:
@@ -214,7 +216,9 @@ def _chosen_joints(model: newton.Model, worlds: int, target: str, joints: Sequen
                 raise ValueError(f"joints must name movable joints of one world ({known}), each once, got {name!r}")
             chosen += found
     if not chosen:
-        raise ValueError("joints must name at least one joint; the model has none besides fixed and free ones")
+        known = f"there are {', '.join(movable)}" if movable else "the model has none"
+        known = known if joints is not None else "the model has none besides fixed and free ones"
+        raise ValueError(f"joints must name at least one joint; {known}")
     if target != "joint_f":
         _check_drives(model, chosen, target)
     return chosen

@@ -97,7 +97,7 @@ def combined_changes(
         base: The pass's update by the base flow, all parameters in one flat tensor.
         other: Its update by the other flow, likewise.
     """
-    changes = split(flow.rule(base, other), parameters)
+    changes = split(flow.apply(base, other), parameters)
     start = 0
     for i, parameter in enumerate(parameters):
         with _LOCK:

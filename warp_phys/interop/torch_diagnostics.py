@@ -289,7 +289,7 @@ def _slopes(base: torch.Tensor, plain: Sequence[Flow], flows: Sequence[Flow | Co
         if isinstance(flow, Combined):
             parts = [base[i].clone().requires_grad_() for i in places]
             with torch.enable_grad():
-                total = flow.rule(*parts).sum()
+                total = flow.apply(*parts).sum()
             for i, grad in zip(places, torch.autograd.grad(total, parts, materialize_grads=True), strict=True):
                 slope[i] += grad.nan_to_num(0.0)  # a root at 0, where both updates are 0
         else:

@@ -67,4 +67,4 @@ def combine_remembering(
     wide = other.double() * torch.where(length > 0.0, (1.0 - flow.memory) / length, 0.0)
     keep = torch.isfinite(length) if skip is None else torch.isfinite(length) & (skip == 0.0)
     mean.copy_(torch.where(keep, mean.double() * flow.memory + wide, mean.double()))
-    return flow.rule(base, mean)
+    return flow.apply(base, mean)
