@@ -306,3 +306,11 @@ def test_no_grad_around_a_call():
         with torch.no_grad():
             rollout.value_and_grad(start())
         assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+
+
+def test_a_weight_of_the_controls_may_have_a_gradient():
+    system = CartPole(poles=1)
+    states, controls = torch.zeros(4, 2, system.state_size), torch.full((3, 2, 1), 2.0)
+    weight = torch.tensor(0.5, requires_grad=True)
+    system.loss(states, controls, control_cost=weight).backward()
+    assert float(weight.grad) == 4.0

@@ -62,7 +62,8 @@ def check_trajectory(system: Any, states: Any, controls: Any, control_cost: floa
     if len(shape) != 3 or shape[2] != system.state_size or shape[0] < 2 or shape[1] < 1:
         message = shape_message("states", ("steps + 1", "batch", system.state_size), shape, ", ".join(system.states))
         raise ValueError(message)
-    check_number("control_cost", control_cost, least=0.0)
+    if not _is_torch(control_cost) and not _is_jax(control_cost):  # which may be on a device, or have a gradient
+        check_number("control_cost", control_cost, least=0.0)
     if control_cost and controls is None:
         raise ValueError("control_cost needs the controls: pass controls, shape (steps, batch, K)")
     if controls is not None and tuple(controls.shape) != (shape[0] - 1, shape[1], system.control_size):
