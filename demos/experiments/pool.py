@@ -120,7 +120,7 @@ def run_all(
                 break
             for connection in cast(list[Connection], wait(list(busy), timeout=0.2)):
                 worker = busy[connection]
-                state = receive(worker, listener)
+                state = receive(worker, listener, stop)
                 if state and worker.run:
                     ended[worker.run.name] = state
                     listener.ended(worker.run, state)
@@ -175,7 +175,7 @@ def hire(out: str | Path) -> Worker:
     return Worker(process, home)
 
 
-def receive(worker: Worker, listener: Listener) -> State | None:
+def receive(worker: Worker, listener: Listener, stop: threading.Event) -> State | None:
     """Take one message of a process; returns how its run ended, if it did."""
     try:
         message = worker.connection.recv()
@@ -183,8 +183,11 @@ def receive(worker: Worker, listener: Listener) -> State | None:
         worker.process.join(PATIENCE)
         worker.process.kill()
         worker.process.join()
-        run = cast(Run, worker.run)
-        return State(FAILED, recorded_epochs(run.folder), f"its process ended with status {worker.process.exitcode}")
+        epochs, status = recorded_epochs(cast(Run, worker.run).folder), worker.process.exitcode
+        # A signal to the whole group reaches the processes too: those that it ends were stopped, they have not failed.
+        if stop.is_set() and status == -signal.SIGTERM:
+            return State(BEGUN, epochs)
+        return State(FAILED, epochs, f"its process ended with status {status}")
     if isinstance(message, State):
         return message
     worker.recorded = True

@@ -19,7 +19,7 @@ from controllers.record import Record
 from controllers.training import train
 from demos import paper
 from demos.experiments.plan import BEGUN, DIVERGED, FAILED, FINISHED, WAITING, State
-from demos.experiments.pool import locked, perform, run_all
+from demos.experiments.pool import hire, locked, perform, receive, run_all
 from demos.experiments.progress import Clock, Display
 from demos.experiments.results import load_result
 
@@ -125,6 +125,23 @@ def test_a_killed_process_costs_one_run_which_then_goes_on(tmp_path, in_one_go):
     assert 20 <= state.epochs < EPOCHS
     assert perform(plan[0], never, lambda record: None) == State(FINISHED, EPOCHS)
     assert curve(plan[0].folder) == in_one_go
+
+
+@pytest.mark.parametrize(
+    ("asked", "number", "word", "reason"),
+    [
+        (True, signal.SIGTERM, BEGUN, ""),
+        (True, signal.SIGKILL, FAILED, "its process ended with status -9"),
+        (False, signal.SIGTERM, FAILED, "its process ended with status -15"),
+    ],
+)
+def test_a_process_ended_by_the_signal_that_stops_the_program_has_not_failed(tmp_path, asked, number, word, reason):
+    (run,) = small_plan(tmp_path, "R")
+    worker, stop = replace(hire(tmp_path), run=run), threading.Event()
+    if asked:
+        stop.set()
+    os.kill(worker.process.pid, number)
+    assert receive(worker, Silent(), stop) == State(word, 0, reason)
 
 
 def test_a_divergence_is_a_result_and_is_on_record(tmp_path):
