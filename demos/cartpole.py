@@ -1,5 +1,10 @@
 """A cart with poles to touch: drag the cart, kick a pole, switch flow and number of poles, watch it recover."""
 
+from demos.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence

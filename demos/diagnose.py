@@ -6,6 +6,11 @@
 Opens a window unless it is told to save; docs/diagnostics.md says what one sees.
 """
 
+from demos.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,5 +1,10 @@
 """Two dogs herd four sheep to a target: drag the target anywhere, or take over a dog with the mouse."""
 
+from demos.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence

@@ -6,6 +6,11 @@
 Opens a window unless it is told to save; prints what is measured either way. docs/landscape.md says what one sees.
 """
 
+from demos.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,6 +6,11 @@
 Needs Newton, `pip install "warp_phys[newton]"`. Opens a window unless it is told to save; prints the losses either way.
 """
 
+from demos.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 import time
 from collections.abc import Mapping, Sequence

@@ -7,13 +7,12 @@ Leaves in `out` a folder per run, epochs.csv, runs.csv, summary.csv, summary.md,
 killed, it goes on where it was when it is called again.
 """
 
-import os
-import signal
+from demos.interrupt import end_on_interrupt
 
 if __name__ == "__main__":
-    # Importing torch takes seconds; until the program listens itself, Ctrl-C just ends it, without a traceback.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    end_on_interrupt()
 
+import os
 import shlex
 import sys
 import threading

@@ -1,5 +1,10 @@
 """The plane of two parameters: click a start, see the paths of R, M, S and C, and which of them go round in circles."""
 
+from demos.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

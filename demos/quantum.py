@@ -1,5 +1,10 @@
 """A quantum particle steered by tilting its well: choose the state to reach, disturb it by a click."""
 
+from demos.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence

@@ -1,5 +1,10 @@
 """A race: the same initial weights trained live with R, M, S and C, side by side; learning curves grow below."""
 
+from demos.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,6 +6,11 @@
 The environment is made by its registered name, as any other one is: there is no code of ours between the two libraries.
 """
 
+from demos.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 import time
 from collections.abc import Sequence

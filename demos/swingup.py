@@ -5,14 +5,14 @@
 Leaves in `out`: curves.png, swingup.gif, summary.txt, and the record of each training as regular.csv and combined.csv.
 """
 
-import os
-import signal
+from demos.interrupt import end_on_interrupt
 
 if __name__ == "__main__":
-    # Importing torch takes seconds; until the demo listens itself, Ctrl-C just ends it, without a traceback.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    end_on_interrupt()
 
 import multiprocessing
+import os
+import signal
 import sys
 import textwrap
 import time

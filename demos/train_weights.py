@@ -8,6 +8,11 @@ watch for minutes they are trained so that they last: a pool of states is unroll
 of the unrolling become the next starts, but for some that start afresh.
 """
 
+from demos.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import math
 import sys
 import time

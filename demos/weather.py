@@ -4,6 +4,11 @@ python -m demos.weather
 python -m demos.weather --system cartpole --save weather.gif
 """
 
+from demos.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
