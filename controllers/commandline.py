@@ -35,6 +35,16 @@ class Parser(ArgumentParser):
         """Exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    @contextmanager
+    def answering(self, what: str = "the run") -> Iterator[None]:
+        """Answer what goes wrong inside with one line: status 1 where it diverges, 2 where a file cannot be had."""
+        try:
+            yield
+        except Diverged as error:
+            self.exit(1, f"{self.prog}: error: {what} diverged: {error}\n")
+        except OSError as error:
+            self.error(str(error))
+
 
 @dataclass(frozen=True)
 class Command:

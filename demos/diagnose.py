@@ -25,6 +25,7 @@ from controllers.settings import check_number
 from demos.animation import has_display
 from demos.diagnostics_picture import draw
 from demos.landscape_picture import save
+from demos.outputs import PICTURES, check_file
 from demos.weather_numbers import Scenario, train
 from warp_phys.diagnostics import Diagnosis
 from warp_phys.interop.torch import diagnose
@@ -44,7 +45,7 @@ class Settings:
     samples: int = 64
     """Initial states of the diagnosis."""
     probes: int = 16
-    """Probes for the rotation of the updates; 0 leaves it out."""
+    """Probes for the rotation of the updates, at least 3; 0 leaves it out."""
     seed: int = 0
     """Seed of weights and states."""
     save: str = ""
@@ -54,8 +55,10 @@ class Settings:
         """Check every setting."""
         for name, least in (("poles", 1), ("steps", 2), ("epochs", 0), ("samples", 1), ("probes", 0), ("seed", 0)):
             check_number(name, getattr(self, name), int, at_least=least)
-        if self.save and Path(self.save).suffix.lower() not in (".png", ".pdf", ".svg"):
-            raise ValueError(f"save must end in .png, .pdf, .svg, got {self.save!r}")
+        if self.probes in (1, 2):
+            raise ValueError(f"probes must be 0, or at least 3 for a standard error, got {self.probes}")
+        if self.save:
+            check_file("save", self.save, PICTURES)
 
 
 def compute(settings: Settings) -> Diagnosis:
@@ -79,12 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if not settings.save and not has_display():
         parser.error("there is no display to open a window on; give --save FILE.png")
-    found = compute(settings)
+    with parser.answering():
+        found = compute(settings)
     print(found)
     if settings.save:
         figure, path = Figure(figsize=(12.0, 6.8), layout="constrained"), Path(settings.save)
         draw(figure, found)
-        with atomic_write(path) as file:
+        with parser.answering(), atomic_write(path) as file:
             save(figure, file, path.suffix[1:].lower())
         print(f"Picture: {path.resolve()}")
     else:

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.save:
         figure, path = Figure(**layout), Path(settings.save)
         draw(figure, settings, found)
-        with atomic_write(path) as file:
+        with parser.answering(), atomic_write(path) as file:
             save(figure, file, path.suffix[1:].lower())
         print(f"Picture: {path.resolve()}")
     else:

@@ -3,20 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from controllers.settings import check_number
+from demos.outputs import PICTURES, check_file
 from warp_phys import plane
 from warp_phys.flow import resolve
 from warp_phys.landscape import FlowLike, Landscape
 from warp_phys.systems import Polynomial
 
 FLOWS = ("R", "M", "S", "C")
-FORMATS = (".png", ".pdf", ".svg")
 SOLVED = 1e-4
 """Loss below which a path counts as arrived."""
 GRID_STARTS = 29
@@ -62,8 +61,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        if self.save and Path(self.save).suffix.lower() not in FORMATS:
-            raise ValueError(f"save must end in {', '.join(FORMATS)}, got {self.save!r}")
+        if self.save:
+            check_file("save", self.save, PICTURES)
         if not 1 <= len(self.starts) <= 9:
             raise ValueError(f"there must be one to nine starts, got {len(self.starts)}")
         for name in ("rate", "reach"):

@@ -28,6 +28,7 @@ from controllers.commandline import Parser, add_flags
 from controllers.networks import MLP
 from demos.colours import colour
 from demos.newton_tasks import TASKS, Task
+from demos.outputs import PICTURES, check_file
 from demos.swingup import has_display
 from warp_phys.errors import check_choice, check_count
 from warp_phys.flow import resolve
@@ -53,20 +54,23 @@ class Settings:
     seed: int = 0
     """Seed of the weights and of the initial states."""
     save: str = ""
-    """File for the picture; without, a window opens."""
+    """File for the picture (.png, .pdf or .svg); without, a window opens."""
 
     def __post_init__(self) -> None:
         """Check the settings."""
         check_choice("task", self.task, tuple(TASKS))
         check_count("updates", self.updates)
         check_count("worlds", self.worlds)
-        check_count("steps", self.steps, least=0)
+        for name in ("steps", "seed"):
+            check_count(name, getattr(self, name), least=0)
         for letter in self.flows:
             resolve(letter)
         if not self.flows:
             raise ValueError("flows must name at least one flow, got none")
         if not self.rate > 0.0:
             raise ValueError(f"rate must be positive, got {self.rate}")
+        if self.save:
+            check_file("save", self.save, PICTURES)
 
 
 class Curve(NamedTuple):
@@ -126,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{system}, {settings.steps or task.steps} steps, {settings.updates} updates, seed {settings.seed}")
     curves = {}
     for letter in settings.flows:
-        curves[letter] = curve = train(task, system, settings, letter)
+        with parser.answering(f"the training with {letter}"):
+            curves[letter] = curve = train(task, system, settings, letter)
         best = min(curve.losses)
         print(
             f"{letter} {resolve(letter).name:<9} test loss {curve.losses[0]:.4f} → {curve.losses[-1]:.4f}, best "
@@ -137,8 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.save:
         figure, path = Figure(**layout), Path(settings.save)
         draw(figure, settings, curves)
-        with atomic_write(path) as file:
-            figure.savefig(file, format=path.suffix[1:].lower() or "png", dpi=110)
+        with parser.answering(), atomic_write(path) as file:
+            figure.savefig(file, format=path.suffix[1:].lower(), dpi=110)
         print(f"Picture: {path.resolve()}")
     else:
         from matplotlib import pyplot as plt  # noqa: PLC0415, it looks for a display as soon as it is imported

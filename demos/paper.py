@@ -40,6 +40,7 @@ from demos.experiments.progress import Display
 from demos.experiments.published import EXPERIMENTS, experiment_of, parse_levels, parse_seeds
 from demos.experiments.results import load_results
 from demos.experiments.tables import write_tables
+from demos.outputs import check_folder
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Paper, str]:
         given["experiment"] = tuple(name for name in EXPERIMENTS if name in names or None in names)
     try:
         settings = Paper(**{**defaults, **given})
+        if not action:
+            check_folder("out", settings.out)
         if action in ("", "list"):
             check_plan(settings.out, settings.plan())
         return settings, action

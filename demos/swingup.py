@@ -35,6 +35,7 @@ from controllers.settings import Training, check_number
 from controllers.training import train
 from demos.animation import Scene, has_display, write_gif
 from demos.colours import colour
+from demos.outputs import check_folder
 from warp_phys import Diverged
 from warp_phys.interop.torch import Rollout
 
@@ -61,8 +62,7 @@ class Swingup:
     def __post_init__(self) -> None:
         """Check the settings of the demo; those of the trainings are checked by `Training`."""
         check_number("frames", self.frames, int, at_least=2, below=self.training("combined").steps + 2)
-        if not self.out:
-            raise ValueError("out must name a folder, got an empty name")
+        check_folder("out", self.out)
 
     def training(self, flow: str) -> Training:
         """The training with this flow; it keeps its files to itself, the demo writes its own."""
@@ -262,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = train_both(settings)
     if isinstance(outcomes, int):
         return outcomes
-    print("\n" + write_results(settings, outcomes, time.perf_counter() - start))
+    with parser.answering():
+        print("\n" + write_results(settings, outcomes, time.perf_counter() - start))
     animation = (Path(settings.out) / "swingup.gif").resolve()
     print(f"Animation: {animation}\nCurves:    {animation.with_name('curves.png')}")
     if settings.open and has_display():

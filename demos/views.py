@@ -30,6 +30,7 @@ from controllers.settings import check_number
 from demos.animation import has_display, write_pictures
 from demos.colours import POLES, colour
 from demos.frame import Demo, Stage
+from demos.outputs import check_file
 
 FORMATS = (".gif", ".png", ".mp4")
 INTERVAL = 15
@@ -63,8 +64,8 @@ class View:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        if self.save and Path(self.save).suffix.lower() not in FORMATS:
-            raise ValueError(f"save must end in {', '.join(FORMATS)}, got {self.save!r}")
+        if self.save:
+            check_file("save", self.save, FORMATS)
         if self.save and self.browser:
             raise ValueError("save and browser exclude each other")
         check_number("seconds", self.seconds, float, at_least=0)
@@ -102,7 +103,7 @@ def run(
         parser.error(str(error))
     size, clip = (getattr(sized or make, word, getattr(Demo, word)) for word in ("size", "clip"))
     try:
-        with mpl.rc_context(STYLE), stop_on_signals() as (stop, received):
+        with parser.answering("the demo"), mpl.rc_context(STYLE), stop_on_signals() as (stop, received):
             if view.save:
                 save(lambda figure: make(figure, settings), view, size, clip, stop)
             elif view.browser:

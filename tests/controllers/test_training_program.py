@@ -14,7 +14,7 @@ from small_training import small, without_seconds
 
 from controllers import train
 from controllers.checkpoint import load_checkpoint
-from controllers.commandline import main, stop_on_signals
+from controllers.commandline import Parser, main, stop_on_signals
 from controllers.progress import Progress
 from controllers.record import Record, read_record
 from controllers.training import Loop
@@ -126,6 +126,24 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("python -m controllers: error: ")
     assert str(tmp_path / "file") in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "message"),
+    [
+        (Diverged(3, [0]), 1, "prog: error: the training diverged: the trajectory leaves the finite numbers at step 3"),
+        (
+            OSError(28, "No space left on device", "a.png"),
+            2,
+            "prog: error: [Errno 28] No space left on device: 'a.png'",
+        ),
+    ],
+)
+def test_a_parser_answers_what_goes_wrong_in_a_run(wrong, status, message, capsys):
+    with pytest.raises(SystemExit) as ended, Parser(prog="prog").answering("the training"):
+        raise wrong
+    error = capsys.readouterr().err
+    assert ended.value.code == status and error.startswith(message) and error.count("\n") == 1
 
 
 class Terminal(io.StringIO):

@@ -116,6 +116,8 @@ def test_the_picture_has_the_numbers_and_colours():
         (weather.main, ["--system", "pendulum"], "system must be one of quantum, cartpole, got 'pendulum'"),
         (weather.main, ["--horizon", "999"], "horizon"),
         (program.main, ["--steps", "1"], "steps"),
+        (program.main, ["--probes", "1"], "probes must be 0, or at least 3 for a standard error, got 1"),
+        (program.main, ["--probes", "2"], "probes must be 0, or at least 3 for a standard error, got 2"),
         (program.main, ["--save", "x.gif"], "save must end in .png, .pdf, .svg, got 'x.gif'"),
     ],
 )

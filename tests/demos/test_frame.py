@@ -19,6 +19,7 @@ from demos import views
 from demos.frame import Demo
 from demos.views import run
 from tests.demos.touch import mouse, pixels, staged
+from warp_phys import Diverged
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,18 @@ def test_a_mistake_in_a_demo_ends_it(capsys):
     assert Bar.closed == before + 1
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), 5)
+
+
+def test_a_divergence_takes_one_line(tmp_path, capsys):
+    class Diverging(Bar):
+        def advance(self, dt):
+            raise Diverged(3, [0])
+
+    with pytest.raises(SystemExit) as exit_status:
+        run("bar", "A bar.", Diverging, Settings, ["--save", str(tmp_path / "a.png")])
+    error = capsys.readouterr().err
+    assert exit_status.value.code == 1 and error.count("\n") == 1
+    assert error.startswith("python -m demos.bar: error: the demo diverged: the trajectory leaves the finite numbers")
 
 
 def test_no_thread_is_left(tmp_path):

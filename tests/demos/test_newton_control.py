@@ -36,14 +36,26 @@ def test_the_ant_stands():
         (["--flows", "X"], "flow"),
         (["--updates", "0"], "updates must be at least 1, got 0"),
         (["--rate", "0"], "rate must be positive, got 0.0"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--save", "x.xyz"], "save must end in .png, .pdf, .svg, got 'x.xyz'"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--save", "x.png"])
+        main(["--save", "x.png", *arguments])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_divergence_takes_one_line(tmp_path, capsys):
+    line = "--flows R --updates 3 --worlds 2 --steps 5 --rate 1e30 --save".split()
+    with pytest.raises(SystemExit) as stop:
+        main([*line, str(tmp_path / "x.png")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1
+    assert "error: the training with R diverged: the trajectory leaves the finite numbers at step" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_defaults_are_valid():
