@@ -16,7 +16,8 @@ if __name__ == "__main__":
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +30,13 @@ import warp
 from controllers.checkpoint import CONTROLLER
 from controllers.commandline import Parser
 from controllers.networks import make_network
-from controllers.settings import Training
+from controllers.settings import Training, check_number
 from controllers.training import train
 from demos import cartpole, herd, quantum
 from demos.experiments.plan import find_runs
 from demos.experiments.published import EXPERIMENTS
-from demos.weights import FOLDER, save_weights
+from demos.outputs import check_folder
+from demos.weights import FOLDER, load_arrays, save_weights
 from warp_phys.interop.torch import Rollout
 from warp_phys.systems import Quantum, System
 
@@ -261,6 +263,18 @@ class Teller:
             print(f"{self.name}: {done}, loss {loss:.4g}, {now - self.start:.0f} s", flush=True)
 
 
+def check(given: Namespace, demos: Collection[str]) -> None:
+    """Raise ValueError where numbers, runs or the files of these demos are not such that a training could end well."""
+    for name in ("epochs", "updates"):
+        if getattr(given, name) is not None:
+            check_number(name, getattr(given, name), int, at_least=1)
+    if given.runs and not find_runs(given.runs):
+        raise ValueError(f"runs must name a folder with runs of demos.paper, got {given.runs!r}, which holds none")
+    check_folder("out", given.out)
+    for demo in sorted(demos):
+        load_arrays(demo, given.out)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; returns the exit status."""
     known = tasks()
@@ -270,10 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demos", nargs="*", metavar="DEMO", help=f"Whose controllers: {', '.join(demos)} (default: all)."
     )
     parser.add_argument("--only", nargs="+", metavar="KEY", help="Only these of them, such as 1-C for the cart-pole.")
-    parser.add_argument("--epochs", type=int, default=0, help="Epochs of each published training (default: 1000).")
-    parser.add_argument(
-        "--updates", type=int, default=0, help="Updates of each other training (default: its own number)."
-    )
+    parser.add_argument("--epochs", type=int, help="Epochs of each published training (default: 1000).")
+    parser.add_argument("--updates", type=int, help="Updates of each other training (default: its own number).")
     parser.add_argument("--runs", default="", help="Take finished published runs from this folder of demos.paper.")
     parser.add_argument("--out", type=Path, default=FOLDER, help="Folder for the weights (default: where demos look).")
     given = parser.parse_args(arguments)
@@ -281,15 +293,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = set(given.only or ()) - {task.key for task in chosen}
     if not chosen or unknown or not set(given.demos) <= set(demos):
         parser.error(f"nothing to train; the controllers are {', '.join(f'{task.demo} {task.key}' for task in known)}")
-    for name in ("epochs", "updates"):
-        if getattr(given, name) < 0:
-            parser.error(f"{name} must be at least 1, or 0 for each training's own, got {getattr(given, name)}")
+    try:
+        check(given, {task.demo for task in chosen})
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     warp.config.log_level = warp.LOG_WARNING
     torch.set_num_threads(1)
     for task in chosen:
         tell = Teller(f"{task.demo} {task.key}")
-        controller = make_controller(task, given.runs, given.epochs, given.updates, tell)
-        path = save_weights(task.demo, {task.key: controller}, given.out)
+        with parser.answering(f"the training of {task.demo} {task.key}"):
+            controller = make_controller(task, given.runs, given.epochs or 0, given.updates or 0, tell)
+            path = save_weights(task.demo, {task.key: controller}, given.out)
     print(f"Weights: {path.parent.resolve()}")
     return 0
 

@@ -15,11 +15,7 @@ FOLDER = Path(__file__).parent / "trained"
 
 def save_weights(name: str, weights: Mapping[str, torch.nn.Module], folder: Path = FOLDER) -> Path:
     """Write controllers, by a key each, as one compressed file of float16 numbers; other keys stay as they are."""
-    path = Path(folder) / f"{name}.npz"
-    arrays: dict[str, np.ndarray] = {}
-    if path.exists():
-        with np.load(path) as file:
-            arrays = {entry: file[entry] for entry in file.files}
+    path, arrays = Path(folder) / f"{name}.npz", load_arrays(name, folder)
     for key, controller in weights.items():
         for part, tensor in controller.state_dict().items():
             arrays[f"{key}/{part}"] = tensor.detach().cpu().numpy().astype(np.float16)
@@ -28,6 +24,22 @@ def save_weights(name: str, weights: Mapping[str, torch.nn.Module], folder: Path
     with atomic_write(path) as file:
         file.write(memory.getvalue())
     return path
+
+
+def load_arrays(name: str, folder: Path = FOLDER) -> dict[str, np.ndarray]:
+    """Return all that a file of weights holds, by key and parameter; nothing where there is no file.
+
+    Raises:
+        ValueError: The file is something else.
+    """
+    path = Path(folder) / f"{name}.npz"
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path) as file:
+            return {entry: file[entry] for entry in file.files}
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no file of weights ({error}); delete it, or choose another folder") from None
 
 
 def load_weights(name: str, key: str, controller: torch.nn.Module, folder: Path = FOLDER) -> torch.nn.Module:

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from demos import diagnose, outputs
+from demos import diagnose, outputs, train_weights
 from demos.outputs import PICTURES, check_file, check_folder
 from warp_phys import Diverged
 
@@ -58,6 +58,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
         ("plane", "--save", "file/a.png"),
         ("paper", "--out", "file"),
         ("swingup", "--out", "file"),
+        ("train_weights", "--out", "file"),
     ],
 )
 def test_demos_refuse_it_before_they_run(name, flag, path, tmp_path, monkeypatch, capsys):
@@ -89,8 +90,9 @@ def diverge(*arguments):
             ["--save", "a.png"],
             "the run diverged: the trajectory leaves the finite numbers at step 3",
         ),
+        (train_weights, "make_controller", ["herd"], "the training of herd R diverged: the trajectory leaves"),
     ],
-    ids=["diagnose"],
+    ids=["diagnose", "train_weights"],
 )
 def test_a_divergence_takes_one_line(demo, function, line, message, monkeypatch, capsys):
     monkeypatch.setattr(demo, function, diverge)

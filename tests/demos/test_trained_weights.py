@@ -90,6 +90,26 @@ def test_dogs_keep_their_bounds():
         assert least <= part.min() and part.max() <= most
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--epochs", "0"], "epochs must be an integer at least 1, got 0"),
+        (["--updates", "-2"], "updates must be an integer at least 1, got -2"),
+        (["--runs", "nowhere"], "runs must name a folder with runs of demos.paper, got 'nowhere', which holds none"),
+        (["--runs", "."], "runs must name a folder with runs of demos.paper, got '.', which holds none"),
+        (["--out", "."], "cartpole.npz is no file of weights"),
+    ],
+)
+def test_mistakes_take_one_line(line, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cartpole.npz").write_bytes(b"PK\x03\x04 torn")
+    monkeypatch.setattr(train_weights, "make_controller", lambda *_: pytest.fail("a training has begun"))
+    with pytest.raises(SystemExit) as ended:
+        train_weights.main(["cartpole", "--out", str(tmp_path / "new"), *line])
+    said, error = capsys.readouterr()
+    assert ended.value.code == 2 and message in error and error.count("\n") == 1 and not said
+
+
 def test_mistakes(capsys):
     with pytest.raises(SystemExit):
         train_weights.main(["cartpole", "--only", "9-C"])
