@@ -71,6 +71,8 @@ def perform(run: Run, stop: Callable[[], bool], progress: Callable[[Record], Non
 
 def serve(home: Connection, out: str) -> None:
     """Body of a process: performs the runs that it is sent until it is sent None, or nobody is there any more."""
+    # One to the whole group reaches the program too, which then asks to stop: nothing is lost.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     warp.config.log_level = warp.LOG_ERROR
 
@@ -184,7 +186,7 @@ def receive(worker: Worker, listener: Listener, stop: threading.Event) -> State 
         worker.process.kill()
         worker.process.join()
         epochs, status = recorded_epochs(cast(Run, worker.run).folder), worker.process.exitcode
-        # A signal to the whole group reaches the processes too: those that it ends were stopped, they have not failed.
+        # A signal to the whole group ends a process that has not begun to serve: it was stopped, it has not failed.
         if stop.is_set() and status == -signal.SIGTERM:
             return State(BEGUN, epochs)
         return State(FAILED, epochs, f"its process ended with status {status}")

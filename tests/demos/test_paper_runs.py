@@ -66,7 +66,8 @@ def never():
     return False
 
 
-def test_ctrl_c_leaves_everything_to_go_on_with(tmp_path, in_one_go):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_everything_to_go_on_with(number, status, tmp_path, in_one_go):
     out = tmp_path / "out"
     first, second = small_plan(out, epochs=EPOCHS)
     line = ["--experiment", "cartpole", "--level", "1", "--flow", "R", "C", "--clip", "none", "--seeds", "1"]
@@ -78,14 +79,16 @@ def test_ctrl_c_leaves_everything_to_go_on_with(tmp_path, in_one_go):
         while not (second.folder / "checkpoint.pt").exists():
             assert program.poll() is None, program.stderr.read()
             time.sleep(0.002)
-        # A terminal sends Ctrl-C to the whole group.
-        os.killpg(program.pid, signal.SIGINT)
+        early = (second.folder / "checkpoint.pt").stat().st_ino
+        # A terminal sends Ctrl-C to the whole group, a queue of jobs its own signal.
+        os.killpg(program.pid, number)
         # This waits until nobody holds the other end any more, so for the process of the run as well.
         said = program.communicate(timeout=60)[1]
     finally:
         program.kill()
         program.wait()
-    assert program.returncode == 130, said
+    assert program.returncode == status, said
+    assert (second.folder / "checkpoint.pt").stat().st_ino != early  # saved once more, as it was when the signal came
     assert "Stopped with 1 of 2 runs done; everything is saved." in said
     assert "Traceback" not in said
     assert first.state() == State(FINISHED, EPOCHS)
