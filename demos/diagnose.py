@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("there is no display to open a window on; give --save FILE.png")
     with parser.answering():
         found = compute(settings)
-    print(found)
+    print(found, flush=True)
     if settings.save:
         figure, path = Figure(figsize=(12.0, 6.8), layout="constrained"), Path(settings.save)
         draw(figure, found)

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not settings.save and not has_display():
         parser.error("there is no display to open a window on; give --save FILE.png")
     found = compute(settings)
-    print(summarise(settings, found), end="")
+    print(summarise(settings, found), end="", flush=True)
     layout: dict[str, Any] = {"figsize": (12.5, 12.2), "layout": "constrained"}
     if settings.save:
         figure, path = Figure(**layout), Path(settings.save)

@@ -127,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # the networks are small
     task = TASKS[settings.task]
     system = task.build(settings.worlds)
-    print(f"{system}, {settings.steps or task.steps} steps, {settings.updates} updates, seed {settings.seed}")
+    steps = settings.steps or task.steps
+    print(f"{system}, {steps} steps, {settings.updates} updates, seed {settings.seed}", flush=True)
     curves = {}
     for letter in settings.flows:
         with parser.answering(f"the training with {letter}"):

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def load_arrays(name: str, folder: Path = FOLDER) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as file:
             return {entry: file[entry] for entry in file.files}
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is no file of weights ({error}); delete it, or choose another folder") from None
 
 

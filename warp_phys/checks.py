@@ -15,8 +15,9 @@ def check_number(name: str, value: Any, least: float = -math.inf, positive: bool
         ...
     ValueError: control_cost must be a number of at least 0, got -1.0
     """
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
-        if -math.inf < value < math.inf and value >= least and (value > 0.0 or not positive):
+    number = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    if isinstance(number, (int, float)) and not isinstance(number, bool):
+        if -math.inf < number < math.inf and number >= least and (number > 0.0 or not positive):
             return
         error: type[Exception] = ValueError
     else:

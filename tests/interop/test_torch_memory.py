@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.springs import Springs
-from warp_phys import Combined, Dense, Diverged, Polynomial, agree
+from warp_phys import STOPPED, Combined, Dense, Diverged, Flow, Polynomial, agree
 from warp_phys import Rollout as WarpRollout
 from warp_phys.flow import combine, resolve
 from warp_phys.interop.torch import Rollout, Update, diagnose
@@ -132,7 +132,7 @@ def test_copies(copied):
 
 def test_checkpoints():
     update, other, forgetful = make(), make(), make()
-    assert update.state_dict() == {"mean": None, "shapes": []}
+    assert update.state_dict() == {"flow": None, "means": {}}
     for seed in range(3):
         update(start(seed))
     for one in (other, forgetful):
@@ -143,7 +143,7 @@ def test_checkpoints():
     other.load_state_dict(state)
     update(start(3))
     other(start(3))
-    assert not torch.equal(state["mean"], update.state_dict()["mean"])  # a copy
+    assert all((state["means"][name] != mean).any() for name, mean in update.state_dict()["means"].items())  # copies
     check_continues(update, other)
     for seed in range(3, 6):
         forgetful(start(seed))
@@ -152,22 +152,66 @@ def test_checkpoints():
 
 def test_states_that_do_not_fit():
     update = make()
-    with pytest.raises(ValueError, match="must have mean and shapes"):
-        update.load_state_dict({"mean": None})
-    with pytest.raises(ValueError, match=r"shape \(6,\) for its shapes, got \(5,\)"):
-        update.load_state_dict({"mean": torch.zeros(5), "shapes": [(2, 3)]})
-    with pytest.raises(TypeError, match="tensor or None, got list"):
-        update.load_state_dict({"mean": [0.0], "shapes": [(1,)]})
+    for state in ({"means": {}}, None, {1: 2, "flow": None}):
+        with pytest.raises(ValueError, match="state must have flow and means"):
+            update.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"mean of 0.bias of shape \(5,\), but 0.bias has shape \(19,\)"):
+        update.load_state_dict({"flow": None, "means": {"0.bias": torch.zeros(5)}})
+    with pytest.raises(ValueError, match="but 7.bias is no parameter of the controller"):
+        update.load_state_dict({"flow": None, "means": {"7.bias": torch.zeros(5)}})
+    with pytest.raises(TypeError, match="mean of 0.bias must be a tensor, got list"):
+        update.load_state_dict({"flow": None, "means": {"0.bias": [0.0]}})
 
 
-def test_other_parameters_begin_a_new_average():
-    update = make()
+def test_a_state_of_another_precision_is_converted():
+    """As one of another device is: checkpoints are often read on a CPU."""
+    update, other = make(), make()
     update(start(0))
-    update.rollout.controller[0].bias.requires_grad_(False)
+    state = update.state_dict()
+    state["means"] = {name: mean.float() for name, mean in state["means"].items()}
+    other.load_state_dict(state)
+    assert other._mean().dtype == torch.float64
+    torch.testing.assert_close(other._mean(), update._mean(), rtol=1e-6, atol=1e-8)
+
+
+def parts(update):
+    return {name: mean.clone() for name, mean in update.state_dict()["means"].items()}
+
+
+def test_every_parameter_has_its_own_average():
+    """That of a parameter that is frozen is kept until it is trained again; one that comes anew begins at zero."""
+    update = make()
+    controller = update.rollout.controller
+    update(start(0))
+    first = parts(update)
+    controller[0].bias.requires_grad_(False)
     update(start(1))
-    size = sum(p.numel() for p in update.rollout.controller.parameters() if p.requires_grad)
-    assert update.state_dict()["mean"].shape == (size,)
-    assert float(update.state_dict()["mean"].norm()) == pytest.approx(0.1)
+    second = parts(update)
+    assert torch.equal(second["0.bias"], first["0.bias"]) and not torch.equal(second["2.bias"], first["2.bias"])
+    assert len(update._mean()) == sum(p.numel() for p in controller.parameters() if p.requires_grad)
+    controller[0].bias.requires_grad_(True)
+    update(start(2))
+    assert update._mean().norm() > 0.1  # 0.1 is the length of one update's share
+    assert not torch.equal(parts(update)["0.bias"], first["0.bias"])
+    controller.requires_grad_(False)
+    for backend in ("fused", "general"):
+        update.rollout._backend = backend
+        before = parts(update)
+        update(start(3))
+        assert all(torch.equal(mean, before[name]) for name, mean in parts(update).items())
+
+
+def test_the_average_is_that_of_one_flow():
+    update, other = make(Combined(memory=0.9)), make(Combined(other=STOPPED, memory=0.9))
+    update(start(0))
+    for one in (update, other):
+        one.rollout.flow = Combined(other=STOPPED, memory=0.9)
+        one(start(1))
+    assert float(update._mean().norm()) == pytest.approx(0.1)
+    assert float(make(Combined(other=Flow((1.0,) * STEPS, 0.5), memory=0.9))(start(0))) > 0.0
+    update.rollout.flow = Combined(other=STOPPED, memory=0.5)  # another decay of the same average
+    update(start(2))
+    assert float(update._mean().norm()) > 0.5 * 0.9
 
 
 def test_a_step_that_diverges_changes_nothing():
@@ -209,9 +253,9 @@ def test_an_update_that_is_not_finite_stays_out():
     flow, mean = Combined(memory=0.5), torch.tensor([1.0, -1.0])
     base = torch.tensor([2.0, 3.0])
     for value in (torch.inf, torch.nan):
-        update = combine_remembering(flow, [base, torch.tensor([value, 1.0])], mean)
+        update = combine_remembering(flow, base, torch.tensor([value, 1.0]), mean)
         assert torch.equal(update, torch.tensor([2.0, 0.0])) and torch.equal(mean, torch.tensor([1.0, -1.0]))
-    combine_remembering(flow, [base, torch.zeros(2)], mean)
+    combine_remembering(flow, base, torch.zeros(2), mean)
     assert torch.equal(mean, torch.tensor([0.5, -0.5]))
 
 

@@ -294,14 +294,16 @@ def test_a_controller_that_returns_more_than_controls(device):
 
 
 def test_a_controller_without_a_graph(device):
-    """It can be rolled out; it cannot be trained, and says so, unless it is not to be trained."""
-    net, x0 = network(device=device), start(device).requires_grad_()
-    controller = Wrapped(net, after=torch.Tensor.detach)
-    rollout = Rollout(SYSTEM, controller, STEPS, "C")
+    """It can be rolled out; it cannot be trained, and says so where nothing else is asked for, as torch does."""
+    net, x0 = network(device=device), start(device)
+    rollout = Rollout(SYSTEM, Wrapped(net, after=torch.Tensor.detach), STEPS, "C")
     loss = SYSTEM.loss(*rollout(x0))
     with pytest.raises(ValueError, match="controller must be differentiable: what it returns has no graph back to"):
         loss.backward()
-    controller.requires_grad_(False)
+    mass = torch.tensor(0.2, dtype=torch.float64, device=device, requires_grad=True)
+    SYSTEM.loss(*rollout(x0, {"pole_mass": mass})).backward()
+    assert mass.grad.any()
+    x0.requires_grad_()
     SYSTEM.loss(*rollout(x0)).backward()
     assert x0.grad.any()
 

@@ -308,9 +308,22 @@ def test_no_grad_around_a_call():
         assert all(p.grad is not None and p.grad.any() for p in module.parameters())
 
 
-def test_a_weight_of_the_controls_may_have_a_gradient():
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_weight_of_the_controls_may_have_a_gradient(value):
     system = CartPole(poles=1)
     states, controls = torch.zeros(4, 2, system.state_size), torch.full((3, 2, 1), 2.0)
-    weight = torch.tensor(0.5, requires_grad=True)
+    weight = torch.tensor(value, requires_grad=True)
     system.loss(states, controls, control_cost=weight).backward()
     assert float(weight.grad) == 4.0
+    with pytest.raises(ValueError, match="control_cost needs the controls"):
+        system.loss(states, control_cost=weight)
+
+
+@pytest.mark.parametrize("weight", [np.float32(0.5), np.array(0.5), torch.tensor(0.5)])
+def test_numbers_of_libraries_as_weights_of_the_controls(weight):
+    results = []
+    for control_cost in (0.5, weight):
+        module = network()
+        results.append((Rollout(SYSTEM, module, STEPS).value_and_grad(start(), iter([3, 5]), control_cost), module))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1][0].weight.grad, results[1][1][0].weight.grad)

@@ -122,7 +122,7 @@ class WholeUpdate:
         else:
             assert isinstance(self.flow, Combined)
             skip = self.diverged if step else torch.ones_like(self.diverged)
-            self.update.copy_(combine_remembering(self.flow, parts, self._mean, skip))
+            self.update.copy_(combine_remembering(self.flow, parts[0], parts[1], self._mean, skip))
         self.grad.copy_(self.update)
         clip_gradients([self.grad], self.clip, self.clip_at)
 

@@ -1,68 +1,97 @@
 """The running average of an update that a flow with a memory consults."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 import torch
 
-from warp_phys.flow import Combined
+from warp_phys.flow import Combined, Flow
+from warp_phys.interop.sums import split
 
 
 class Memory:
-    """A running average over the updates of a training, of all trained parameters in one flat tensor.
+    """Running averages over the updates of a training by one flow, for each parameter of a controller, by name.
 
-    It begins at zero, and again where the trained parameters are others in number or shape.
+    They begin at zero, and again where the flow becomes another. Those of parameters that are not trained now are kept.
     """
 
     def __init__(self) -> None:
-        self._mean: torch.Tensor | None = None
-        self._shapes: list[torch.Size] = []
+        self._flow: tuple | None = None
+        self._means: dict[str, torch.Tensor] = {}
+        self._flat: torch.Tensor | None = None
+        self._trained: list[tuple[int, torch.Size]] = []
 
-    def mean(self, trainable: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the average, in memory that stays; for the parameters that are trained now."""
-        shapes, first = [parameter.shape for parameter in trainable], trainable[0]
-        old = self._mean
-        if old is None or self._shapes != shapes or (old.dtype, old.device) != (first.dtype, first.device):
-            size = sum(parameter.numel() for parameter in trainable)
-            self._mean, self._shapes = torch.zeros(size, dtype=first.dtype, device=first.device), shapes
-        assert self._mean is not None
-        return self._mean
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what knows parameters by their place in memory."""
+        means = {name: mean.clone() for name, mean in self._means.items()}
+        return {"_flow": self._flow, "_means": means, "_flat": None, "_trained": []}
+
+    def mean(self, flow: Combined, controller: torch.nn.Module) -> torch.Tensor | None:
+        """Return the averages of all parameters that are trained, in one flat tensor that stays as long as they do.
+
+        None where no parameter is trained.
+        """
+        if self._flow != astuple(flow.other):
+            self._flow, self._means, self._flat = astuple(flow.other), {}, None
+        trained = [p for p in controller.parameters() if p.requires_grad]
+        known = [(id(p), p.shape) for p in trained]
+        if self._flat is None or self._trained != known or not _is_beside(self._flat, trained[0]):
+            self._trained, self._flat = known, self._gather(controller) if trained else None
+        return self._flat
+
+    def _gather(self, controller: torch.nn.Module) -> torch.Tensor:
+        """Return a new flat tensor with what is known of the trained parameters, zero for the others."""
+        named = {name: p for name, p in controller.named_parameters() if p.requires_grad}
+        like, size = next(iter(named.values())), sum(p.numel() for p in named.values())
+        flat = torch.zeros(size, dtype=like.dtype, device=like.device)
+        for name, part in zip(named, split(flat, list(named.values())), strict=True):
+            before = self._means.get(name)
+            if before is not None and before.shape == part.shape:
+                part.copy_(before)
+            self._means[name] = part
+        return flat
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs: a copy of the average, or None, and the shapes that it belongs to."""
-        mean = None if self._mean is None else self._mean.clone()
-        return {"mean": mean, "shapes": [tuple(shape) for shape in self._shapes]}
+        """Return what a checkpoint needs: copies of the averages, by the names of parameters, and what they are of."""
+        return {"flow": self._flow, "means": {name: mean.clone() for name, mean in self._means.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned.
+    def load_state_dict(self, state: Mapping[str, Any], controller: torch.nn.Module) -> None:
+        """Take up what `state_dict` returned, of another precision or device if need be.
 
         Raises:
-            TypeError, ValueError: It returned something else.
+            TypeError, ValueError: It returned something else, or its averages are not of this controller's parameters.
         """
-        if set(state) != {"mean", "shapes"}:
-            raise ValueError(f"state must have mean and shapes, as state_dict returns them, got {sorted(state)}")
-        mean, shapes = state["mean"], [torch.Size(shape) for shape in state["shapes"]]
-        if mean is not None and not isinstance(mean, torch.Tensor):
-            raise TypeError(f"the mean in state must be a tensor or None, got {type(mean).__name__}")
-        size = sum(shape.numel() for shape in shapes)
-        if mean is not None and mean.shape != (size,):
-            raise ValueError(f"the mean in state must have shape ({size},) for its shapes, got {tuple(mean.shape)}")
-        self._mean, self._shapes = None if mean is None else mean.clone(), shapes
+        if not isinstance(state, Mapping) or set(state) != {"flow", "means"}:
+            raise ValueError(f"state must have flow and means, as state_dict returns them, got {state!r:.80}")
+        shapes = {name: tuple(p.shape) for name, p in controller.named_parameters()}
+        for name, mean in state["means"].items():
+            if not isinstance(mean, torch.Tensor):
+                raise TypeError(f"the mean of {name} must be a tensor, got {type(mean).__name__}")
+            if shapes.get(name) != tuple(mean.shape):
+                wanted = f"has shape {shapes[name]}" if name in shapes else "is no parameter of the controller"
+                raise ValueError(f"state has a mean of {name} of shape {tuple(mean.shape)}, but {name} {wanted}")
+        self._flow = None if state["flow"] is None else astuple(Flow(*state["flow"]))
+        self._means, self._flat = {name: mean.clone() for name, mean in state["means"].items()}, None
+
+
+def _is_beside(mean: torch.Tensor, parameter: torch.Tensor) -> bool:
+    return (mean.dtype, mean.device) == (parameter.dtype, parameter.device)
 
 
 def combine_remembering(
-    flow: Combined, parts: Sequence[torch.Tensor], mean: torch.Tensor, skip: torch.Tensor | None = None
+    flow: Combined, base: torch.Tensor, other: torch.Tensor, mean: torch.Tensor, skip: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return a flow's update, after the consulted flow's has gone into the average; nothing here waits for a device.
 
     Args:
         flow: A flow with a memory.
-        parts: The updates of its base and of its other flow, flat.
+        base: The update of its base, flat.
+        other: The update of its other flow, flat.
         mean: The average, changed in place: decay · mean + (1 − decay) · other / |other|. Where that is not finite it
             stays.
         skip: A number on the device; where it is not 0, the average stays.
     """
-    base, other = parts
     length = torch.linalg.vector_norm(other, dtype=torch.float64)
     wide = other.double() * torch.where(length > 0.0, (1.0 - flow.memory) / length, 0.0)
     keep = torch.isfinite(length) if skip is None else torch.isfinite(length) & (skip == 0.0)

@@ -34,12 +34,12 @@ class Unroll(torch.autograd.Function):
             )
         if adj_states is None and adj_controls is None:
             return (None,) * (3 + len(trainable))
-        want_rows = ctx.needs_input_grad[2]
+        want_x0, want_rows = ctx.needs_input_grad[1:3]
         seeds = (adj_states, adj_controls)
         adj_x0, adj_rows, grads = ctx.rollout._backward(
-            states, controls, rows, masked, ctx.kept, trainable, seeds, want_rows
+            states, controls, rows, masked, ctx.kept, trainable, seeds, want_rows, not (want_x0 or want_rows)
         )
-        return None, adj_x0 if ctx.needs_input_grad[1] else None, adj_rows, *grads
+        return None, adj_x0 if want_x0 else None, adj_rows, *grads
 
 
 def owned(seed: torch.Tensor | None, like: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:

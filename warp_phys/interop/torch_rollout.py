@@ -203,7 +203,7 @@ class Rollout:
         """
         refuse_inference("value_and_grad")
         refuse_memory(self._flow)
-        check_loss(self.system, when, self.steps, control_cost)
+        when = check_loss(self.system, when, self.steps, control_cost)
         x0 = self.initial_states(x0)
         direct = self.direct_pass(len(x0), when, control_cost)
         if direct is None:
@@ -342,8 +342,12 @@ class Rollout:
         trainable: list[torch.nn.Parameter],
         seeds: tuple[torch.Tensor | None, torch.Tensor | None],
         want_rows: bool,
+        must_train: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
-        """Run the flows backward; return the gradients of x0, of the parameter rows and of the trainable parameters."""
+        """Run the flows backward; return the gradients of x0, of the parameter rows and of the trainable parameters.
+
+        `must_train` says that the last ones are all that is asked for: where there can be none, that is an error.
+        """
         try:
             workspace = self._workspaces.pop()
         except IndexError:  # the first pass, or one within or beside another
@@ -362,7 +366,8 @@ class Rollout:
                 self.system, self._adapter, trajectory, Seeds(arrays[2], arrays[3]), gates, gates_array,
                 list(updates), workspace, want_rows, check=check, fused=self.backend == "fused",
             )  # fmt: skip
-            check.finish()
+            if must_train:
+                check.finish()
             adj_x0 = wp.to_torch(adjoints.x0).clone()
             adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters).clone()
         self._workspaces.append(workspace)

@@ -12,7 +12,7 @@ import torch
 from warp_phys.arrays import shape_message
 from warp_phys.checks import check_number
 from warp_phys.errors import check_choice
-from warp_phys.flow import Combined, linear_parts, memory_in
+from warp_phys.flow import Combined, linear_parts
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import split
 from warp_phys.interop.torch_adam import check_capturable, is_plain, memory_of, numbers_of, options_of
@@ -82,11 +82,11 @@ class Update:
         for name, value, kind in (("rollout", rollout, Rollout), ("optimiser", optimiser, torch.optim.Optimizer)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
-        check_loss(rollout.system, when, rollout.steps, control_cost)
+        when = check_loss(rollout.system, when, rollout.steps, control_cost)
         check_number("clip_at", clip_at, positive=True)
         _check_optimiser(optimiser, rollout.controller)
         self.rollout, self.optimiser = rollout, optimiser
-        self._loss = when if isinstance(when, str) else tuple(when), float(control_cost)
+        self._loss = when, float(control_cost)
         self._clipping = check_choice("clip", clip, tuple(CLIPPING)), float(clip_at)
         self._graph, self._memory = bool(graph), Memory()
         self.is_recorded = False
@@ -121,13 +121,15 @@ class Update:
         Raises:
             TypeError, ValueError: It returned something else.
         """
-        self._memory.load_state_dict(state)
+        self._memory.load_state_dict(state, self.rollout.controller)
         self._forget()
 
     def _mean(self) -> torch.Tensor | None:
-        """Return the average where the flow has a memory."""
-        trainable = self.rollout._adapter.trainable
-        return self._memory.mean(trainable) if memory_in(self.rollout.flow) and trainable else None
+        """Return the average where the flow has a memory, and a parameter is trained."""
+        flow = self.rollout.flow
+        if not isinstance(flow, Combined) or not flow.memory:
+            return None
+        return self._memory.mean(flow, self.rollout.controller)
 
     @property
     def when(self) -> str | tuple[int, ...]:
@@ -307,19 +309,20 @@ class Update:
     def _value_and_grad(self, x0: torch.Tensor) -> torch.Tensor:
         """Do what the rollout's method does, with a memory too where the flow has one."""
         flow, mean = self.rollout.flow, self._mean()
-        if mean is None:
+        if not isinstance(flow, Combined) or not flow.memory:
             return self.rollout.value_and_grad(x0, *self._loss)
-        assert isinstance(flow, Combined)
         self.rollout.flow = replace(flow, memory=0.0)
         try:
             loss = self.rollout.value_and_grad(x0, *self._loss)
         finally:
             self.rollout.flow = flow
+        if mean is None:
+            return loss
         report, trainable = self.rollout.report, self.rollout._adapter.trainable
         assert report.updates is not None
-        parts = [report.updates[report.flows.index(part)] for part in linear_parts(flow)]
+        base, other = (report.updates[report.flows.index(part)] for part in linear_parts(flow))
         with torch.no_grad():
-            update = combine_remembering(flow, parts, mean)
+            update = combine_remembering(flow, base, other, mean)
             for parameter, part in zip(trainable, split(update, trainable), strict=True):
                 parameter.grad = part.clone() if parameter.grad is None else parameter.grad.copy_(part)
         self.rollout.report = replace(report, changes=(update,))

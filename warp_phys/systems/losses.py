@@ -41,7 +41,9 @@ def loss(
         controls = None if controls is None else np.asarray(controls)
         costs = _numpy_costs(system, np.asarray(states), times, parameters)
     value = costs.mean() if system.time_average else costs.mean(1).sum()
-    return value + control_cost * (controls * controls).mean() if control_cost else value
+    if controls is None or (_is_known(control_cost) and control_cost == 0.0):
+        return value
+    return value + control_cost * (controls * controls).mean()
 
 
 def _is_torch(array: Any) -> bool:
@@ -54,6 +56,11 @@ def _is_jax(array: Any) -> bool:
     return jax is not None and isinstance(array, jax.Array)
 
 
+def _is_known(weight: Any) -> bool:
+    """Whether this is a number here; one of torch or JAX may be traced, on a device, or have a gradient."""
+    return not _is_torch(weight) and not _is_jax(weight)
+
+
 def check_trajectory(system: Any, states: Any, controls: Any, control_cost: float) -> None:
     """Raise a TypeError or ValueError that names what is wrong with the arrays of a trajectory."""
     if not hasattr(states, "shape") or not hasattr(states, "dtype"):
@@ -62,24 +69,29 @@ def check_trajectory(system: Any, states: Any, controls: Any, control_cost: floa
     if len(shape) != 3 or shape[2] != system.state_size or shape[0] < 2 or shape[1] < 1:
         message = shape_message("states", ("steps + 1", "batch", system.state_size), shape, ", ".join(system.states))
         raise ValueError(message)
-    if not _is_torch(control_cost) and not _is_jax(control_cost):  # which may be on a device, or have a gradient
+    if _is_known(control_cost):
         check_number("control_cost", control_cost, least=0.0)
-    if control_cost and controls is None:
+    if controls is None and not (_is_known(control_cost) and control_cost == 0.0):
         raise ValueError("control_cost needs the controls: pass controls, shape (steps, batch, K)")
     if controls is not None and tuple(controls.shape) != (shape[0] - 1, shape[1], system.control_size):
         expected = (shape[0] - 1, shape[1], system.control_size)
         raise ValueError(shape_message("controls", expected, controls.shape, ", ".join(system.controls)))
 
 
-def check_loss(system: Any, when: str | Sequence[int], steps: int, control_cost: float) -> None:
-    """Raise a TypeError or ValueError if a system has no loss, or its loss does not take these arguments."""
+def check_loss(system: Any, when: str | Sequence[int], steps: int, control_cost: float) -> str | tuple[int, ...]:
+    """Raise a TypeError or ValueError if a system has no loss, or its loss does not take these arguments.
+
+    Returns:
+        `when`, chosen steps as plain integers.
+    """
     if not callable(getattr(system, "loss", None)):
         raise TypeError(
             f"system must have a loss, {type(system).__name__} has none: write one as an expression of the states and "
             "controls that the rollout returns, and call its backward()"
         )
-    chosen_times(when, steps)
     check_number("control_cost", control_cost, least=0.0)
+    times = chosen_times(when, steps)
+    return when if isinstance(when, str) else times
 
 
 def chosen_times(when: str | Sequence[int], steps: int) -> tuple[int, ...]:
