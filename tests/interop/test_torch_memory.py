@@ -64,7 +64,7 @@ def by_hand(memory, steps, rule=agree):
 @pytest.mark.parametrize(
     "options",
     [{}, {"graph": True}, {"backend": "general"}, {"reduce": lambda updates: None}, {"on_divergence": "mask"}],
-    ids=str,
+    ids=["fused", "graph", "general", "reduced", "masked"],
 )
 def test_updates(memory, options):
     update = make(Combined(memory=memory), **options)
