@@ -167,8 +167,9 @@ class Loop:
 
     def run_epoch(self, stop: Callable[[], bool]) -> bool:
         """Go through the minibatches that are left of this epoch; returns False where asked to stop before its end."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.rate_at(len(self.records))
+        if self.settings.schedule != "constant":  # else it stays what the optimiser has
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.settings.rate_at(len(self.records))
         states = self.train_states[self.order()].unflatten(0, (-1, self.settings.batch))
         last = len(states) - 1
         # Both flows ride along in the sweep of one update per epoch, whatever the flow trained with.
