@@ -1,5 +1,6 @@
 """What an optimiser of torch keeps, as the kernel and the graphs of an update read it: numbers of groups, addresses."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,19 @@ def numbers_of(optimiser: torch.optim.Optimizer) -> list[tuple[float, ...]] | No
         values = group["lr"], *group["betas"], group["eps"], group["weight_decay"], decoupled
         numbers.append(tuple(map(float, values)))
     return numbers
+
+
+def check_trains(optimiser: torch.optim.Optimizer, controller: torch.nn.Module) -> None:
+    """Raise a TypeError or ValueError if an optimiser's step would train nothing of the controller."""
+    closure = inspect.signature(optimiser.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"optimiser must take a step without a closure, {type(optimiser).__name__} needs one: call value_and_grad "
+            "in it"
+        )
+    held = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in controller.parameters()):
+        raise ValueError("optimiser must hold parameters of the rollout's controller, it holds none of them")
 
 
 def check_capturable(optimiser: torch.optim.Optimizer) -> None:

@@ -1,13 +1,14 @@
 """The running average of an update that a flow with a memory consults."""
 
-from collections.abc import Mapping
-from dataclasses import astuple
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
 
-from warp_phys.flow import Combined, Flow
+from warp_phys.flow import Combined, Flow, linear_parts
 from warp_phys.interop.sums import split
+from warp_phys.interop.torch_rollout import Rollout
 
 
 class Memory:
@@ -97,3 +98,36 @@ def combine_remembering(
     keep = torch.isfinite(length) if skip is None else torch.isfinite(length) & (skip == 0.0)
     mean.copy_(torch.where(keep, mean.double() * flow.memory + wide, mean.double()))
     return flow.apply(base, mean)
+
+
+def value_and_grad(
+    rollout: Rollout, mean: torch.Tensor | None, x0: torch.Tensor, when: str | Sequence[int], control_cost: float
+) -> torch.Tensor:
+    """Do what `Rollout.value_and_grad` does, for a flow with a memory too.
+
+    Args:
+        rollout: The rollout.
+        mean: The average for its flow, as `Memory.mean` returns it; None for a flow without a memory.
+        x0: As there.
+        when: As there.
+        control_cost: As there.
+    """
+    flow = rollout.flow
+    if not isinstance(flow, Combined) or not flow.memory:
+        return rollout.value_and_grad(x0, when, control_cost)
+    rollout.flow = replace(flow, memory=0.0)
+    try:
+        loss = rollout.value_and_grad(x0, when, control_cost)
+    finally:
+        rollout.flow = flow
+    if mean is None:
+        return loss
+    report, trainable = rollout.report, rollout._adapter.trainable
+    assert report.updates is not None
+    base, other = (report.updates[report.flows.index(part)] for part in linear_parts(flow))
+    with torch.no_grad():
+        update = combine_remembering(flow, base, other, mean)
+        for parameter, part in zip(trainable, split(update, trainable), strict=True):
+            parameter.grad = part.clone() if parameter.grad is None else parameter.grad.copy_(part)
+    rollout.report = replace(report, changes=(update,))
+    return loss

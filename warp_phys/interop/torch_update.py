@@ -1,10 +1,8 @@
 """A whole update in one call: forward, loss, backward, combination, clipping and a step of Adam, without autograd."""
 
 import contextlib
-import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,16 +10,15 @@ import torch
 from warp_phys.arrays import shape_message
 from warp_phys.checks import check_number
 from warp_phys.errors import check_choice
-from warp_phys.flow import Combined, linear_parts
+from warp_phys.flow import Combined
 from warp_phys.interop.report import Report
-from warp_phys.interop.sums import split
-from warp_phys.interop.torch_adam import check_capturable, is_plain, memory_of, numbers_of, options_of
+from warp_phys.interop.torch_adam import check_capturable, check_trains, is_plain, memory_of, numbers_of, options_of
 from warp_phys.interop.torch_clip import clip_gradients, gradients_of
 from warp_phys.interop.torch_direct import DirectPass, is_finite
 from warp_phys.interop.torch_end import End, record_end
 from warp_phys.interop.torch_graph import WholeUpdate, beside, key_of
 from warp_phys.interop.torch_loss import refuse_inference
-from warp_phys.interop.torch_memory import Memory, combine_remembering
+from warp_phys.interop.torch_memory import Memory, value_and_grad
 from warp_phys.interop.torch_rollout import DIRECT_PASSES, Rollout
 from warp_phys.systems.base import System
 from warp_phys.systems.losses import check_loss
@@ -84,7 +81,7 @@ class Update:
                 raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
         when = check_loss(rollout.system, when, rollout.steps, control_cost)
         check_number("clip_at", clip_at, positive=True)
-        _check_optimiser(optimiser, rollout.controller)
+        check_trains(optimiser, rollout.controller)
         self.rollout, self.optimiser = rollout, optimiser
         self._loss = when, float(control_cost)
         self._clipping = check_choice("clip", clip, tuple(CLIPPING)), float(clip_at)
@@ -301,31 +298,9 @@ class Update:
 
     def _step_by_step(self, x0: torch.Tensor) -> torch.Tensor:
         with beside(self._own_stream()) if self._graph_of_torchs else contextlib.nullcontext():
-            loss = self._value_and_grad(x0)
+            loss = value_and_grad(self.rollout, self._mean(), x0, *self._loss)
             clip_gradients(gradients_of(self.rollout.controller.parameters()), *self._clipping)
             self.optimiser.step()
-        return loss
-
-    def _value_and_grad(self, x0: torch.Tensor) -> torch.Tensor:
-        """Do what the rollout's method does, with a memory too where the flow has one."""
-        flow, mean = self.rollout.flow, self._mean()
-        if not isinstance(flow, Combined) or not flow.memory:
-            return self.rollout.value_and_grad(x0, *self._loss)
-        self.rollout.flow = replace(flow, memory=0.0)
-        try:
-            loss = self.rollout.value_and_grad(x0, *self._loss)
-        finally:
-            self.rollout.flow = flow
-        if mean is None:
-            return loss
-        report, trainable = self.rollout.report, self.rollout._adapter.trainable
-        assert report.updates is not None
-        base, other = (report.updates[report.flows.index(part)] for part in linear_parts(flow))
-        with torch.no_grad():
-            update = combine_remembering(flow, base, other, mean)
-            for parameter, part in zip(trainable, split(update, trainable), strict=True):
-                parameter.grad = part.clone() if parameter.grad is None else parameter.grad.copy_(part)
-        self.rollout.report = replace(report, changes=(update,))
         return loss
 
     def _end(self, direct: DirectPass) -> End | None:
@@ -346,19 +321,6 @@ class Update:
             end.groups[:] = groups
             end.numbers[:] = groups
         return end
-
-
-def _check_optimiser(optimiser: torch.optim.Optimizer, controller: torch.nn.Module) -> None:
-    """Raise a TypeError or ValueError if an optimiser's step would train nothing of the controller."""
-    closure = inspect.signature(optimiser.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"optimiser must take a step without a closure, {type(optimiser).__name__} needs one: call value_and_grad "
-            "in it"
-        )
-    held = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter in controller.parameters()):
-        raise ValueError("optimiser must hold parameters of the rollout's controller, it holds none of them")
 
 
 def _never() -> bool:
