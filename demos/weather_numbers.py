@@ -11,7 +11,7 @@ from controllers.networks import make_network
 from controllers.settings import check_number
 from warp_phys.diagnostics import largest_singular_value, row_norms
 from warp_phys.feedback import StepJacobians, retrace
-from warp_phys.flow import MODIFIED, REGULAR, STOPPED, Combined, linear_parts, resolve
+from warp_phys.flow import MODIFIED, REGULAR, STOPPED, combine, linear_parts, resolve
 from warp_phys.interop.torch import Rollout, jacobians, pointwise_cost
 from warp_phys.systems import CartPole, Quantum, System
 
@@ -104,7 +104,7 @@ class Forecast:
         rows = []
         for flow in map(resolve, FLOWS):
             parts = [found[PLAIN.index(part)] for part in linear_parts(flow)]
-            rows.append(row_norms(flow.rule(*parts) if isinstance(flow, Combined) else parts[0]))
+            rows.append(row_norms(combine(flow, parts)))
         return np.stack(rows) / row_norms(seeds[-1].reshape(1, -1))
 
 

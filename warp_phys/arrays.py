@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import warp as wp
 
+from warp_phys.checks import check_given
 from warp_phys.rows import REAL_TYPES
 
 _NUMPY_TYPES: dict[type, type] = {real: dtype for dtype, real in REAL_TYPES.items()}
@@ -83,9 +84,10 @@ def parameter_rows(names: Sequence[str], defaults: Sequence[float], values: Mapp
         values: A number, or one number per sample, for some of the names.
 
     Raises:
-        ValueError: An unknown name, lengths that differ, or a number that is not finite.
+        TypeError, ValueError: Something else than numbers by name, an unknown name, lengths that differ, or a number
+            that is not finite.
     """
-    check_parameter_names(names, values)
+    check_given(names, values)
     columns = [
         np.atleast_1d(np.asarray(values.get(n, d), dtype=np.float64)) for n, d in zip(names, defaults, strict=True)
     ]
@@ -96,13 +98,6 @@ def parameter_rows(names: Sequence[str], defaults: Sequence[float], values: Mapp
         if not np.isfinite(column).all():
             raise ValueError(f"parameter {name} must be finite, got {column}")
     return np.stack([np.broadcast_to(column, rows) for column in columns], axis=1)
-
-
-def check_parameter_names(names: Sequence[str], values: Mapping[str, Any]) -> None:
-    """Raise a ValueError that lists what there is if `values` names a parameter that is not among `names`."""
-    unknown = [name for name in values if name not in names]
-    if unknown:
-        raise ValueError(f"parameters {', '.join(unknown)} are unknown; there are {', '.join(names)}")
 
 
 def alias(array: wp.array, dtype: Any, shape: Sequence[int], strides: Sequence[int] | None = None) -> wp.array:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from warp_phys.checks import check_number
 from warp_phys.errors import check_count
 
 Gate = float | tuple[float, ...]
@@ -216,7 +217,10 @@ class Combined:
                 raise TypeError(f"{name} must be a Flow, got {getattr(self, name)!r}")
         if not callable(self.rule):
             raise TypeError(f"rule must be a function of two arrays, got {self.rule!r}")
-        object.__setattr__(self, "memory", _decay(self.memory))
+        check_number("memory", self.memory)
+        if not 0.0 <= self.memory < 1.0:
+            raise ValueError(f"memory must be at least 0 and below 1, got {self.memory!r}")
+        object.__setattr__(self, "memory", float(self.memory))
 
     def apply(self, base: Any, other: Any) -> Any:
         """Return what the rule makes of two updates, or raise a ValueError if that has not their shape."""
@@ -240,15 +244,6 @@ class Combined:
     def letter(self) -> str:
         """Letter in the table of flows, or an empty string."""
         return "C" if self == COMBINED else ""
-
-
-def _decay(memory: Any) -> float:
-    """Check a memory."""
-    if isinstance(memory, bool) or not isinstance(memory, (int, float, np.integer, np.floating)):
-        raise TypeError(f"memory must be a number, got {memory!r}")
-    if not 0.0 <= memory < 1.0:
-        raise ValueError(f"memory must be at least 0 and below 1, got {memory!r}")
-    return float(memory)
 
 
 COMBINED = Combined()

@@ -157,15 +157,16 @@ class Rollout:
             TypeError, ValueError: x0 or a parameter does not fit; the flow has a memory, and gradients are asked for.
             Diverged: A state is not finite, and `on_divergence` is "raise".
         """
-        if torch.is_grad_enabled():
-            refuse_memory(self._flow)
         if torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                refuse_memory(self._flow)
             return self._as_operator(x0, parameters)
         refuse_transforms("a rollout")
         x0 = self.initial_states(x0)
         rows = rows_of_parameters(self.system, parameters or {}, x0)
         trainable = self._adapter.trainable
         if torch.is_grad_enabled() and (trainable or x0.requires_grad or (rows is not None and rows.requires_grad)):
+            refuse_memory(self._flow)
             return Unroll.apply(self, x0, rows, *trainable)
         return self._forward(x0, rows, keep=False)[:2]
 

@@ -265,7 +265,7 @@ class Update:
         """Replay a CUDA graph; None as above."""
         check_capturable(self.optimiser)
         memory, known = memory_of(self.optimiser, self.rollout._adapter.trainable), key_of(self.rollout, len(x0))
-        if memory is None or known is None or not isinstance(self.rollout.system, System):
+        if not memory or known is None or not isinstance(self.rollout.system, System):
             return None
         mean = self._mean()
         key = known, tuple(memory), options_of(self.optimiser), None if mean is None else mean.data_ptr()

@@ -12,7 +12,7 @@ import warp as wp
 
 from warp_phys import kernels
 from warp_phys.arrays import as_structs, check_array, for_all_streams, numpy_type, parameter_rows, real_type
-from warp_phys.checks import check_given, range_of
+from warp_phys.checks import range_of
 from warp_phys.rows import row_functions
 from warp_phys.systems import losses
 
@@ -201,7 +201,6 @@ class System(ABC):
         """
         real = real_type(dtype)
         names, values = self.parameter_names, {} if values is None else values
-        check_given(names, values)
         rows = parameter_rows(names, [getattr(self, name) for name in names], values).astype(numpy_type(real))
         for name, column in zip(names, rows.T, strict=True):
             if range_of(name) == "positive" and (column < 0.0).any():  # zeros are for adjoints
