@@ -308,6 +308,33 @@ def test_a_controller_without_a_graph(device):
     assert x0.grad.any()
 
 
+def test_a_controller_with_a_graph_to_its_input_alone(device):
+    """Feedback goes through it, and nothing to its weights; with one of them left in, it is trained."""
+    net, x0 = network(device=device), start(device).requires_grad_()
+
+    class Frozen(torch.nn.Module):
+        def __init__(self, *, bias):
+            super().__init__()
+            self.net, self.bias = net, bias
+
+        def forward(self, x):
+            held = {name: p.detach() for name, p in self.net.named_parameters()}
+            if self.bias:
+                held["0.bias"] = self.net[0].bias
+            return torch.func.functional_call(self.net, held, (x,))
+
+    for flow in ("R", "C"):
+        rollout = Rollout(SYSTEM, Frozen(bias=False), STEPS, flow)
+        with pytest.raises(ValueError, match="controller must be differentiable: what it returns has no graph back to"):
+            rollout.value_and_grad(x0)
+        whole = update(Rollout(SYSTEM, net, STEPS, flow), x0)
+        part = update(Rollout(SYSTEM, Frozen(bias=True), STEPS, flow), x0)
+        bias = slice(net[0].weight.numel(), net[0].weight.numel() + net[0].bias.numel())
+        assert reference.relative(part[bias], whole[bias]) < 1e-10
+        part[bias] = 0.0
+        assert not part.any()
+
+
 def test_a_controller_that_ignores_its_input(device):
     net, x0 = network(device=device), start(device)
     results = []

@@ -282,7 +282,17 @@ def test_initial_states_and_their_errors():
     before = x0.detach().clone()
     rollout.value_and_grad(SYSTEM.sample(5))  # numpy, of another precision
     assert torch.equal(x0.detach(), before)
-    for wrong, error in ((x0[:, :3], ValueError), (x0.float(), TypeError), (np.nan * x0.detach(), ValueError)):
+    loss = rollout.value_and_grad(x0)
+    backwards = x0.detach().numpy()[::-1].copy()[::-1]
+    for same in (backwards, backwards.astype(">f8"), backwards.astype(np.longdouble), backwards.tolist()):
+        assert rollout.value_and_grad(same) == loss
+    for wrong, error in (
+        (x0[:, :3], ValueError),
+        (x0.float(), TypeError),
+        (np.nan * x0.detach(), ValueError),
+        ([[1.0, 2.0], [3.0]], ValueError),
+        (np.zeros((5, SYSTEM.state_size), int), TypeError),
+    ):
         with pytest.raises(error, match="x0 must"):
             rollout.value_and_grad(wrong)
     for when in ("first", [STEPS + 1], []):

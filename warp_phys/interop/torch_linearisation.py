@@ -98,6 +98,20 @@ def check_pure(linear: Any, stored: wp.array) -> None:
         )
 
 
+def _leads_to(output: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> bool:
+    """Return whether the graph of `output` reaches one of the parameters."""
+    wanted, seen = {id(p) for p in parameters}, set()
+    nodes = [output.grad_fn] if output.grad_fn is not None else []
+    while nodes:
+        node = nodes.pop()
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        after = [following for following, _ in node.next_functions if following is not None and following not in seen]
+        seen.update(after)
+        nodes += after
+    return id(output) in wanted
+
+
 class TrainingCheck:
     """What a backward pass that trains asks of a controller: `check_pure` at every chunk, and a graph at one of them.
 
@@ -110,8 +124,8 @@ class TrainingCheck:
     def __call__(self, linear: Any, stored: wp.array) -> None:
         """Look at a chunk, see `phases.backward`."""
         check_pure(linear, stored)
-        if isinstance(linear, TorchLinearisation) and linear.parameters:
-            self._graphs.append(linear.output.requires_grad)
+        if isinstance(linear, TorchLinearisation) and linear.parameters and not any(self._graphs):
+            self._graphs.append(_leads_to(linear.output, linear.parameters))
 
     def finish(self) -> None:
         """Raise a ValueError if there are parameters to train, and nothing led back to them."""

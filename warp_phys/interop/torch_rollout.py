@@ -275,10 +275,15 @@ class Rollout:
     def as_tensor(self, x0: Any) -> torch.Tensor:
         """Return numpy or DLPack data as a tensor: numpy in the controller's precision and on its device."""
         if isinstance(x0, (np.ndarray, list, tuple)):
-            array = np.asarray(x0)
+            try:
+                array = np.asarray(x0)
+            except ValueError as error:
+                raise ValueError(f"x0 must be rows of one length: {error}") from None
             if array.dtype.kind != "f":
                 raise TypeError(f"x0 must hold floating-point numbers, got {array.dtype}")
-            return torch.as_tensor(array).to(self.device, self.dtype)
+            # torch takes neither another byte order nor strides below zero.
+            array = np.ascontiguousarray(array, np.float64 if self.dtype == torch.float64 else np.float32)
+            return torch.as_tensor(array).to(self.device)
         if hasattr(x0, "__dlpack__"):
             return torch.from_dlpack(x0)
         raise TypeError(f"x0 must be a torch, numpy or DLPack array, got {type(x0).__name__}")
