@@ -88,16 +88,16 @@ class Training:
     def __post_init__(self) -> None:
         """Check every setting; store names in full and the system's parameters complete."""
         for name in ("steps", "epochs", "batch", "accumulate", "train_states", "test_states", "checkpoint_every"):
-            check_number(name, getattr(self, name), int, at_least=1)
+            check_setting(name, getattr(self, name), int, at_least=1)
         for name in ("seed", "threads"):
-            check_number(name, getattr(self, name), int, at_least=0)
+            check_setting(name, getattr(self, name), int, at_least=0)
         for name in ("rate", "epsilon", "clip_at"):
-            check_number(name, getattr(self, name), float, above=0)
-        check_number("control_cost", self.control_cost, float, at_least=0)
+            check_setting(name, getattr(self, name), float, above=0)
+        check_setting("control_cost", self.control_cost, float, at_least=0)
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {self.betas!r}")
         for beta in self.betas:
-            check_number("betas", beta, float, at_least=0, below=1)
+            check_setting("betas", beta, float, at_least=0, below=1)
         for name, values in choices().items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
@@ -165,7 +165,7 @@ def choices() -> dict[str, tuple[str, ...]]:
     return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
 
 
-def check_number(
+def check_setting(
     name: str,
     value: Any,
     kind: type[int] | type[float],

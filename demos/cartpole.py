@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 
 from controllers import MLP
-from controllers.settings import check_number
+from controllers.settings import check_setting
 from demos.colours import POLES, colour
 from demos.frame import Demo
 from demos.simulation import Simulation
@@ -58,10 +58,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        check_number("poles", self.poles, int, at_least=1, below=MOST_POLES + 1)
+        check_setting("poles", self.poles, int, at_least=1, below=MOST_POLES + 1)
         if self.flow not in FLOWS:
             raise ValueError(f"flow must be one of {', '.join(FLOWS)}, got {self.flow!r}")
-        check_number("seed", self.seed, int, at_least=0)
+        check_setting("seed", self.seed, int, at_least=0)
 
 
 def make_system(poles: int) -> CartPole:

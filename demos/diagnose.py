@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from controllers.checkpoint import atomic_write
 from controllers.commandline import Parser, add_flags
-from controllers.settings import check_number
+from controllers.settings import check_setting
 from demos.animation import has_display
 from demos.diagnostics_picture import draw
 from demos.landscape_picture import save
@@ -54,7 +54,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Check every setting."""
         for name, least in (("poles", 1), ("steps", 2), ("epochs", 0), ("samples", 1), ("probes", 0), ("seed", 0)):
-            check_number(name, getattr(self, name), int, at_least=least)
+            check_setting(name, getattr(self, name), int, at_least=least)
         if self.probes in (1, 2):
             raise ValueError(f"probes must be 0, or at least 3 for a standard error, got {self.probes}")
         if self.save:

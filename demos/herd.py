@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 
 from controllers import MLP
-from controllers.settings import check_number
+from controllers.settings import check_setting
 from demos.colours import colour
 from demos.frame import Demo
 from demos.simulation import Simulation
@@ -56,7 +56,7 @@ class Settings:
         """Check every setting."""
         if self.flow not in FLOWS:
             raise ValueError(f"flow must be one of {', '.join(FLOWS)}, got {self.flow!r}")
-        check_number("seed", self.seed, int, at_least=0)
+        check_setting("seed", self.seed, int, at_least=0)
 
 
 class Policy(torch.nn.Module):

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from controllers.settings import check_number
+from controllers.settings import check_setting
 from demos.outputs import PICTURES, check_file
 from warp_phys import plane
 from warp_phys.flow import resolve
@@ -66,10 +66,10 @@ class Settings:
         if not 1 <= len(self.starts) <= 9:
             raise ValueError(f"there must be one to nine starts, got {len(self.starts)}")
         for name in ("rate", "reach"):
-            check_number(name, getattr(self, name), float, above=0)
-        check_number("iterations", self.iterations, int, at_least=1)
-        check_number("cells", self.cells, int, at_least=2)
-        check_number("steps", self.steps, int, at_least=1, below=17)
+            check_setting(name, getattr(self, name), float, above=0)
+        check_setting("iterations", self.iterations, int, at_least=1)
+        check_setting("cells", self.cells, int, at_least=2)
+        check_setting("steps", self.steps, int, at_least=1, below=17)
 
     def landscape(self) -> Landscape:
         """The landscape, in float64."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from controllers.commandline import Parser, add_flags, stop_on_signals
-from controllers.settings import check_number
+from controllers.settings import check_setting
 from demos.experiments.plan import (
     BEGUN,
     DIVERGED,
@@ -80,7 +80,7 @@ class Paper:
         for name in ("experiment", "level", "flow", "clip"):
             values = [part for text in getattr(self, name) for part in text.split(",") if part]
             object.__setattr__(self, name, tuple(dict.fromkeys(values)))
-        check_number("processes", self.processes, int, at_least=0)
+        check_setting("processes", self.processes, int, at_least=0)
         if not self.out:
             raise ValueError("out must name a folder, got an empty name")
 

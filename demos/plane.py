@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 
-from controllers.settings import check_number
+from controllers.settings import check_setting
 from demos import landscape_numbers
 from demos.colours import colour
 from demos.frame import Demo
@@ -52,7 +52,7 @@ class Settings:
         for name, values in (("flow", FLOWS), ("optimiser", OPTIMISERS)):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
-        check_number("iterations", self.iterations, int, at_least=1, below=2001)
+        check_setting("iterations", self.iterations, int, at_least=1, below=2001)
 
 
 class PlaneDemo(Demo):

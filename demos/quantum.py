@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from controllers import GridCNN
-from controllers.settings import check_number
+from controllers.settings import check_setting
 from demos.colours import colour
 from demos.frame import Demo
 from demos.simulation import Simulation
@@ -47,8 +47,8 @@ class Settings:
         """Check every setting."""
         if self.target not in TARGETS:
             raise ValueError(f"target must be one of {', '.join(map(str, TARGETS))}, got {self.target}")
-        check_number("speed", self.speed, float, above=0, below=61)
-        check_number("seed", self.seed, int, at_least=0)
+        check_setting("speed", self.speed, float, above=0, below=61)
+        check_setting("seed", self.seed, int, at_least=0)
 
 
 def make_system(target: int) -> Quantum:

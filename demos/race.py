@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from controllers.settings import check_number
+from controllers.settings import check_setting
 from demos.colours import POLES, colour
 from demos.frame import Demo
 from demos.race_training import DONE, FLOWS, PREPARING, Race
@@ -49,10 +49,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        check_number("poles", self.poles, int, at_least=1, below=5)
-        check_number("learning_rate", self.learning_rate, float, at_least=1e-5, below=1.0)
-        check_number("epochs", self.epochs, int, at_least=1)
-        check_number("seed", self.seed, int, at_least=0)
+        check_setting("poles", self.poles, int, at_least=1, below=5)
+        check_setting("learning_rate", self.learning_rate, float, at_least=1e-5, below=1.0)
+        check_setting("epochs", self.epochs, int, at_least=1)
+        check_setting("seed", self.seed, int, at_least=0)
 
 
 class RaceDemo(Demo):

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from controllers.checkpoint import atomic_write
 from controllers.commandline import Parser, add_flags, stop_on_signals
 from controllers.record import Record, write_record
-from controllers.settings import Training, check_number
+from controllers.settings import Training, check_setting
 from controllers.training import train
 from demos.animation import Scene, has_display, write_gif
 from demos.colours import colour
@@ -61,7 +61,7 @@ class Swingup:
 
     def __post_init__(self) -> None:
         """Check the settings of the demo; those of the trainings are checked by `Training`."""
-        check_number("frames", self.frames, int, at_least=2, below=self.training("combined").steps + 2)
+        check_setting("frames", self.frames, int, at_least=2, below=self.training("combined").steps + 2)
         check_folder("out", self.out)
 
     def training(self, flow: str) -> Training:

@@ -30,7 +30,7 @@ import warp
 from controllers.checkpoint import CONTROLLER
 from controllers.commandline import Parser
 from controllers.networks import make_network
-from controllers.settings import Training, check_number
+from controllers.settings import Training, check_setting
 from controllers.training import train
 from demos import cartpole, herd, quantum
 from demos.experiments.plan import find_runs
@@ -267,7 +267,7 @@ def check(given: Namespace, demos: Collection[str]) -> None:
     """Raise ValueError where numbers, runs or the files of these demos are not such that a training could end well."""
     for name in ("epochs", "updates"):
         if getattr(given, name) is not None:
-            check_number(name, getattr(given, name), int, at_least=1)
+            check_setting(name, getattr(given, name), int, at_least=1)
     if given.runs and not find_runs(given.runs):
         raise ValueError(f"runs must name a folder with runs of demos.paper, got {given.runs!r}, which holds none")
     check_folder("out", given.out)

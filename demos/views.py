@@ -26,7 +26,7 @@ from PIL import Image
 
 from controllers.checkpoint import atomic_write
 from controllers.commandline import Parser, add_flags, stop_on_signals
-from controllers.settings import check_number
+from controllers.settings import check_setting
 from demos.animation import has_display, write_pictures
 from demos.colours import POLES, colour
 from demos.frame import Demo, Stage
@@ -68,9 +68,9 @@ class View:
             check_file("save", self.save, FORMATS)
         if self.save and self.browser:
             raise ValueError("save and browser exclude each other")
-        check_number("seconds", self.seconds, float, at_least=0)
-        check_number("rate", self.rate, float, above=0)
-        check_number("port", self.port, int, at_least=1, below=65536)
+        check_setting("seconds", self.seconds, float, at_least=0)
+        check_setting("rate", self.rate, float, above=0)
+        check_setting("port", self.port, int, at_least=1, below=65536)
 
 
 Make = Callable[[Figure, Any], Demo]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from controllers.networks import make_network
-from controllers.settings import check_number
+from controllers.settings import check_setting
 from warp_phys.diagnostics import largest_singular_value, row_norms
 from warp_phys.feedback import StepJacobians, retrace
 from warp_phys.flow import MODIFIED, REGULAR, STOPPED, combine, linear_parts, resolve
@@ -61,9 +61,9 @@ class Settings:
         """Check every setting."""
         if self.system not in SCENARIOS:
             raise ValueError(f"system must be one of {', '.join(SCENARIOS)}, got {self.system!r}")
-        check_number("horizon", self.horizon, int, at_least=2, below=SCENARIOS[self.system].longest + 1)
-        check_number("samples", self.samples, int, at_least=1)
-        check_number("seed", self.seed, int, at_least=0)
+        check_setting("horizon", self.horizon, int, at_least=2, below=SCENARIOS[self.system].longest + 1)
+        check_setting("samples", self.samples, int, at_least=1)
+        check_setting("seed", self.seed, int, at_least=0)
 
 
 class Forecast:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from controllers.settings import check_device, check_number
+from controllers.settings import check_device, check_setting
 from tests.benchmarks.cases import FLOWS, PUBLISHED, Case, make_case
 from tests.benchmarks.contestants import LABELS
 from tests.benchmarks.processes import default_core
@@ -54,11 +54,11 @@ class Settings:
             if not getattr(self, name):
                 raise ValueError(f"{name} must have a value")
         for batch in self.batch:
-            check_number("batch", batch, int, at_least=1)
-        check_number("repeats", self.repeats, int, at_least=1)
-        check_number("core", self.core, int, at_least=-1)
-        check_number("seconds", self.seconds, float, at_least=0)
-        check_number("memory_limit", self.memory_limit, float, at_least=0)
+            check_setting("batch", batch, int, at_least=1)
+        check_setting("repeats", self.repeats, int, at_least=1)
+        check_setting("core", self.core, int, at_least=-1)
+        check_setting("seconds", self.seconds, float, at_least=0)
+        check_setting("memory_limit", self.memory_limit, float, at_least=0)
         check_device(self.device)
 
     @property
