@@ -149,10 +149,23 @@ def as_structs(rows: wp.array, struct: Any) -> wp.array:
 def parameter_numbers(structs: wp.array) -> Any:
     """Return the numbers behind an array of parameter structs, shape (…, parameters); `.grad` is their adjoint.
 
-    None for structs that do not come from `System.parameter_array`.
+    Of a slice they are a view. None for structs of anything but numbers of one precision.
 
     >>> from warp_phys import CartPole
     >>> parameter_numbers(CartPole().parameter_array({"pole_mass": 0.5}, device="cpu")).numpy()[:, 2]
     array([0.5], dtype=float32)
     """
-    return getattr(structs, "_source", None)
+    source = getattr(structs, "_source", None)
+    return _as_numbers(structs) if source is None else source
+
+
+def _as_numbers(structs: wp.array) -> wp.array | None:
+    """Do the opposite of `as_structs`."""
+    types = [field.type for field in getattr(structs.dtype, "vars", {}).values()]
+    if not types or len(set(types)) > 1 or types[0] not in _NUMPY_TYPES:
+        return None
+    shape, strides = (*structs.shape, len(types)), (*structs.strides, wp.types.type_size_in_bytes(types[0]))
+    view = alias(structs, types[0], shape, strides)
+    if structs.grad is not None:
+        view.grad = _as_numbers(structs.grad)
+    return view

@@ -174,6 +174,36 @@ def test_physical_parameters_and_a_strided_start(rows, device):
     assert wide.grad.numpy()[:, ::2].any() and not wide.grad.numpy()[:, 1::2].any()
 
 
+@pytest.mark.parametrize("part", [slice(0, 5), slice(1, 10, 2), slice(3, 4)])
+@pytest.mark.parametrize("backend", ["fused", "general"])
+def test_a_part_of_the_physical_parameters(part, backend, device):
+    """Its adjoint lands where the part lies, nowhere else, and goes with `tape.zero`."""
+    system = SYSTEMS[0]
+    controller, x0 = make(system, device)
+    rollout = Rollout(system, controller, STEPS, "C", backend=backend)
+    masses = np.linspace(0.08, 0.12, 10)
+    whole, own = (
+        system.parameter_array({"pole_mass": values}, device, np.float64, requires_grad=True)
+        for values in (masses, masses[part])
+    )
+    trajectories, tapes = [], []
+    for p in (whole[part], own):
+        tapes.append(wp.Tape())
+        with tapes[-1]:
+            trajectories.append(rollout(x0, p))
+            loss = system.loss(*trajectories[-1], "every")
+        tapes[-1].backward(loss)
+    np.testing.assert_array_equal(*(states.numpy() for states, _ in trajectories))
+    numbers = parameter_numbers(whole)
+    found, expected = numbers.grad.numpy(), np.zeros(numbers.shape)
+    expected[part] = parameter_numbers(own).grad.numpy()
+    assert expected[part].all(axis=0).any()
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(parameter_numbers(whole[part]).numpy(), numbers.numpy()[part])
+    tapes[0].zero()
+    assert not numbers.grad.numpy().any()
+
+
 def test_the_flow_changes_between_backward_passes(device):
     """One forward pass, then R, M, S, N, with the weights in place."""
     system = SYSTEMS[0]
