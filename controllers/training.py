@@ -17,7 +17,7 @@ from controllers.record import Record, plot_record, write_record
 from controllers.settings import Training, check_resume, derive_seeds
 from warp_phys import Diverged
 from warp_phys.flow import memory_in, resolve
-from warp_phys.interop.torch import Rollout, Update
+from warp_phys.interop.torch import Report, Rollout, Update
 from warp_phys.interop.torch_clip import clip_gradients, gradients_of
 
 Stop = Callable[[], bool] | threading.Event
@@ -142,6 +142,7 @@ class Loop:
             )
         )
         self.records: list[Record] = []
+        self.report = Report()  # of the last update, all its parts
         self.minibatch = 0
         # Losses stay on the device until the epoch is over: reading one would wait for the device.
         self.losses = torch.zeros(settings.train_states // settings.batch, device=self.device, dtype=dtype)
@@ -196,29 +197,30 @@ class Loop:
             losses = self.step.minibatches(minibatches, stop)
             self.losses[self.minibatch : self.minibatch + len(losses)] += losses
             self.minibatch += len(losses)
-            if self.rollout.observe:
-                self.update_norm_squared = self.rollout.report.norm**2
+            self.report = self.rollout.report
             return
         for states in minibatches:
             if stop():
                 return
             self.accumulate(states)
-            gradients = gradients_of(self.parameters)
-            if self.rollout.observe:
-                self.update_norm_squared = float(sum(gradient.square().sum() for gradient in gradients))
-            clip_gradients(gradients, self.settings.clip, self.settings.clip_at)
+            clip_gradients(gradients_of(self.parameters), self.settings.clip, self.settings.clip_at)
             self.optimiser.step()
             self.minibatch += 1
 
     def accumulate(self, states: torch.Tensor) -> None:
         """Leave the gradient of a minibatch that comes in parts, or that several ranks share."""
         self.optimiser.zero_grad(set_to_none=True)
+        updates: Any = 0.0
         for part in states.tensor_split(self.settings.accumulate):
             rows = self.ranks.share(part)
             # Each part counts by its share of the minibatch's mean.
             loss = self.loss(rows) * (len(rows) / len(states))
             loss.backward()
             self.losses[self.minibatch] += loss.detach()
+            updates = updates + self.rollout.report.updates
+        self.report = Report(
+            self.rollout.report.flows, updates, tuple(g.clone() for g in gradients_of(self.parameters))
+        )
 
     def loss(self, initial_states: torch.Tensor) -> torch.Tensor:
         """Loss of the trajectories that the controller steers from here."""
@@ -238,13 +240,13 @@ class Loop:
         self.ranks.sum(self.losses)
         minibatch_loss = float(self.losses.mean())
         self.losses.zero_()
-        report = self.rollout.report
+        report = self.report
         return Record(
             epoch=len(self.records) + 1,
             minibatch_loss=minibatch_loss,
             train_loss=train_loss,
             test_loss=test_loss,
-            update_norm_squared=self.update_norm_squared,
+            update_norm_squared=report.norm**2,
             cosine=float(report.cosine),
             agreement=float(report.agreement),
             rate=float(self.optimiser.param_groups[0]["lr"]),

@@ -53,7 +53,7 @@ def test_clipping_comes_last_in_an_update(device):
     expected = gradients_of(plain).clamp(-1e-3, 1e-3)
     assert gradients_of(plain).abs().max() > 2e-3
     torch.testing.assert_close(gradients_of(clipped), expected, rtol=1e-4, atol=1e-7)
-    assert clipped.update_norm_squared == pytest.approx(plain.update_norm_squared, rel=1e-4)
+    assert clipped.report.norm == pytest.approx(plain.report.norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("flow", ["R", "C"])
@@ -86,9 +86,10 @@ def test_record_tells_the_losses(device):
     assert record.seconds > 0
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("flow", ["regular", "stopped", "combined"])
-def test_record_tells_cosine_agreement_and_norm_of_the_last_update(flow, device):
-    settings = small(device=device, epochs=1, rate=TINY_RATE, flow=flow)
+def test_record_tells_cosine_agreement_and_norm_of_the_last_update(flow, accumulate, device):
+    settings = small(device=device, epochs=1, rate=TINY_RATE, flow=flow, accumulate=accumulate)
     trained = train(settings)
     seeds, system = derive_seeds(settings.seed), settings.make_system()
     rows = system.sample(32, seed=seeds.train_states)[-8:]

@@ -346,6 +346,30 @@ def test_diverged_and_masked(device):
         rollout(x0[bad])  # none is left
 
 
+@pytest.mark.parametrize("backend", ["fused", "general"])
+@pytest.mark.parametrize("is_asked_for", [False, True])
+def test_masked_for_a_physical_parameter(backend, is_asked_for, device):
+    """A pole without length divides by zero: at a healthy sample's states as well."""
+    net, x0 = network(device=device), start(device)
+    lengths = torch.full((8,), SYSTEM.half_length, dtype=torch.float64, device=device)
+    lengths[2] = 0.0
+    lengths.requires_grad_(is_asked_for)
+    good = [i for i in range(8) if i != 2]
+    rollout = Rollout(SYSTEM, net, STEPS, "C", on_divergence="mask", backend=backend)
+    net.zero_grad()
+    SYSTEM.loss(*rollout(x0, {"half_length": lengths})).backward()
+    masked = flat(net).clone()
+    assert rollout.report.diverged == (2,)
+    net.zero_grad()
+    own = lengths.detach()[good].requires_grad_(is_asked_for)
+    healthy = Rollout(SYSTEM, net, STEPS, "C", backend=backend)(x0[good], {"half_length": own})
+    (SYSTEM.loss(*healthy) * 7 / 8).backward()
+    assert relative(masked, flat(net)) < 1e-10
+    if is_asked_for:
+        assert lengths.grad[2] == 0.0 and own.grad.any()
+        assert relative(lengths.grad[good], own.grad) < 1e-10
+
+
 def test_chunks_do_not_change_the_numbers(device, monkeypatch):
     """A horizon and a batch of many chunks: more samples than rows of a chunk, and more steps."""
     net = torch.nn.Sequential(network(device=device), torch.nn.Identity())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tests.interop.test_torch import STEPS, SYSTEM, flat, network, start, update
 from tests.rollout.reference import relative
@@ -23,6 +24,53 @@ def test_several_backward_passes_before_one_step(device):
     assert relative(together, sums(net, batches)) < 1e-12
     apart = sum(update(rollout, x0) for x0 in batches)
     assert relative(apart, together) > 1e-3  # the order of sums matters here, or this proves nothing
+
+
+def _by_a_checkpoint(rollout, x0):
+    return checkpoint(rollout, x0, use_reentrant=False)
+
+
+def _by_copies_that_are_saved(rollout, x0):
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        return rollout(x0)
+
+
+@pytest.mark.parametrize("call", [_by_a_checkpoint, _by_copies_that_are_saved])
+@pytest.mark.parametrize("backend", ["fused", "general"])
+def test_hooks_on_saved_tensors(call, backend, device):
+    """What autograd hands back of a parameter is another tensor then; a change in between is noticed all the same."""
+    net = network(device=device)
+    batches = [start(device, seed=s) for s in range(2)]
+    rollout = Rollout(SYSTEM, net, STEPS, "C", backend=backend)
+    expected = sums(net, batches)
+    net.zero_grad()
+    losses = [SYSTEM.loss(*call(rollout, x0)) for x0 in batches]
+    for loss in losses:
+        loss.backward()
+    assert relative(flat(net), expected) < 1e-12
+    loss = SYSTEM.loss(*call(rollout, batches[0]))
+    with torch.no_grad():
+        net[0].weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["fused", "general"])
+def test_a_pass_after_value_and_grad_adds_to_its_sums(backend, device):
+    net = network(device=device)
+    batches = [start(device, seed=s) for s in range(3)]
+    rollout = Rollout(SYSTEM, net, STEPS, "C", backend=backend)
+    for _ in range(2):
+        rollout.value_and_grad(batches[0])
+        for x0 in batches[1:]:
+            SYSTEM.loss(*rollout(x0)).backward()
+        assert relative(flat(net), sums(net, batches)) < 1e-12
+    rollout.value_and_grad(batches[0])
+    for p in net.parameters():
+        p.grad.mul_(0.5)
+    halved = flat(net)
+    SYSTEM.loss(*rollout(batches[1])).backward()
+    assert relative(flat(net), halved + sums(net, batches[1:2])) < 1e-12  # a changed gradient is the user's
 
 
 def test_micro_batches_equal_the_batch(device):

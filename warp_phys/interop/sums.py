@@ -9,6 +9,7 @@ it. Passes may run in several threads; those that add to one `p.grad` must come 
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -80,10 +81,57 @@ class ParameterSums:
             if grad is None or grad is not self.grad or grad._version != self.version:
                 self.settled.clear()
                 self.grad = None
+                left = None if grad is None or parameter is None else _left_in(grad, parameter)
+                if left is not None and grad is not None:
+                    self.grad, self.version = grad, grad._version
+                    self.settled.update([left])
 
 
+class Source(Protocol):
+    """Who writes gradients without autograd."""
+
+    def left(self, index: int, version: int) -> tuple[Combined, torch.Tensor, torch.Tensor] | None:
+        """Return the flow and the updates, all parameters in one tensor, that a gradient of this version is made of.
+
+        None where it is made of anything else.
+        """
+
+
+def announce(source: Source, grads: Sequence[torch.Tensor]) -> None:
+    """Have later passes of autograd ask who wrote these gradients of the parameters, in their order, what is in them.
+
+    So what they add, they add to that one's sums.
+    """
+    start = 0
+    for index, grad in enumerate(grads):
+        _WRITTEN[grad] = weakref.ref(source), index, start
+        start += grad.numel()
+
+
+def _left_in(grad: torch.Tensor, parameter: torch.Tensor) -> tuple[Combined, PassUpdates] | None:
+    source, index, start = _WRITTEN.get(grad, (_nobody, 0, 0))
+    writer = source()
+    left = None if writer is None else writer.left(index, grad._version)
+    return None if left is None else (left[0], PassUpdates(left[1], left[2], start, parameter))
+
+
+def _nobody() -> None:
+    return None
+
+
+_WRITTEN = WeakIdKeyDictionary()
 _SUMS = WeakIdKeyDictionary()
 _LOCK = threading.Lock()
+
+
+def number_of_hooks(parameter: torch.Tensor) -> int:
+    """Number of hooks that autograd calls with a parameter's gradient."""
+    return len(parameter._backward_hooks or ()) + len(parameter._post_accumulate_grad_hooks or ())  # type: ignore
+
+
+def has_own_hooks(parameter: torch.Tensor) -> bool:
+    """Whether a parameter has hooks besides those of its sums."""
+    return number_of_hooks(parameter) > (2 if parameter in _SUMS else 0)
 
 
 def combined_changes(

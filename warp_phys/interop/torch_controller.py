@@ -9,6 +9,7 @@ import warp as wp
 
 from warp_phys.block_network import BlockNetwork
 from warp_phys.block_plan import kept_starts
+from warp_phys.interop.sums import number_of_hooks
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
 from warp_phys.interop.torch_linearisation import TorchLinearisation, controls_of
 from warp_phys.interop.torch_plan import ACTIVATIONS, PRECISIONS, READ, Planned, has_hooks, is_sequential, read_plan
@@ -138,7 +139,7 @@ class TorchController:
             parts += [getattr(layer, name) for name in READ.get(type(layer), ())]
             for p in layer._parameters.values():
                 if p is not None:
-                    parts += [id(p), p.data_ptr(), p.shape, p.stride(), p.dtype, p.requires_grad]
+                    parts += [id(p), p.data_ptr(), p.shape, p.stride(), p.dtype, p.requires_grad, number_of_hooks(p)]
         return tuple(parts)
 
     def planned(self) -> Planned | None:

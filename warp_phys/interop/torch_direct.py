@@ -10,7 +10,7 @@ import warp as wp
 from warp_phys import kernels
 from warp_phys.flow import Combined, Flow, combine, linear_parts
 from warp_phys.interop.report import Report
-from warp_phys.interop.sums import split
+from warp_phys.interop.sums import announce, split
 from warp_phys.interop.torch_controller import TorchController, addresses_of
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.layers import Workspace
@@ -57,7 +57,11 @@ class DirectPass:
         size = sum(p.numel() for p in self.trainable)
         self.updates = torch.zeros((len(self.flows), size), dtype=dtype)
         self.grad = torch.zeros(size, dtype=dtype)
-        self.grads = split(self.grad, self.trainable)
+        # the same memory, each with a version of its own, as gradients of different parameters have
+        self.grads = [part.data for part in split(self.grad, self.trainable)]
+        self._left: list[int] = []  # the versions that `leave` wrote
+        if isinstance(flow, Combined):
+            announce(self, self.grads)
         self.per_sample = 1.0 / (self.costs.numel() if system.time_average else batch)
         self._record_cost(system, times)
         self._record_passes(system, adapter)
@@ -136,7 +140,17 @@ class DirectPass:
         """Put the flow's update into the `.grad` of the parameters; return what the pass tells about itself."""
         update = combine(self.flow, [self.updates[i] for i in self.parts])
         self.grad.copy_(update)
+        torch.autograd.graph.increment_version(self.grads)
+        self._left = [grad._version for grad in self.grads]
         return self.report(update)
+
+    def left(self, index: int, version: int) -> tuple[Combined, torch.Tensor, torch.Tensor] | None:
+        """Return what a gradient of this version is made of, see `sums.Source`."""
+        if not self._left or version != self._left[index]:
+            return None
+        assert isinstance(self.flow, Combined)
+        base, other = (self.updates[i] for i in self.parts)
+        return self.flow, base, other
 
     def report(self, update: torch.Tensor) -> Report:
         """See that the `.grad` of the parameters is what `grad` holds; return what the pass tells about itself."""

@@ -8,7 +8,7 @@ import torch
 
 from warp_phys.flow import Combined, combine, linear_parts
 from warp_phys.interop.report import Report
-from warp_phys.interop.sums import split
+from warp_phys.interop.sums import has_own_hooks, split
 from warp_phys.interop.torch_clip import clip_gradients
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import hand_out
@@ -164,9 +164,11 @@ class WholeUpdate:
 def key_of(rollout: Rollout, batch: int) -> tuple | None:
     """Return what a captured update depends on besides the numbers in the memory that it reads.
 
-    None where the module has hooks, which a replay would not call.
+    None where the module or its parameters have hooks, which a replay would not call.
     """
     modules = list(rollout.controller.modules())
+    if any(map(has_own_hooks, rollout._adapter.trainable)):
+        return None
     if are_hooks_everywhere() or any(has_hooks(module) for module in modules):
         return None
     parts = tuple((id(module), type(module), plain_attributes(module)) for module in modules)

@@ -98,18 +98,18 @@ def check_pure(linear: Any, stored: wp.array) -> None:
         )
 
 
-def _leads_to(output: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> bool:
-    """Return whether the graph of `output` reaches one of the parameters."""
+def _reached_by(output: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> set[int]:
+    """Return the identities of the parameters that the graph of `output` leads to."""
     wanted, seen = {id(p) for p in parameters}, set()
+    reached = wanted & {id(output)}
     nodes = [output.grad_fn] if output.grad_fn is not None else []
-    while nodes:
+    while nodes and len(reached) < len(wanted):
         node = nodes.pop()
-        if id(getattr(node, "variable", None)) in wanted:
-            return True
+        reached |= wanted & {id(getattr(node, "variable", None))}
         after = [following for following, _ in node.next_functions if following is not None and following not in seen]
         seen.update(after)
         nodes += after
-    return id(output) in wanted
+    return reached
 
 
 class TrainingCheck:
@@ -119,17 +119,26 @@ class TrainingCheck:
     """
 
     def __init__(self) -> None:
-        self._graphs: list[bool] = []
+        self._is_known, self._reached = False, set[int]()
 
     def __call__(self, linear: Any, stored: wp.array) -> None:
         """Look at a chunk, see `phases.backward`."""
         check_pure(linear, stored)
-        if isinstance(linear, TorchLinearisation) and linear.parameters and not any(self._graphs):
-            self._graphs.append(_leads_to(linear.output, linear.parameters))
+        if isinstance(linear, TorchLinearisation) and linear.parameters:
+            self._is_known = True
+            if len(self._reached) < len(linear.parameters):
+                self._reached |= _reached_by(linear.output, linear.parameters)
+
+    def includes(self, parameter: torch.Tensor) -> bool:
+        """Whether the controls depend on a trained parameter; those of layers that autograd does not run all count.
+
+        torch leaves the `.grad` of one that they do not depend on alone, so that no optimiser moves it.
+        """
+        return not self._is_known or id(parameter) in self._reached
 
     def finish(self) -> None:
         """Raise a ValueError if there are parameters to train, and nothing led back to them."""
-        if self._graphs and not any(self._graphs):
+        if self._is_known and not self._reached:
             raise ValueError(
                 "controller must be differentiable: what it returns has no graph back to its parameters; detach(), "
                 "no_grad(), numpy() and .data do that. One that is not to be trained: controller.requires_grad_(False)"

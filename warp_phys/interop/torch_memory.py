@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from warp_phys.flow import Combined, Flow, linear_parts
-from warp_phys.interop.sums import split
+from warp_phys.interop.sums import has_own_hooks, split
 from warp_phys.interop.torch_rollout import Rollout
 
 
@@ -111,10 +111,19 @@ def value_and_grad(
         x0: As there.
         when: As there.
         control_cost: As there.
+
+    Raises:
+        ValueError: As there; or the flow has a memory, and a parameter has hooks.
     """
     flow = rollout.flow
     if not isinstance(flow, Combined) or not flow.memory:
         return rollout.value_and_grad(x0, when, control_cost)
+    hooked = [name for name, p in rollout.controller.named_parameters() if p.requires_grad and has_own_hooks(p)]
+    if hooked:
+        raise ValueError(
+            f"parameters must have no hooks for the flow {flow.name!r}, whose update is no gradient of autograd's; "
+            f"{', '.join(hooked)} have. One that is not to be trained: requires_grad_(False)"
+        )
     rollout.flow = replace(flow, memory=0.0)
     try:
         loss = rollout.value_and_grad(x0, when, control_cost)
@@ -128,6 +137,7 @@ def value_and_grad(
     with torch.no_grad():
         update = combine_remembering(flow, base, other, mean)
         for parameter, part in zip(trainable, split(update, trainable), strict=True):
-            parameter.grad = part.clone() if parameter.grad is None else parameter.grad.copy_(part)
+            if parameter.grad is not None:  # the controls depend on it
+                parameter.grad.copy_(part)
     rollout.report = replace(report, changes=(update,))
     return loss

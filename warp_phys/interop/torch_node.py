@@ -19,14 +19,22 @@ class Unroll(torch.autograd.Function):
         # the parameters are saved so that torch notices a change between forward and backward, in frozen ones too
         ctx.trainable, frozen = len(trainable), [p for p in rollout.controller.parameters() if not p.requires_grad]
         ctx.save_for_backward(states, controls, rows, masked, *trainable, *frozen)
+        # themselves too: behind hooks of saved tensors, as a checkpoint's, come others, and of any version
+        ctx.parameters = *trainable, *frozen
+        ctx.versions = [p._version for p in ctx.parameters]
         return states, controls
 
     @staticmethod
     def backward(ctx, adj_states, adj_controls):
         """Return the flow's adjoints of x0 and of the parameter rows, and its update of the trainable parameters."""
         refuse_second_derivative()
-        states, controls, rows, masked, *parameters = ctx.saved_tensors
-        trainable = parameters[: ctx.trainable]
+        states, controls, rows, masked, *_ = ctx.saved_tensors
+        trainable = ctx.parameters[: ctx.trainable]
+        if [p._version for p in ctx.parameters] != ctx.versions:
+            raise RuntimeError(
+                "a parameter of the controller has been modified in place since the forward pass: call the rollout "
+                "again before the backward pass"
+            )
         if ctx.rollout._adapter.signature() != ctx.signature:
             raise RuntimeError(
                 "the controller has changed since the forward pass (layers, frozen parameters, or their memory): "
@@ -52,14 +60,14 @@ def owned(seed: torch.Tensor | None, like: torch.Tensor, masked: torch.Tensor) -
     return seed.contiguous()
 
 
-def without(trajectory: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Return a trajectory in which a healthy sample stands in for the masked ones.
+def without(samples: torch.Tensor, masked: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return samples, along `dim`, in which a healthy one stands in for the masked ones.
 
-    Their adjoints start at zero; at a healthy state they stay zero, at a frozen one of 1e300 they may become nan.
+    Their adjoints start at zero; at a healthy state they stay zero, at a frozen one of 1e300 they may become nan, as at
+    physical parameters that divide by zero.
     """
     if len(masked) == 0:
-        return trajectory
-    healthy = min(set(range(trajectory.shape[1])) - set(masked.tolist()))
-    trajectory = trajectory.clone()
-    trajectory[:, masked] = trajectory[:, healthy : healthy + 1]
-    return trajectory
+        return samples
+    source = torch.arange(samples.shape[dim], device=samples.device)
+    source[masked] = min(set(range(samples.shape[dim])) - set(masked.tolist()))
+    return samples.index_select(dim, source)

@@ -161,8 +161,10 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 def is_sequential(module: torch.nn.Module) -> bool:
-    """Whether a module is a `torch.nn.Sequential` that does nothing but run its layers in turn."""
+    """Whether a module is a `torch.nn.Sequential` that does nothing but run its layers in turn, and has only theirs."""
     if not isinstance(module, torch.nn.Sequential) or type(module).forward is not torch.nn.Sequential.forward:
+        return False
+    if module._parameters:
         return False
     return not has_hooks(module) and not are_hooks_everywhere()
 

@@ -11,7 +11,7 @@ from warp_phys.arrays import as_structs, for_all_streams, shape_message
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refuse_memory, resolve
 from warp_phys.interop.report import Report
-from warp_phys.interop.sums import combined_changes, split
+from warp_phys.interop.sums import combined_changes, has_own_hooks, split
 from warp_phys.interop.torch_compiled import name_of_rollout
 from warp_phys.interop.torch_controller import TorchController, precision_and_device
 from warp_phys.interop.torch_dense import as_array
@@ -234,6 +234,8 @@ class Rollout:
             self._check_place()
             if not isinstance(self.system, System) or self.backend != "fused":
                 return None
+            if any(map(has_own_hooks, self._adapter.trainable)):
+                return None
             times, shape = chosen_times(when, self.steps), (self.steps, batch)
             if len(self._direct) >= DIRECT_PASSES:
                 self._direct.pop(next(iter(self._direct)))
@@ -345,13 +347,14 @@ class Rollout:
         rows: torch.Tensor | None,
         masked: torch.Tensor,
         kept: torch.Tensor | None,
-        trainable: list[torch.nn.Parameter],
+        trainable: Sequence[torch.nn.Parameter],
         seeds: tuple[torch.Tensor | None, torch.Tensor | None],
         want_rows: bool,
         must_train: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
         """Run the flows backward; return the gradients of x0, of the parameter rows and of the trainable parameters.
 
+        None stands for the gradient of a parameter that the controls do not depend on.
         `must_train` says that the last ones are all that is asked for: where there can be none, that is an error.
         """
         try:
@@ -361,7 +364,9 @@ class Rollout:
         parts = linear_parts(self.flow)
         flows = self.running_flows()
         seeds_ = [owned(seed, like, masked) for seed, like in zip(seeds, (states, controls), strict=True)]
-        states, controls = without(states, masked), without(controls, masked)
+        states, controls = without(states, masked, dim=1), without(controls, masked, dim=1)
+        if rows is not None and len(rows) > 1:
+            rows = without(rows, masked, dim=0)
         updates = torch.zeros((len(flows), sum(p.numel() for p in trainable)), dtype=self.dtype, device=self.device)
         with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
             arrays = [as_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
@@ -380,8 +385,11 @@ class Rollout:
         if self.reduce is not None:
             self.reduce(updates)
         used = [flows.index(part) for part in parts]
-        grads = self._updates(updates[used], trainable)
-        self.report = Report(flows, updates, tuple(grads), tuple(masked.tolist()))
+        changes = self._updates(updates[used], trainable)
+        self.report = Report(flows, updates, tuple(changes), tuple(masked.tolist()))
+        # with `reduce` another rank may know of such a dependence
+        reached = [self.reduce is not None or check.includes(parameter) for parameter in trainable]
+        grads = [change if depends else None for change, depends in zip(changes, reached, strict=True)]
         if adj_rows is not None and rows is not None:
             adj_rows = combine(self.flow, adj_rows[used].sum(dim=1, keepdim=True) if len(rows) == 1 else adj_rows[used])
         return combine(self.flow, adj_x0[used]), adj_rows, grads
@@ -399,7 +407,7 @@ class Rollout:
             self._gates[key] = gates, for_all_streams(array)
         return self._gates[key]
 
-    def _updates(self, updates: torch.Tensor, trainable: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    def _updates(self, updates: torch.Tensor, trainable: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
         """Return what this pass adds to the gradients of the parameters; one row of `updates` per part of the flow."""
         if not isinstance(self.flow, Combined):
             return split(updates[0], trainable)

@@ -259,7 +259,7 @@ class Update:
     def _conclude(self, direct: DirectPass, update: torch.Tensor) -> None:
         """Leave what the last of some recorded steps leaves."""
         self.rollout.report = direct.report(update)
-        self._tell_torch((direct.grad, *direct.trainable))
+        self._tell_torch((*direct.grads, *direct.trainable))
 
     def _replay(self, x0: torch.Tensor) -> torch.Tensor | None:
         """Replay a CUDA graph; None as above."""
