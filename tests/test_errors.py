@@ -127,6 +127,13 @@ def test_controller_with_a_wrong_output_shape():
         ({"gravity": np.ones((8, 1))}, ValueError, "parameter gravity must be a number or "),
         ({"gravity": "a"}, TypeError, "parameter gravity must be a number or one number per sample, got 'a'"),
         ({"gravity": None}, TypeError, "parameter gravity must be a number or one number per sample, got None"),
+        ({"gravity": True}, TypeError, "parameter gravity must be a number or one number per sample, got True"),
+        ({"gravity": np.ones(5, bool)}, TypeError, "parameter gravity must be a number or one number per sample"),
+        (
+            {"gravity": torch.ones(5, dtype=torch.complex64)},
+            TypeError,
+            "parameter gravity must be a number or",
+        ),
         ("gravity", TypeError, "parameters must be a mapping of names to numbers, got str"),
     ],
 )

@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 
 def check_number(name: str, value: Any, least: float = -math.inf, positive: bool = False) -> None:
     """Raise a TypeError or ValueError that names `value` if it is not a finite number, at least `least` or positive.
@@ -52,8 +50,12 @@ def check_given(names: Sequence[str], values: Any) -> None:
     if unknown:
         raise ValueError(f"parameters {', '.join(unknown)} are unknown; there are {', '.join(names) or 'none'}")
     for name, value in values.items():
-        is_number = isinstance(value, (int, float, np.number)) or hasattr(value, "shape")
-        if not is_number and (not isinstance(value, Sequence) or isinstance(value, (str, bytes))):
+        is_array = hasattr(value, "shape") and not any(
+            kind in str(getattr(value, "dtype", "")) for kind in ("bool", "complex")
+        )
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        if not (is_array or is_number or is_list):
             raise TypeError(f"parameter {name} must be a number or one number per sample, got {value!r}")
 
 
