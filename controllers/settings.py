@@ -39,7 +39,7 @@ class Training:
     """Weight of the mean squared control in the loss."""
     flow: str = "combined"
     """Gradient flow by name or letter: regular R, modified M, stopped S, controller N, combined C; geometric and minmod
-    combine M and R by other rules, averaged compares M with a running average of R."""
+    combine M and R by other rules, averaged compares M with a running average of R, either with both."""
     network: Literal["auto", "dense", "grid-cnn"] = "auto"
     """Network: dense layers, convolutions over a grid, or auto: the latter for a system on a grid."""
     hidden: tuple[int, ...] = (100, 100)

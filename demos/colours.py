@@ -13,6 +13,7 @@ COLOURS = {
     "geometric": "#E69F00",  # orange
     "minmod": "#56B4E9",  # sky blue
     "averaged": "#000000",
+    "either": "#882255",  # wine, of Paul Tol's
 }
 
 POLES = ("#332288", "#AA4499", "#999933", "#88CCEE")

@@ -53,7 +53,7 @@ class Paper:
     """Levels, such as poles-4, cost-0.01, target-5, or their numbers for a single experiment; without this, of each
     experiment all that are published."""
     flow: tuple[str, ...] = ("regular", "modified", "stopped", "combined")
-    """Gradient flows, by name or letter; also controller (N), geometric, minmod, averaged."""
+    """Gradient flows, by name or letter; also controller (N), geometric, minmod, averaged, either."""
     clip: tuple[str, ...] = ("none", "value", "norm")
     """Clipping of the update."""
     seeds: str = "3"

@@ -210,7 +210,7 @@ def test_rules_of_agreement(rule, real):
     nobody = wp.zeros((0, update_kernels.TENSOR), wp.uint64, "cpu"), wp.zeros(1, int, "cpu")  # no tensor to train
     groups, status = wp.zeros((0, update_kernels.GROUP), wp.float64, "cpu"), wp.zeros(1, int, "cpu")
     inputs = [states, states, costs, 1.0, 0.0, addresses, 0.0, update_kernels.CLIPPING["none"], 1.0, *nobody, groups]
-    wp.launch(update_kernels.finish_kernel(rule, False, real), 1, inputs, [status, loss, grad], device="cpu")
+    wp.launch(update_kernels.finish_kernel(rule, False, False, real), 1, inputs, [status, loss, grad], device="cpu")
     assert status.numpy()[0] == 1
     with np.errstate(all="ignore"):
         expected = rule(base, other)
@@ -219,8 +219,9 @@ def test_rules_of_agreement(rule, real):
     assert out[-1] == 7.0
 
 
+@pytest.mark.parametrize("either", [False, True])
 @pytest.mark.parametrize("real", [wp.float32, wp.float64])
-def test_a_rule_of_an_average(real):
+def test_a_rule_of_an_average(real, either):
     """Scaled to length 1 before it is averaged, however small or large; one that is not finite changes nothing."""
     dtype = np.float32 if real is wp.float32 else np.float64
     base, mean, out = np.array([1.0, -2.0, 3.0], dtype), np.zeros(3, dtype), np.zeros(3, dtype)
@@ -237,7 +238,10 @@ def test_a_rule_of_an_average(real):
         addresses = [array.ctypes.data for array in (base, other, out, mean)]
         addresses = wp.array(addresses, dtype=wp.uint64, device="cpu")
         inputs = [states, states, costs, 1.0, 0.0, addresses, 0.75, 0, 1.0, *nobody, groups]
-        kernel = update_kernels.finish_kernel(agree, True, real)
+        kernel = update_kernels.finish_kernel(agree, True, either, real)
         wp.launch(kernel, 1, inputs, [status, loss, grad], device="cpu")
         np.testing.assert_allclose(mean, expected, rtol=4 * np.finfo(dtype).eps, atol=0.0)
-        np.testing.assert_array_equal(out, np.where(np.sign(mean) == np.sign(base), base, 0.0))
+        agrees = np.sign(mean) == np.sign(base)
+        if either and np.isfinite(scale):
+            agrees |= np.sign(other) == np.sign(base)
+        np.testing.assert_array_equal(out, np.where(agrees, base, 0.0))

@@ -210,6 +210,9 @@ class Combined:
     """Decay, in [0, 1), of a running average of `other` over the updates of a training, each scaled to length 1: the
     rule takes that average in place of the update itself. The signs of a minibatch's R are noisy, those of the average
     less so. Only `warp_phys.interop.torch.Update` keeps an average; 0 needs none."""
+    either: bool = False
+    """Whether the rule, where the average leaves nothing of a component, takes the update itself: with the sign
+    agreement, whether M may agree with either. Only with a memory."""
 
     def __post_init__(self):
         for name in ("base", "other"):
@@ -221,9 +224,25 @@ class Combined:
         if not 0.0 <= self.memory < 1.0:
             raise ValueError(f"memory must be at least 0 and below 1, got {self.memory!r}")
         object.__setattr__(self, "memory", float(self.memory))
+        if not isinstance(self.either, bool):
+            raise TypeError(f"either must be True or False, got {self.either!r}")
+        if self.either and not self.memory:
+            raise ValueError("either=True needs a memory above 0")
 
-    def apply(self, base: Any, other: Any) -> Any:
-        """Return what the rule makes of two updates, or raise a ValueError if that has not their shape."""
+    def apply(self, base: Any, other: Any, mean: Any = None) -> Any:
+        """Return what the rule makes of two updates, or raise a ValueError if that has not their shape.
+
+        Args:
+            base: The update of the base flow.
+            other: That of the other flow.
+            mean: The average of that, where the flow has a memory.
+        """
+        update = self._apply(base, other if mean is None else mean)
+        if mean is None or not self.either:
+            return update
+        return _library(base).where(update == 0.0, self._apply(base, other), update)
+
+    def _apply(self, base: Any, other: Any) -> Any:
         update = self.rule(base, other)
         if getattr(update, "shape", None) != base.shape:
             name, got = getattr(self.rule, "__name__", "rule"), getattr(update, "shape", type(update).__name__)
@@ -238,6 +257,7 @@ class Combined:
             if self == known:
                 return name
         memory = f", memory {self.memory:g}" if self.memory else ""
+        memory += " or now" if self.either else ""
         return f"{getattr(self.rule, '__name__', 'rule')}({self.base.name}; {self.other.name}{memory})"
 
     @property
@@ -258,6 +278,7 @@ NAMED: dict[str, Flow | Combined] = {
     "geometric": Combined(rule=geometric),
     "minmod": Combined(rule=minmod),
     "averaged": Combined(memory=0.9),
+    "either": Combined(memory=0.9, either=True),
 }
 """The flows by name. Those of the publication are also known by their letters R, M, S, N and C."""
 

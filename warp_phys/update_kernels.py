@@ -23,13 +23,13 @@ GROUP = 6
 
 
 @functools.cache
-def finish_kernel(rule: Any, memory: bool, real: type) -> wp.Kernel:
+def finish_kernel(rule: Any, memory: bool, either: bool, real: type) -> wp.Kernel:
     """Finish an update whose flows have run, in one thread.
 
     `rule` combines the flows at the first two of `addresses`, or is None: then the first alone counts. The third takes
     the result, `grad` the same clipped. With `memory` the second goes into the running average at the fourth, of this
-    `decay`, and the rule takes that. Where a state is not finite, `status` becomes 0 and nothing else is written,
-    else it becomes 1.
+    `decay`, and the rule takes that; with `either` also the second itself, where that leaves nothing. Where a state is
+    not finite, `status` becomes 0 and nothing else is written, else it becomes 1.
 
     Raises:
         KeyError: `rule` has no kernel.
@@ -40,8 +40,9 @@ def finish_kernel(rule: Any, memory: bool, real: type) -> wp.Kernel:
         end = f"""
         const auto* other = (const {scalar}*)addresses.data[1];
         auto* mean = ({scalar}*)addresses.data[3];
-        if ({int(memory)}) remember(other, mean, size, decay);
-        combine<{RULES[rule]}>(base, {int(memory)} ? mean : other, update, size);
+        const auto* now = {int(memory)} && !remember(other, mean, size, decay) ? mean : other;
+        if ({int(either)}) combine_either<{RULES[rule]}>(base, mean, now, update, size);
+        else combine<{RULES[rule]}>(base, {int(memory)} ? mean : now, update, size);
         """
 
     @wp.func_native(f"""

@@ -26,6 +26,7 @@ STYLES = {
     "geometric": (0, (9, 2)),
     "minmod": (0, (3, 1, 1, 1, 1, 1)),
     "averaged": (0, (7, 1, 2, 1)),
+    "either": (0, (4, 1, 1, 1, 1, 1)),
 }
 """A dash pattern per flow, so that a print without colours can be read too."""
 BINS = 24

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from controllers.checkpoint import CHECKPOINT, RECORD, SETTINGS, save_json
 from controllers.settings import Training, check_resume
 from demos.experiments.published import EXPERIMENTS
+from warp_phys.flow import NAMED
 
-FLOW_ORDER = ("regular", "modified", "stopped", "controller", "combined", "geometric", "minmod", "averaged")
+FLOW_ORDER = tuple(NAMED)
 CLIPS = ("none", "value", "norm")
 """Order of flows and of clipping modes in tables and figures."""
 OUTCOME = "outcome.json"

@@ -40,10 +40,10 @@ def weights(update):
     return torch.cat([p.detach().flatten() for p in update.rollout.controller.parameters()])
 
 
-def by_hand(memory, steps, rule=agree):
+def by_hand(memory, steps, rule=agree, either=False):
     """The same from the updates of M and R alone."""
     module = network()
-    optimiser, mean, other_signs = torch.optim.Adam(module.parameters(), lr=0.01), 0.0, 0
+    optimiser, mean, other_signs, saved = torch.optim.Adam(module.parameters(), lr=0.01), 0.0, 0, 0
     for seed in range(steps):
         found = []
         for flow in ("M", "R"):
@@ -52,28 +52,32 @@ def by_hand(memory, steps, rule=agree):
         mean = memory * mean + (1.0 - memory) * found[1] / found[1].norm()
         other_signs += int((mean.sign() != found[1].sign()).sum())
         update, at = rule(found[0], mean), 0
+        if either:
+            now = rule(found[0], found[1])
+            saved += int(((update == 0.0) & (now != 0.0)).sum())
+            update = torch.where(update == 0.0, now, update)
         for p in module.parameters():
             p.grad = update[at : at + p.numel()].view(p.shape)
             at += p.numel()
         optimiser.step()
-    assert other_signs > 0  # else the memory would make no difference
+    assert other_signs > 0 and (saved > 0) == either  # else the memory would make no difference
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-@pytest.mark.parametrize("memory", [0.5, 0.9])
+@pytest.mark.parametrize(("memory", "either"), [(0.5, False), (0.9, False), (0.9, True)])
 @pytest.mark.parametrize(
     "options",
     [{}, {"graph": True}, {"backend": "general"}, {"reduce": lambda updates: None}, {"on_divergence": "mask"}],
     ids=["fused", "graph", "general", "reduced", "masked"],
 )
-def test_updates(memory, options):
-    update = make(Combined(memory=memory), **options)
+def test_updates(memory, either, options):
+    update = make(Combined(memory=memory, either=either), **options)
     for seed in range(6):
         update(start(seed))
-    torch.testing.assert_close(weights(update), by_hand(memory, 6), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(weights(update), by_hand(memory, 6, either=either), rtol=1e-9, atol=1e-12)
     grads = torch.cat([p.grad.flatten() for p in update.rollout.controller.parameters()])
     assert update.rollout.report.norm == pytest.approx(float(grads.norm()), rel=1e-12)
-    assert update.rollout.flow == Combined(memory=memory)
+    assert update.rollout.flow == Combined(memory=memory, either=either)
 
 
 def test_a_rule_of_ones_own():
@@ -91,6 +95,8 @@ def test_no_memory_is_the_published_flow():
     assert Combined(memory=0.0) == resolve("C") and Combined(memory=0.9) == resolve("averaged")
     assert resolve("averaged").name == "averaged" and resolve("averaged").letter == ""
     assert Combined(memory=0.25).name == "agree(modified; regular, memory 0.25)"
+    assert Combined(memory=0.25, either=True).name == "agree(modified; regular, memory 0.25 or now)"
+    assert resolve("either") == Combined(memory=0.9, either=True) and resolve("either").name == "either"
 
 
 def test_steps_of_several_kinds_share_one_average():
@@ -227,9 +233,10 @@ def test_a_step_that_diverges_changes_nothing():
         assert torch.equal(update._mean(), mean) and torch.equal(weights(update), before)
 
 
-def test_what_a_cuda_graph_holds():
+@pytest.mark.parametrize("flow", ["averaged", "either"])
+def test_what_a_cuda_graph_holds(flow):
     """The passes before a capture and a trajectory that diverges leave the average as it is."""
-    update = make(backend="general")
+    update = make(flow, backend="general")
     update(start(0))
     body = WholeUpdate(update.rollout, update.optimiser, BATCH, "every", 0.3, "none", 1.0, update._mean())
     mean, before = update._mean().clone(), weights(update)
@@ -239,7 +246,7 @@ def test_what_a_cuda_graph_holds():
     body.x0[0, 0] = 1e308
     body.run(step=True)
     assert torch.equal(update._mean(), mean) and torch.equal(weights(update), before)
-    twin = make(backend="general")
+    twin = make(flow, backend="general")
     twin(start(0))
     for seed in range(1, 5):
         body.x0.copy_(start(seed))
@@ -255,8 +262,19 @@ def test_an_update_that_is_not_finite_stays_out():
     for value in (torch.inf, torch.nan):
         update = combine_remembering(flow, base, torch.tensor([value, 1.0]), mean)
         assert torch.equal(update, torch.tensor([2.0, 0.0])) and torch.equal(mean, torch.tensor([1.0, -1.0]))
+    either = Combined(memory=0.5, either=True)
+    for now, expected in (([-1.0, 1.0], [2.0, 3.0]), ([torch.nan, 1.0], [2.0, 0.0]), ([1.0, -torch.inf], [2.0, 0.0])):
+        update = combine_remembering(either, base, torch.tensor(now), torch.tensor([1.0, -1.0]))
+        assert torch.equal(update, torch.tensor(expected))
     combine_remembering(flow, base, torch.zeros(2), mean)
     assert torch.equal(mean, torch.tensor([0.5, -0.5]))
+
+
+def test_either_of_what():
+    with pytest.raises(ValueError, match="either=True needs a memory above 0"):
+        Combined(either=True)
+    with pytest.raises(TypeError, match="either must be True or False, got 1"):
+        Combined(memory=0.9, either=1)
 
 
 @pytest.mark.parametrize("memory", [-0.1, 1.0, 2])

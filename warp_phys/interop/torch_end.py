@@ -83,7 +83,8 @@ def record_end(
     ]  # fmt: skip
     outputs = [status, as_array(loss), as_array(direct.grad)]
     rule = flow.rule if isinstance(flow, Combined) else None
-    kernel = finish_kernel(rule, mean is not None, wp.dtype_from_torch(direct.grad.dtype))
+    either = isinstance(flow, Combined) and flow.either
+    kernel = finish_kernel(rule, mean is not None, either, wp.dtype_from_torch(direct.grad.dtype))
     launch = wp.launch(kernel, 1, inputs, outputs, device="cpu", record_tape=False, record_cmd=True)
     held = (*inputs, *outputs, mean)  # a recorded launch does not keep its arrays alive
     whole = direct.capture(launch) if graph else None

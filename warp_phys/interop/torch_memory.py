@@ -90,14 +90,15 @@ def combine_remembering(
         base: The update of its base, flat.
         other: The update of its other flow, flat.
         mean: The average, changed in place: decay · mean + (1 − decay) · other / |other|. Where that is not finite it
-            stays.
+            stays, and `other` is not consulted.
         skip: A number on the device; where it is not 0, the average stays.
     """
     length = torch.linalg.vector_norm(other, dtype=torch.float64)
+    is_known = torch.isfinite(length)
     wide = other.double() * torch.where(length > 0.0, (1.0 - flow.memory) / length, 0.0)
-    keep = torch.isfinite(length) if skip is None else torch.isfinite(length) & (skip == 0.0)
+    keep = is_known if skip is None else is_known & (skip == 0.0)
     mean.copy_(torch.where(keep, mean.double() * flow.memory + wide, mean.double()))
-    return flow.apply(base, mean)
+    return flow.apply(base, torch.where(is_known, other, mean), mean)
 
 
 def value_and_grad(
@@ -124,7 +125,7 @@ def value_and_grad(
             f"parameters must have no hooks for the flow {flow.name!r}, whose update is no gradient of autograd's; "
             f"{', '.join(hooked)} have. One that is not to be trained: requires_grad_(False)"
         )
-    rollout.flow = replace(flow, memory=0.0)
+    rollout.flow = replace(flow, memory=0.0, either=False)
     try:
         loss = rollout.value_and_grad(x0, when, control_cost)
     finally:

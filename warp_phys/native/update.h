@@ -41,20 +41,32 @@ struct minmod {
 };
 
 // Not a number where the sum of the two is none, 0 where their signs differ.
-template <typename R, typename T> static inline void combine(const T* base, const T* other, T* combined, long long size) {
+template <typename R, typename T> static inline T combined(T m, T r) {
+    const T sum = m + r;
+    const bool same = (m > 0) == (r > 0) && (m < 0) == (r < 0);
+    return sum != sum ? sum : same ? R::of(m, r) : T(0);
+}
+
+template <typename R, typename T> static inline void combine(const T* base, const T* other, T* update, long long size) {
+    for (long long i = 0; i < size; ++i) update[i] = combined<R>(base[i], other[i]);
+}
+
+// The same with the first of two others that leaves anything.
+template <typename R, typename T>
+static inline void combine_either(const T* base, const T* first, const T* second, T* update, long long size) {
     for (long long i = 0; i < size; ++i) {
-        const T m = base[i], r = other[i], sum = m + r;
-        const bool same = (m > 0) == (r > 0) && (m < 0) == (r < 0);
-        combined[i] = sum != sum ? sum : same ? R::of(m, r) : T(0);
+        const T value = combined<R>(base[i], first[i]);
+        update[i] = value == 0 ? combined<R>(base[i], second[i]) : value;
     }
 }
 
-// A running average of updates, each scaled to length 1; one that is not finite leaves it as it is.
-template <typename T> static inline void remember(const T* update, T* mean, long long size, double decay) {
+// A running average of updates, each scaled to length 1; one that is not finite leaves it as it is, and is told.
+template <typename T> static inline bool remember(const T* update, T* mean, long long size, double decay) {
     const double length = wp::sqrt(sum_of_squares(update, size));
-    if (!wp::isfinite(length)) return;
+    if (!wp::isfinite(length)) return false;
     const double take = length > 0.0 ? (1.0 - decay) / length : 0.0;
     for (long long i = 0; i < size; ++i) mean[i] = T(double(update[i]) * take + double(mean[i]) * decay);
+    return true;
 }
 
 constexpr int CLIP_VALUE = 1, CLIP_NORM = 2;
