@@ -2,16 +2,20 @@
 
 import pickle
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 import warp as wp
 
+from tests.springs import Springs
 from warp_phys import CartPole, Combined, Dense, Diverged, Flow, audit
 from warp_phys import Rollout as WarpRollout
 from warp_phys.flow import resolve
 from warp_phys.interop.torch import Rollout, Step
+from warp_phys.systems import System
+from warp_phys.systems.integrators import integrate
 
 SYSTEM = CartPole(poles=4)
 
@@ -317,3 +321,23 @@ def test_masking_is_advised_where_it_would_help():
         with pytest.raises(Diverged) as caught:
             run()
         assert ("on_divergence='mask'" in str(caught.value)) == advised
+
+
+def test_semi_implicit_wants_positions_and_velocities():
+    for system, block, got in ((Springs(size=5), 1, 5), (Springs(size=6), 2, 6)):
+        with raises(
+            ValueError, f"semi-implicit needs states in turn of {block} positions and {block} velocities, got {got}"
+        ):
+            integrate(None, system.types(wp.float64), "semi-implicit", block)
+
+
+def test_a_system_without_a_physical_parameter():
+    @dataclass(frozen=True)
+    class Map(System):
+        size: int = 2
+        states = controls = ("a", "b")
+        functions = sample = sketch = None
+
+    for call in (Map().parameter_array, lambda: Rollout(Map(), torch.nn.Linear(2, 2), 3)(torch.zeros(4, 2))):
+        with raises(TypeError, "Map needs a physical parameter, a field annotated float: dt, for instance"):
+            call()

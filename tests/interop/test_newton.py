@@ -269,6 +269,19 @@ def test_targets(make, device, control):
     assert relative(adj_c.sum((0, 2)), (f[0] - f[1]) / (2 * h)) < 1e-3
 
 
+def test_targets_that_are_not_steered(make, device):
+    """They are numbers of the model: written in place, they count from the next step on, in either verb."""
+    system = make(device, driven, joints=("hinge",))
+    x0, controls, weights = problem(system, 2)
+    before = unroll(system, x0, controls)[-1].numpy()
+    system.model.joint_target_q.assign(np.tile(np.float32([0.5, 0.0]), system.worlds))
+    states = unroll(system, x0, controls)
+    other = NewtonSystem(system.model, joints=("hinge",), dt=system.dt)
+    assert np.array_equal(states[-1].numpy(), unroll(other, x0, controls)[-1].numpy())
+    assert np.abs(states[-1].numpy() - before).max() > 1e-3
+    assert relative(pull(system, states, controls, weights)[0], slopes(system, x0, controls, weights, 0.1)) < 3e-4
+
+
 def test_audit_finds_the_shared_solver(make, device):
     assert audit(make(device, substeps=3)).ok
     report = audit(SharedSolver(make(device, graph=False)))

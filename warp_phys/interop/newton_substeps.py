@@ -39,6 +39,9 @@ class Substeps:
         self.plain = tuple(model.state(requires_grad=False) for _ in range(2))
         self.taped = tuple(model.state(requires_grad=True) for _ in range(2))
         self.control = model.control(requires_grad=True)
+        # the numbers of the controls that are not steered; written into the model, they count from the next step on
+        pairs = [(own, getattr(self.model, name, None)) for name, own in vars(self.control).items()]
+        self.given = [(own, given) for own, given in pairs if isinstance(own, wp.array) and isinstance(given, wp.array)]
         self.jointed = wp.array(_jointed(self.model), dtype=wp.int32, device=self.device)
         self.pipeline = newton.CollisionPipeline(model, requires_grad=False) if contacts else None
         self.contacts: Any = None if self.pipeline is None else self.pipeline.contacts()
@@ -111,6 +114,8 @@ class Substeps:
             self.pipeline.collide(state, self.contacts)
 
     def _steer(self) -> None:
+        for own, given in self.given:
+            wp.copy(own, given)
         numbers = flat(getattr(self.control, self.steering.target))
         inputs = [self.c, self.steering.places, self.steering.gain, self.steering.width]
         self._launch(steer, self.c.shape, inputs, numbers)

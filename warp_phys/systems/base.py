@@ -100,9 +100,9 @@ def _defaults(system: "System", real: type, device: str) -> wp.array:
 class System(ABC):
     """A physical system x_{n+1} = S(x_n, c_n; p), batched over rows, differentiable in x, c and p.
 
-    A subclass is a frozen dataclass. Fields annotated `float` are physical parameters: they may differ from sample to
-    sample and have gradients. All other fields shape the kernels. It names its components in `states` and `controls`,
-    and gives `functions`, `sample` and `sketch`.
+    A subclass is a frozen dataclass. Fields annotated `float` are physical parameters, one at least: they may differ
+    from sample to sample and have gradients. All other fields shape the kernels. It names its components in `states`
+    and `controls`, and gives `functions`, `sample` and `sketch`.
     """
 
     time_average: ClassVar[bool] = True
@@ -148,7 +148,12 @@ class System(ABC):
     @functools.cached_property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the physical parameters, in the order of the parameter struct."""
-        return tuple(field.name for field in fields(self) if field.type in (float, "float"))
+        names = tuple(field.name for field in fields(self) if field.type in (float, "float"))
+        if not names:
+            raise TypeError(
+                f"{type(self).__name__} needs a physical parameter, a field annotated float: dt, for instance"
+            )
+        return names
 
     @functools.cached_property
     def structure(self) -> "System":

@@ -24,9 +24,14 @@ def integrate(rate: Any, types: Any, integrator: str, block: int = 1) -> Any:
         block: For "semi-implicit", the layout of the state: `block` positions, then their velocities, and so on.
 
     Raises:
-        ValueError: The integrator is unknown.
+        ValueError: The integrator is unknown, or the states do not fit "semi-implicit".
     """
     check_choice("integrator", integrator, INTEGRATORS)
+    if integrator == "semi-implicit" and types.state_size % (2 * block):
+        raise ValueError(
+            f"semi-implicit needs states in turn of {block} positions and {block} velocities, got {types.state_size}; "
+            "use euler or rk4, or write the step"
+        )
     if integrator == "euler":
         return _euler(rate, types)
     if integrator == "rk4":
