@@ -41,6 +41,10 @@ INKS = (*(colour(letter) for letter in "RMSC"), *POLES)
 HINT = "see it in a browser with --browser, or write a file with --save FILE.gif"
 
 
+GIF_RATE = 50
+"""Pictures a second at most in a GIF: browsers show what is to last less than 20 ms for 100."""
+
+
 class CannotShow(Exception):
     """The demo cannot be shown in the way that was asked for; the message says why, and what to do instead."""
 
@@ -229,6 +233,8 @@ def save(make: Callable[[Figure], Demo], view: View, size: tuple[float, float], 
     kind = path.suffix.lower()
     if kind == ".mp4" and not shutil.which("ffmpeg"):
         raise CannotShow("a .mp4 needs the program ffmpeg, which was not found; install it, or save a .gif")
+    if kind == ".gif" and view.rate > GIF_RATE:
+        raise CannotShow(f"a .gif shows at most {GIF_RATE} pictures a second; take a lower --rate, or save a .mp4")
     figure = Figure(figsize=size, dpi=80)
     FigureCanvasAgg(figure)
     count = max(1, round((view.seconds or clip) * view.rate))
@@ -243,7 +249,8 @@ def save(make: Callable[[Figure], Demo], view: View, size: tuple[float, float], 
         with atomic_write(path) as file:
             pictures[-1].save(file, "PNG", optimize=True)
     elif kind == ".gif":
-        write_pictures(path, pictures, [round(1000 / view.rate)] * count, colours=96, keep=INKS)
+        ends = np.round(np.arange(count + 1) * 100.0 / view.rate).astype(int)  # a GIF holds hundredths of a second
+        write_pictures(path, pictures, (10 * np.diff(ends)).tolist(), colours=96, keep=INKS)
     else:
         write_film(path, pictures, view.rate)
     print(f"{'Picture' if kind == '.png' else 'Film'}: {path.resolve()}")

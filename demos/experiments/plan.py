@@ -38,6 +38,15 @@ class State(NamedTuple):
         return self.word in (FINISHED, DIVERGED)
 
 
+def level_text(level: float) -> str:
+    """A level in words, to the last digit: folders and tables must tell any two apart.
+
+    >>> level_text(4.0), level_text(0.001), level_text(0.1234567)
+    ('4', '0.001', '0.1234567')
+    """
+    return repr(float(level)).removesuffix(".0")
+
+
 @dataclass(frozen=True)
 class Run:
     """One training of an experiment, and its folder."""
@@ -55,7 +64,7 @@ class Run:
         """
         settings, label = self.settings, EXPERIMENTS[self.experiment].label
         order = "-shuffled" if settings.shuffle else ""
-        level = f"{label}-{self.level:g}"
+        level = f"{label}-{level_text(self.level)}"
         return f"{self.experiment}/{level}/{settings.flow}/clip-{settings.clip}/seed-{settings.seed}{order}"
 
     @property
@@ -93,9 +102,12 @@ class Run:
 
     def check(self) -> None:
         """Raise ValueError where its folder holds a run with other settings, or something else."""
-        saved = read_settings(self.folder) if (self.folder / SETTINGS).exists() else None
-        if saved is None:
+        if not (self.folder / SETTINGS).exists():
+            left = [name for name in (OUTCOME, CHECKPOINT, RECORD) if (self.folder / name).exists()]
+            if left:
+                raise ValueError(f"out: {self.folder} has {', '.join(left)} and no {SETTINGS}; delete or complete it")
             return
+        saved = read_settings(self.folder)
         try:
             check_resume({entry.name: getattr(saved, entry.name) for entry in fields(saved)}, self.settings)
         except ValueError as error:

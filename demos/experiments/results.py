@@ -56,9 +56,13 @@ def load_result(run: Run) -> Result:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     if lines and lines[0] != ",".join(Record._fields):
         raise ValueError(f"out: {path} has other columns than {', '.join(Record._fields)}")
-    column = Record._fields.index("test_loss")
-    losses = np.array([float(line.split(",")[column]) for line in lines[1:]])
-    return Result(run, state, tuple(lines[1:]), losses)
+    column, rows = Record._fields.index("test_loss"), [line.split(",") for line in lines[1:]]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(Record._fields):
+            raise ValueError(
+                f"out: {path} is damaged: line {number + 1} has {len(row)} of {len(Record._fields)} numbers"
+            )
+    return Result(run, state, tuple(lines[1:]), np.array([float(row[column]) for row in rows]))
 
 
 class Group(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 from controllers.checkpoint import atomic_write
 from controllers.record import Record
-from demos.experiments.plan import FAILED, FLOW_ORDER, SHARED, Run
+from demos.experiments.plan import FAILED, FLOW_ORDER, SHARED, Run, level_text
 from demos.experiments.published import EXPERIMENTS
 from demos.experiments.results import LAST, Group, Result, group_results
 from warp_phys.flow import resolve
@@ -33,7 +33,7 @@ def write_tables(out: str | Path, results: Sequence[Result]) -> list[Path]:
 def identity(run: Run) -> list[Any]:
     """Values of the columns that name a run."""
     settings = run.settings
-    return [run.experiment, f"{run.level:g}", settings.flow, settings.clip, settings.seed, int(settings.shuffle)]
+    return [run.experiment, level_text(run.level), settings.flow, settings.clip, settings.seed, int(settings.shuffle)]
 
 
 def write_epochs(path: Path, results: Iterable[Result]) -> None:
@@ -87,7 +87,7 @@ SUMMARY_COLUMNS = (
 def summary_line(group: Group) -> list[Any]:
     """One group of runs; no numbers where none of them counts."""
     numbers = [number(value, 6) if group.results else "" for value in (*group.finals, group.best)]
-    key = [group.experiment, f"{group.level:g}", int(group.shuffle), group.flow, group.clip]
+    key = [group.experiment, level_text(group.level), int(group.shuffle), group.flow, group.clip]
     return [*key, len(group.results), group.diverged, group.unfinished, *numbers]
 
 
@@ -153,7 +153,7 @@ def medians(label: str, groups: Sequence[Group]) -> list[str]:
         cells = [f"**{texts[flow]}**" if flow in bold else texts.get(flow, "–") for flow in flows]
         counts = {len(group.results) for group in widest.values()} or {0}
         runs = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-        lines.append([f"{level:g}", *cells, runs])
+        lines.append([level_text(level), *cells, runs])
     return table([label, *map(flow_title, flows), "runs each"], lines)
 
 
@@ -161,7 +161,7 @@ def detail(group: Group) -> list[str]:
     """One line of the table of all numbers."""
     numbers = [number(value) for value in (*group.finals, group.best)]
     return [
-        f"{group.level:g}",
+        level_text(group.level),
         flow_title(group.flow),
         group.clip,
         str(len(group.results)),

@@ -149,6 +149,19 @@ def test_a_film_is_made_by_ffmpeg(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"bin", "a.mp4"}
 
 
+def test_a_gif_lasts_as_long_as_is_asked(tmp_path, capsys):
+    """It holds hundredths of a second."""
+    path = tmp_path / "a.gif"
+    assert main(["--save", str(path), "--rate", "30", "--seconds", "1"]) == 0
+    with Image.open(path) as image:
+        durations = []
+        for number in range(image.n_frames):
+            image.seek(number)
+            durations.append(image.info["duration"])
+    assert sum(durations) == 1000 and {30, 40} <= set(durations)  # what stands still is one picture
+    assert_fails(["--save", str(path), "--rate", "60"], "a .gif shows at most 50 pictures a second", capsys)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -19,6 +19,7 @@ from demos.experiments.plan import (
     State,
     check_plan,
     find_runs,
+    make_plan,
 )
 from demos.experiments.pool import locked
 from demos.experiments.published import EXPERIMENTS, parse_levels
@@ -211,6 +212,14 @@ def test_files_that_are_not_ours_are_told(tmp_path):
     (run.folder / SETTINGS).write_text(json.dumps(asdict(run.settings) | {"colour": 1}))
     with pytest.raises(ValueError, match=r"settings\.json does not hold the settings of a run"):
         run.check()
+    (run.folder / SETTINGS).unlink()
+    with pytest.raises(ValueError, match=r"seed-0 has outcome\.json, record\.csv and no settings\.json"):
+        run.check()
+
+
+def test_levels_that_are_nearly_the_same_are_two_runs(tmp_path):
+    runs = make_plan(tmp_path, {"repulsion": [0.1234567, 0.1234568]}, "R", ["none"], [0])
+    assert [run.name.split("/")[1] for run in runs] == ["cost-0.1234567", "cost-0.1234568"]
 
 
 def test_a_state_is_read_from_the_files(tmp_path):

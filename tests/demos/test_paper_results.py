@@ -153,6 +153,15 @@ def test_failures_are_named_in_the_summary(tmp_path):
     assert "- failed: cartpole/poles-1/regular/clip-none/seed-0: OSError: disk full" in text
 
 
+def test_a_damaged_record_is_named(tmp_path):
+    (run,) = small_plan(tmp_path, "R")
+    pretend(run, [1.0] * 3)
+    path = run.folder / "record.csv"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"record\.csv is damaged: line 4 has \d of \d numbers"):
+        load_results(tmp_path)
+
+
 def test_tables_are_written_whole_or_not_at_all(made, tmp_path):
     (tmp_path / "epochs.csv").write_text("old")
     results = load_results(made[0])
