@@ -99,7 +99,7 @@ class Landscape:
         """Return the Jacobians of update fields by central differences: ∂u_i/∂θ_j, in one batched pass.
 
         `plane.rotation` and `plane.rotation_share` measure how far they are from those of a gradient. The Jacobian of a
-        combined flow is nan where its update jumps between the points of the difference.
+        combined flow is nan where its update jumps to 0 or from 0 between the points of the difference.
 
         Args:
             theta: Points, shape (B, 2).

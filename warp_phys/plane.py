@@ -45,7 +45,8 @@ def jacobian(field: Field, points: Any, step: float = 1e-5, cut: Any = False) ->
         step: Distance of the differences to either side.
         cut: Whether components of the field are cut to 0 in places, as those of combined updates are. Then the Jacobian
             is nan where a component is 0 at some of a point's four neighbours and not at others: it may jump there.
-            One truth value, or one for each of several fields, of the shape of their dimensions (…).
+            Jumps from one other value to another are not seen. One truth value, or one for each of several fields, of
+            the shape of their dimensions (…).
 
     Returns:
         Shape (…, N, 2, 2), float64; the last index is j.

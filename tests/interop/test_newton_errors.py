@@ -62,6 +62,59 @@ def test_solvers(model):
         NewtonSystem(model, newton.solvers.SolverFeatherstone(model, update_mass_matrix_interval=4))
 
 
+def chain(order=(0, 1), joints=2, loop=False):
+    """Two links, their joints made in an order, with a loop outside the articulation or not."""
+    world = newton.ModelBuilder()
+    links = [world.add_link(mass=1.0, inertia=wp.mat33(np.eye(3))) for _ in range(2)]
+    upper, lower = (links[i] for i in order)
+    made = [world.add_joint_revolute(-1, upper, axis=(0.0, 1.0, 0.0), label="upper")]
+    if joints > 1:
+        made.append(world.add_joint_revolute(upper, lower, axis=(0.0, 1.0, 0.0), label="lower"))
+    world.add_articulation(made)
+    if loop:
+        world.add_joint_revolute(-1, lower, axis=(0.0, 1.0, 0.0), label="loop")
+    return world
+
+
+@pytest.mark.parametrize("worlds", [1, 2])
+def test_what_featherstone_mistakes_for_another(worlds):
+    """It would compute something else, of equal rows unequal ones, or end the process."""
+    semi_implicit = newton.solvers.SolverSemiImplicit
+    for builder, message in (
+        (chain((1, 0)), r"one joint per body, added in the order of the bodies; the joints move the bodies \[1, 0"),
+        (chain(joints=1), f"the joints move the bodies .*, there are {2 * worlds}"),
+        (chain(loop=True), "needs every joint in an articulation, in none are loop"),
+    ):
+        model = scene(*[builder] * worlds)
+        with pytest.raises(ValueError, match=message):
+            NewtonSystem(model)
+        assert NewtonSystem(model, semi_implicit).worlds == worlds
+    assert NewtonSystem(scene(*[chain()] * worlds)).worlds == worlds
+
+
+def test_particles_of_several_worlds():
+    world = chain()
+    for x in (0.0, 1.0):
+        world.add_particle(wp.vec3(x, 0.0, 0.0), wp.vec3(), 1.0)
+    model = scene(world, world)
+    semi_implicit = newton.solvers.SolverSemiImplicit
+    with pytest.raises(ValueError, match="particles of all worlds push each other: set model.particle_grid = None"):
+        NewtonSystem(model, semi_implicit)
+    NewtonSystem(model)
+    NewtonSystem(scene(world), semi_implicit)
+    model.particle_grid = None
+    system = NewtonSystem(model, semi_implicit)
+    x = system.initial_states()
+    x[1, system.states.index("particle 0 x [m]")] += 0.05
+    y = wp.zeros(x.shape, dtype=wp.float32, device="cpu")
+    system.step(*arrays(x, np.zeros((2, 2)), device="cpu"), y)
+    alone = NewtonSystem(scene(world), semi_implicit)
+    y0 = wp.zeros((1, x.shape[1]), dtype=wp.float32, device="cpu")
+    alone.step(*arrays(x[:1], np.zeros((1, 2)), device="cpu"), y0)
+    particles = [i for i, name in enumerate(system.states) if name.startswith("particle 0")]
+    assert particles and np.abs(y.numpy()[0, particles] - y0.numpy()[0, particles]).max() < 1e-7
+
+
 def test_options(model):
     for options, message in (
         ({"dt": 0.0}, "dt must be a positive number, got 0.0"),
@@ -79,6 +132,10 @@ def test_options(model):
     ):
         with pytest.raises(ValueError, match=message):
             NewtonSystem(model, **options)
+    with pytest.raises(TypeError, match="gain must be a number or 2 numbers, got 'a'"):
+        NewtonSystem(model, gain="a")
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        NewtonSystem(model).sample(0)
     with pytest.raises(TypeError, match=r"joints must be names of joints, such as \('slide',\), got the text 'slide'"):
         NewtonSystem(model, joints="slide")
     with pytest.raises(ValueError, match="drives no free or ball joints, ball_free_joint is one"):

@@ -16,7 +16,14 @@ from warp_phys.interop.extras import require
 require("newton", "newton")
 import newton  # noqa: E402
 
-from warp_phys.interop.newton_rows import TARGETS, read_layout, read_steering, world_count  # noqa: E402
+from warp_phys.interop.newton_rows import (  # noqa: E402
+    TARGETS,
+    check_bodies,
+    check_particles,
+    read_layout,
+    read_steering,
+    world_count,
+)
 from warp_phys.interop.newton_substeps import Substeps  # noqa: E402
 
 DIFFERENTIABLE = (newton.solvers.SolverFeatherstone, newton.solvers.SolverSemiImplicit)
@@ -82,6 +89,10 @@ class NewtonSystem:
         self.device, self.worlds = model.device, world_count(model)
         check_choice("control", control, tuple(TARGETS))
         reduced = isinstance(self.solver, newton.solvers.SolverFeatherstone)
+        if reduced:
+            check_bodies(model)
+        else:
+            check_particles(model, self.worlds)
         layout, steering = (
             read_layout(model, self.worlds, reduced),
             read_steering(model, self.worlds, control, joints, gain),
@@ -188,6 +199,7 @@ class NewtonSystem:
             dtype: float32 or float64.
             spread: Standard deviation of the noise, in each number's unit.
         """
+        check_count("batch", batch)
         rows = [self._work.sample(np.random.default_rng([seed, n]), spread) for n in range(-(-batch // self.worlds))]
         return np.concatenate(rows)[:batch].astype(numpy_type(real_type(dtype)))
 

@@ -82,6 +82,30 @@ def world_count(model: newton.Model) -> int:
     return worlds
 
 
+def check_bodies(model: newton.Model) -> None:
+    """Raise a ValueError where SolverFeatherstone would silently go wrong: it takes a joint's number for its body's."""
+    children = _numbers(model, "joint_child")[: model.joint_count] if model.joint_count else np.zeros(0, dtype=int)
+    articulations = _numbers(model, "joint_articulation")[: model.joint_count] if model.joint_count else children
+    outside = np.flatnonzero(articulations < 0)
+    if len(outside):
+        names = ", ".join(dict.fromkeys(short(model.joint_label[joint]) for joint in outside))
+        raise ValueError(f"SolverFeatherstone needs every joint in an articulation, in none are {names}")
+    if not np.array_equal(children, np.arange(model.body_count)):
+        raise ValueError(
+            "SolverFeatherstone needs one joint per body, added in the order of the bodies; the joints move the bodies "
+            f"{children.tolist()[:8]}, there are {model.body_count}"
+        )
+
+
+def check_particles(model: newton.Model, worlds: int) -> None:
+    """Raise a ValueError where SolverSemiImplicit would let particles of different worlds push each other."""
+    if worlds > 1 and model.particle_count > 1 and model.particle_grid is not None:
+        raise ValueError(
+            "SolverSemiImplicit lets particles of all worlds push each other: set model.particle_grid = None, which "
+            "ends contact between particles, or build one world"
+        )
+
+
 def _numbers(model: newton.Model, name: str) -> np.ndarray:
     """Return an array of the model as numpy."""
     return getattr(model, name).numpy()
@@ -163,7 +187,7 @@ def read_steering(
     """Return the columns of a control: which degrees of freedom of one world are steered.
 
     Raises:
-        ValueError: A joint that is not there or cannot be steered so, no joint at all, gains that do not fit.
+        TypeError, ValueError: A joint that is not there or cannot be steered so, no joint, gains that do not fit.
     """
     chosen = _chosen_joints(model, worlds, target, joints)
     starts = _numbers(model, f"{TARGETS[target]}_start")
@@ -173,9 +197,13 @@ def read_steering(
         columns = {"joint_f": [_force(rate) for rate in rates], "joint_target_q": coordinates, "joint_target_qd": rates}
         names += columns[target] if target == "joint_f" else [f"target of {name}" for name in columns[target]]
         places += range(int(starts[joint]), int(starts[joint]) + len(columns[target]))
-    if np.size(gain) not in (1, len(places)) or not np.isfinite(gain).all() or (np.asarray(gain) == 0.0).any():
+    try:
+        gains = np.asarray(gain, dtype=np.float32).ravel()
+    except (TypeError, ValueError):
+        raise TypeError(f"gain must be a number or {len(places)} numbers, got {gain!r}") from None
+    if len(gains) not in (1, len(places)) or not np.isfinite(gains).all() or (gains == 0.0).any():
         raise ValueError(f"gain must be a number or {len(places)} numbers, finite and not 0, got {gain!r}")
-    gains = np.broadcast_to(np.asarray(gain, dtype=np.float32).ravel(), len(places))
+    gains = np.broadcast_to(gains, len(places))
     width = model.joint_coord_count if TARGETS[target] == "joint_q" else model.joint_dof_count
     return Steering(
         target,
