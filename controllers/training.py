@@ -217,10 +217,11 @@ class Loop:
             loss = self.loss(rows) * (len(rows) / len(states))
             loss.backward()
             self.losses[self.minibatch] += loss.detach()
-            updates = updates + self.rollout.report.updates
-        self.report = Report(
-            self.rollout.report.flows, updates, tuple(g.clone() for g in gradients_of(self.parameters))
-        )
+            if self.rollout.observe:
+                updates = updates + self.rollout.report.updates
+        if self.rollout.observe:
+            gradients = tuple(gradient.clone() for gradient in gradients_of(self.parameters))
+            self.report = Report(self.rollout.report.flows, updates, gradients)
 
     def loss(self, initial_states: torch.Tensor) -> torch.Tensor:
         """Loss of the trajectories that the controller steers from here."""

@@ -58,7 +58,7 @@ class View:
     seconds: float = 0.0
     """Length of the file, or time after which a window or page closes; 0: the demo's own length, or never."""
     rate: float = 25.0
-    """Pictures per second in a file."""
+    """Pictures per second in a file; at most 50 in a .gif."""
     browser: bool = False
     """Show a page in a browser, served on this machine only."""
     port: int = 8988

@@ -132,6 +132,7 @@ def test_controller_with_a_wrong_output_shape():
         ({"gravity": "a"}, TypeError, "parameter gravity must be a number or one number per sample, got 'a'"),
         ({"gravity": None}, TypeError, "parameter gravity must be a number or one number per sample, got None"),
         ({"gravity": True}, TypeError, "parameter gravity must be a number or one number per sample, got True"),
+        ({"gravity": [9.8, True]}, TypeError, "parameter gravity must be a number or one number per sample, got [9.8"),
         ({"gravity": np.ones(5, bool)}, TypeError, "parameter gravity must be a number or one number per sample"),
         (
             {"gravity": torch.ones(5, dtype=torch.complex64)},

@@ -55,6 +55,7 @@ def check_given(names: Sequence[str], values: Any) -> None:
         )
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        is_list = is_list and not any(isinstance(entry, (bool, str, bytes)) for entry in value)
         if not (is_array or is_number or is_list):
             raise TypeError(f"parameter {name} must be a number or one number per sample, got {value!r}")
 

@@ -212,7 +212,7 @@ class Combined:
     less so. Only `warp_phys.interop.torch.Update` keeps an average; 0 needs none."""
     either: bool = False
     """Whether the rule, where the average leaves nothing of a component, takes the update itself: with the sign
-    agreement, whether M may agree with either. Only with a memory."""
+    agreement, whether M may agree with either. One that is not finite is not asked. Only with a memory."""
 
     def __post_init__(self):
         for name in ("base", "other"):

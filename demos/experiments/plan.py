@@ -103,7 +103,8 @@ class Run:
     def check(self) -> None:
         """Raise ValueError where its folder holds a run with other settings, or something else."""
         if not (self.folder / SETTINGS).exists():
-            left = [name for name in (OUTCOME, CHECKPOINT, RECORD) if (self.folder / name).exists()]
+            # a run that failed before it began has left word of that alone
+            left = [name for name in (CHECKPOINT, RECORD) if (self.folder / name).exists()]
             if left:
                 raise ValueError(f"out: {self.folder} has {', '.join(left)} and no {SETTINGS}; delete or complete it")
             return

@@ -53,7 +53,8 @@ def load_results(out: str | Path) -> list[Result]:
 def load_result(run: Run) -> Result:
     """Read one run."""
     state, path = run.state(), run.folder / RECORD
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = text.splitlines()
     if lines and lines[0] != ",".join(Record._fields):
         raise ValueError(f"out: {path} has other columns than {', '.join(Record._fields)}")
     column, rows = Record._fields.index("test_loss"), [line.split(",") for line in lines[1:]]
@@ -62,7 +63,13 @@ def load_result(run: Run) -> Result:
             raise ValueError(
                 f"out: {path} is damaged: line {number + 1} has {len(row)} of {len(Record._fields)} numbers"
             )
-    return Result(run, state, tuple(lines[1:]), np.array([float(row[column]) for row in rows]))
+    if text and not text.endswith("\n"):
+        raise ValueError(f"out: {path} is damaged: its last line has no end")
+    try:
+        losses = np.array([float(row[column]) for row in rows])
+    except ValueError as error:
+        raise ValueError(f"out: {path} is damaged: {error}") from None
+    return Result(run, state, tuple(lines[1:]), losses)
 
 
 class Group(NamedTuple):

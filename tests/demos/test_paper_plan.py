@@ -213,8 +213,11 @@ def test_files_that_are_not_ours_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"settings\.json does not hold the settings of a run"):
         run.check()
     (run.folder / SETTINGS).unlink()
-    with pytest.raises(ValueError, match=r"seed-0 has outcome\.json, record\.csv and no settings\.json"):
+    with pytest.raises(ValueError, match=r"seed-0 has record\.csv and no settings\.json"):
         run.check()
+    (run.folder / "record.csv").unlink()
+    run.conclude(State(FAILED, 0, "OSError: disk full"))
+    run.check()  # it failed before it began, and is tried again
 
 
 def test_levels_that_are_nearly_the_same_are_two_runs(tmp_path):

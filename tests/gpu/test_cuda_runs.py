@@ -74,7 +74,7 @@ def test_torchs_current_stream_is_used():
 
 
 @pytest.mark.parametrize("backend", ["general", "fused"])
-@pytest.mark.parametrize("flow", ["R", "C", "averaged"])
+@pytest.mark.parametrize("flow", ["R", "C", "averaged", "either"])
 def test_an_update_as_one_graph(flow, backend):
     """Graphs give the weights of updates step by step, also after a learning rate, a batch, a flow has changed."""
     system, nets = CartPole(poles=2), [_network(torch.float64, "cuda") for _ in range(2)]

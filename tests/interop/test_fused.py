@@ -200,7 +200,7 @@ def test_a_frozen_weight_that_changes_before_the_backward_pass_is_noticed():
     with torch.no_grad():
         module[0].weight.mul_(2.0)
     assert not module[0].weight.requires_grad
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="a parameter of the controller has been modified in place"):
         loss.backward()
 
 

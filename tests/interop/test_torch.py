@@ -311,7 +311,7 @@ def test_a_change_of_parameters_before_the_backward_pass_is_noticed(device):
     loss = SYSTEM.loss(*Rollout(SYSTEM, net, STEPS)(start(device)))
     with torch.no_grad():
         net[0].weight.mul_(2.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="a parameter of the controller has been modified in place"):
         loss.backward()
 
 

@@ -88,6 +88,25 @@ def test_steps_with_the_fused_unrolling(flow, monkeypatch):
     assert any(adapter._blocks is item for held in body._held if isinstance(held, list) for item in held)
 
 
+def test_gradients_have_versions_of_their_own():
+    """Sums of passes that come after, without a clearing in between: each parameter's gradient changes by itself."""
+    module = network()
+    update, body = whole(module, "C")
+    body.x0.copy_(start())
+    body.run(step=True)
+    written = torch.cat([p.grad.flatten() for p in module.parameters()])
+    batches, totals = [start(seed=s) for s in (1, 2)], []
+    for flow in ("M", "R"):
+        twin = copy.deepcopy(module)
+        twin.zero_grad()
+        sum(SYSTEM.loss(*Rollout(SYSTEM, twin, STEPS, flow)(x0)) for x0 in batches).backward()
+        totals.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))
+    for x0 in batches:
+        SYSTEM.loss(*update.rollout(x0)).backward()
+    expected = written + torch.where(totals[0].sign() == totals[1].sign(), totals[0], 0.0)
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in module.parameters()]), expected)
+
+
 def test_a_warm_up_takes_no_step():
     module = network()
     update, body = whole(module, "C")

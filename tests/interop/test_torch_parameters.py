@@ -27,6 +27,11 @@ def with_a_parameter_of_its_own(net):
     return net
 
 
+def with_a_parameter_in_a_layer(net):
+    net[0].log_std = torch.nn.Parameter(torch.ones_like(net[0].bias))
+    return net
+
+
 @each_backend
 @pytest.mark.parametrize("flow", ["R", "C"])
 @pytest.mark.parametrize("sums_first", [False, True])
@@ -80,25 +85,36 @@ def test_a_flow_with_a_memory_refuses_hooks(backend, device):
     assert torch.equal(flat_weights(net), before)
 
 
-@pytest.mark.parametrize("make", [Policy, with_a_parameter_of_its_own])
+@pytest.mark.parametrize("backend", ["auto", "general"])
+@pytest.mark.parametrize("make", [Policy, with_a_parameter_of_its_own, with_a_parameter_in_a_layer])
 @pytest.mark.parametrize("flow", ["R", "C", Combined(memory=0.9)])
-def test_a_parameter_that_is_not_used(make, flow, device):
+def test_a_parameter_that_is_not_used(make, flow, backend, device):
     """It has no gradient, as in torch, so that no weight decay moves it; the others move as without it."""
     x0, nets = start(device), [network(device=device), make(network(device=device))]
     steps = []
     for net in nets:
         optimiser = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.5)
-        steps.append(Update(Rollout(SYSTEM, net, STEPS, flow), optimiser))
+        steps.append(Update(Rollout(SYSTEM, net, STEPS, flow, backend=backend), optimiser))
         for _ in range(3):
             steps[-1](x0)
     plain, other = nets
-    assert other.log_std.grad is None and (other.log_std == 1.0).all()
-    used = [p for name, p in other.named_parameters() if name != "log_std"]
+    (unused,) = (p for name, p in other.named_parameters() if name.endswith("log_std"))
+    assert unused.grad is None and (unused == 1.0).all()
+    used = [p for p in other.parameters() if p is not unused]
     for p, q in zip(plain.parameters(), used, strict=True):
         torch.testing.assert_close(q, p, rtol=1e-9, atol=1e-12)
     if isinstance(flow, str):
         SYSTEM.loss(*steps[-1].rollout(x0)).backward()
-        assert other.log_std.grad is None and used[0].grad.any()
+        assert unused.grad is None and used[0].grad.any()
+
+
+def test_a_parameter_that_is_not_used_in_compiled_code(device):
+    """An operator has a tensor for each: zeros."""
+    policy, x0 = Policy(network(device=device)), start(device)
+    rollout = Rollout(SYSTEM, policy, STEPS, "C")
+    torch.compile(lambda x: SYSTEM.loss(*rollout(x)), backend="aot_eager")(x0).backward()
+    assert not policy.log_std.grad.any()
+    torch.testing.assert_close(flat(policy.net), update(Rollout(SYSTEM, policy.net, STEPS, "C"), x0))
 
 
 def flat_weights(net):

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.interop.test_torch import STEPS, SYSTEM, flat, network, start, update
 from tests.rollout.reference import relative
-from warp_phys import STOPPED, Combined
+from warp_phys import STOPPED, Combined, Diverged
 from warp_phys.interop.torch import Rollout
 
 
@@ -71,6 +71,22 @@ def test_a_pass_after_value_and_grad_adds_to_its_sums(backend, device):
     halved = flat(net)
     SYSTEM.loss(*rollout(batches[1])).backward()
     assert relative(flat(net), halved + sums(net, batches[1:2])) < 1e-12  # a changed gradient is the user's
+
+
+def test_a_pass_after_one_that_diverged(device):
+    """What value_and_grad wrote before stays, and what comes now is added to it."""
+    net = network(device=device)
+    a, b = (start(device, seed=s) for s in range(2))
+    bad = a.clone()
+    bad[0, 3] = 1e200  # a rate whose square overflows
+    rollout = Rollout(SYSTEM, net, STEPS, "C")
+    rollout.value_and_grad(a)
+    before = flat(net)
+    with pytest.raises(Diverged):
+        rollout.value_and_grad(bad)
+    assert torch.equal(flat(net), before)
+    SYSTEM.loss(*rollout(b)).backward()
+    assert relative(flat(net), before + sums(net, [b])) < 1e-12
 
 
 def test_micro_batches_equal_the_batch(device):

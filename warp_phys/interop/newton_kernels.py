@@ -70,14 +70,12 @@ def restore_wrenches(
     # in
     body_q_com: wp.array[wp.transform],
     solve_origin: wp.array[wp.vec3],
-    jointed: wp.array[int],
     # out
     wrenches: wp.array[wp.spatial_vector],
 ):
-    """Undo (f, τ) → −(f, τ + r × f) of each jointed body, r from the solver's origin to the centre of mass."""
+    """Undo (f, τ) → −(f, τ + r × f) of each body, r from the solver's origin to the centre of mass."""
     body = wp.tid()
-    if jointed[body] != 0:
-        shifted = wrenches[body]
-        f = -wp.spatial_top(shifted)
-        r = wp.transform_get_translation(body_q_com[body]) - solve_origin[body]
-        wrenches[body] = wp.spatial_vector(f, -wp.spatial_bottom(shifted) - wp.cross(r, f))
+    shifted = wrenches[body]
+    f = -wp.spatial_top(shifted)
+    r = wp.transform_get_translation(body_q_com[body]) - solve_origin[body]
+    wrenches[body] = wp.spatial_vector(f, -wp.spatial_bottom(shifted) - wp.cross(r, f))

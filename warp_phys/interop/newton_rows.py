@@ -90,15 +90,24 @@ def check_bodies(model: newton.Model) -> None:
     if len(outside):
         names = ", ".join(dict.fromkeys(short(model.joint_label[joint]) for joint in outside))
         raise ValueError(f"SolverFeatherstone needs every joint in an articulation, in none are {names}")
-    if not np.array_equal(children, np.arange(model.body_count)):
+    if len(children) != model.body_count:
         raise ValueError(
-            "SolverFeatherstone needs one joint per body, added in the order of the bodies; the joints move the bodies "
-            f"{children.tolist()[:8]}, there are {model.body_count}"
+            f"SolverFeatherstone needs one joint per body, got {len(children)} joints and {model.body_count} bodies"
+        )
+    wrong = np.flatnonzero(children != np.arange(len(children)))
+    if len(wrong):
+        joint = int(wrong[0])
+        raise ValueError(
+            "SolverFeatherstone needs bodies and joints in the same order: "
+            f"joint {joint}, {short(model.joint_label[joint])}, moves body {children[joint]}"
         )
 
 
 def check_particles(model: newton.Model, worlds: int) -> None:
-    """Raise a ValueError where SolverSemiImplicit would let particles of different worlds push each other."""
+    """Raise a ValueError where SolverSemiImplicit would let particles of different worlds push each other.
+
+    SolverFeatherstone never builds the grid, so that it finds no contacts.
+    """
     if worlds > 1 and model.particle_count > 1 and model.particle_grid is not None:
         raise ValueError(
             "SolverSemiImplicit lets particles of all worlds push each other: set model.particle_grid = None, which "

@@ -42,7 +42,6 @@ class Substeps:
         # the numbers of the controls that are not steered; written into the model, they count from the next step on
         pairs = [(own, getattr(self.model, name, None)) for name, own in vars(self.control).items()]
         self.given = [(own, given) for own, given in pairs if isinstance(own, wp.array) and isinstance(given, wp.array)]
-        self.jointed = wp.array(_jointed(self.model), dtype=wp.int32, device=self.device)
         self.pipeline = newton.CollisionPipeline(model, requires_grad=False) if contacts else None
         self.contacts: Any = None if self.pipeline is None else self.pipeline.contacts()
 
@@ -84,10 +83,10 @@ class Substeps:
         arrays as they are when a tape runs backward, so that the derivative by the lever arm would be wrong: for
         contacts, and for forces on free joints.
         """
-        inputs = [target.body_q_com, target.body_solve_origin, self.jointed] if self.reduced else []
+        inputs = [target.body_q_com, target.body_solve_origin] if self.reduced else []
 
         def restore() -> None:
-            self._launch(restore_wrenches, self.jointed.shape, inputs, target.body_f_ext)
+            self._launch(restore_wrenches, (self.model.body_count,), inputs, target.body_f_ext)
 
         for i, launch in enumerate(tape.launches):
             kernel = None if callable(launch) else launch[0]
@@ -161,14 +160,6 @@ class Substeps:
 def _rows(holder: Any, layout: Layout, worlds: int) -> np.ndarray:
     """Return the arrays of a state, or of a model, as rows."""
     return np.concatenate([getattr(holder, f.name).numpy().reshape(worlds, -1) for f in layout.fields], axis=1)
-
-
-def _jointed(model: Any) -> np.ndarray:
-    """Return 1 for the bodies that a joint of an articulation moves, else 0."""
-    bodies = np.zeros(model.body_count, dtype=np.int32)
-    if model.joint_count:
-        bodies[model.joint_child.numpy()[model.joint_articulation.numpy() >= 0]] = 1
-    return bodies
 
 
 def _check_kernels(tape: wp.Tape) -> None:

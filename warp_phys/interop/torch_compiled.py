@@ -73,7 +73,10 @@ def _unroll_vjp(
     with autograd_inside():
         adj_x0, adj_rows, grads = rollout._backward(states, controls, rows, masked, None, trainable, seeds, want_rows)
     adj_rows = states.new_empty((0, 0)) if adj_rows is None else adj_rows
-    return [adj_x0.clone(), adj_rows.clone(), *(grad.clone() for grad in grads)]
+    # an operator returns tensors: a parameter that is not used has a gradient here, of zeros
+    pairs = zip(trainable, grads, strict=True)
+    updates = [torch.zeros_like(p) if grad is None else grad.clone() for p, grad in pairs]
+    return [adj_x0.clone(), adj_rows.clone(), *updates]
 
 
 @_unroll_vjp.register_fake

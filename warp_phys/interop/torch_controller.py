@@ -226,6 +226,8 @@ def _dense_layers(module: torch.nn.Module) -> tuple[list[torch.nn.Linear], str] 
 def _is_plain_linear(layer: torch.nn.Module | None) -> TypeGuard[torch.nn.Linear]:
     if type(layer) is not torch.nn.Linear or layer.bias is None:
         return False
+    if layer._parameters.keys() - {"weight", "bias"} or layer._modules:
+        return False
     if not isinstance(layer.weight, torch.nn.Parameter) or not isinstance(layer.bias, torch.nn.Parameter):
         return False
     return layer.weight.is_contiguous() and layer.weight.dtype in PRECISIONS

@@ -102,11 +102,13 @@ class DirectPass:
     def begin(self, x0: torch.Tensor) -> None:
         """Take up initial states, and make room for the updates: the report keeps the last ones."""
         self._x0.copy_(x0)
+        self._left = []
         self.updates = torch.zeros_like(self.updates)
         np.add(self._offsets, np.uint64(self.updates.data_ptr()), out=self._targets, where=self._trained)
 
     def begin_again(self, x0: torch.Tensor) -> None:
         """Take up initial states, in the room of the last updates."""
+        self._left = []
         self.updates.zero_()
         self._x0.copy_(x0)
 

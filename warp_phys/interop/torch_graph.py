@@ -64,7 +64,7 @@ class WholeUpdate:
         size = sum(parameter.numel() for parameter in self.trainable)
         self.updates = torch.zeros((len(self.flows), size), **kind)
         self.update, self.grad = torch.zeros(size, **kind), torch.zeros(size, **kind)
-        self.grads = split(self.grad, self.trainable)
+        self.grads = [part.data for part in split(self.grad, self.trainable)]  # each with a version of its own
         self.loss = torch.zeros((), **kind)
         self.diverged = torch.zeros((), dtype=torch.float32, device=rollout.device)
         self.frozen = [p for p in rollout.controller.parameters() if not p.requires_grad]

@@ -16,21 +16,19 @@ class Unroll(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
         ctx.rollout, ctx.kept, ctx.signature = rollout, kept, rollout._adapter.signature()
-        # the parameters are saved so that torch notices a change between forward and backward, in frozen ones too
-        ctx.trainable, frozen = len(trainable), [p for p in rollout.controller.parameters() if not p.requires_grad]
-        ctx.save_for_backward(states, controls, rows, masked, *trainable, *frozen)
-        # themselves too: behind hooks of saved tensors, as a checkpoint's, come others, and of any version
-        ctx.parameters = *trainable, *frozen
-        ctx.versions = [p._version for p in ctx.parameters]
+        ctx.save_for_backward(states, controls, rows, masked)
+        # not saved, but kept: behind hooks of saved tensors, as a checkpoint's, others would come, and of any version
+        ctx.trainable, frozen = trainable, [p for p in rollout.controller.parameters() if not p.requires_grad]
+        ctx.versions = [(p, p._version) for p in (*trainable, *frozen)]
         return states, controls
 
     @staticmethod
     def backward(ctx, adj_states, adj_controls):
         """Return the flow's adjoints of x0 and of the parameter rows, and its update of the trainable parameters."""
         refuse_second_derivative()
-        states, controls, rows, masked, *_ = ctx.saved_tensors
-        trainable = ctx.parameters[: ctx.trainable]
-        if [p._version for p in ctx.parameters] != ctx.versions:
+        states, controls, rows, masked = ctx.saved_tensors
+        trainable = ctx.trainable
+        if any(p._version != version for p, version in ctx.versions):
             raise RuntimeError(
                 "a parameter of the controller has been modified in place since the forward pass: call the rollout "
                 "again before the backward pass"

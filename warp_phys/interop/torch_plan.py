@@ -119,6 +119,8 @@ class _Reader:
 
         Shapes are those of the tensors: they may be others than the module was made with.
         """
+        if module._parameters.keys() - {"weight", "bias"} or module._modules:
+            return False
         weight, bias = module.weight, module.bias
         like: Any = self.tensors[0] if self.tensors else weight
         for tensor in (weight,) if bias is None else (weight, bias):
@@ -164,7 +166,7 @@ def is_sequential(module: torch.nn.Module) -> bool:
     """Whether a module is a `torch.nn.Sequential` that does nothing but run its layers in turn, and has only theirs."""
     if not isinstance(module, torch.nn.Sequential) or type(module).forward is not torch.nn.Sequential.forward:
         return False
-    if module._parameters:
+    if any(p is not None and p.requires_grad for p in module._parameters.values()):
         return False
     return not has_hooks(module) and not are_hooks_everywhere()
 

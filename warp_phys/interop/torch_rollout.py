@@ -377,7 +377,7 @@ class Rollout:
                 self.system, self._adapter, trajectory, Seeds(arrays[2], arrays[3]), gates, gates_array,
                 list(updates), workspace, want_rows, check=check, fused=self.backend == "fused",
             )  # fmt: skip
-            if must_train:
+            if must_train and self.reduce is None:  # with it another rank may know of what there is to train
                 check.finish()
             adj_x0 = wp.to_torch(adjoints.x0).clone()
             adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters).clone()
@@ -387,7 +387,6 @@ class Rollout:
         used = [flows.index(part) for part in parts]
         changes = self._updates(updates[used], trainable)
         self.report = Report(flows, updates, tuple(changes), tuple(masked.tolist()))
-        # with `reduce` another rank may know of such a dependence
         reached = [self.reduce is not None or check.includes(parameter) for parameter in trainable]
         grads = [change if depends else None for change, depends in zip(changes, reached, strict=True)]
         if adj_rows is not None and rows is not None:

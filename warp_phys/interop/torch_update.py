@@ -282,7 +282,7 @@ class Update:
         if not whole.replay(x0):
             return None
         self.rollout.report = whole.report()
-        self._tell_torch((whole.grad, *whole.trainable))
+        self._tell_torch((*whole.grads, *whole.trainable))
         return whole.loss.clone()
 
     def _tell_torch(self, changed: tuple[torch.Tensor, ...]) -> None:

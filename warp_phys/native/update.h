@@ -60,7 +60,7 @@ static inline void combine_either(const T* base, const T* first, const T* second
     }
 }
 
-// A running average of updates, each scaled to length 1; one that is not finite leaves it as it is, and is told.
+// A running average of updates, each scaled to length 1; one that is not finite leaves it as it is, and then `false` is returned.
 template <typename T> static inline bool remember(const T* update, T* mean, long long size, double decay) {
     const double length = wp::sqrt(sum_of_squares(update, size));
     if (!wp::isfinite(length)) return false;
