@@ -227,7 +227,7 @@ def test_torch_notices_that_weights_have_changed():
     loss = SYSTEM.loss(*rollout(start()))
     update(start())
     assert update.is_recorded
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="a parameter of the controller has been modified in place"):
         loss.backward()
 
 
