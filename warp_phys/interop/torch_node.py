@@ -1,9 +1,10 @@
-"""An unrolling as one node of torch's graph, and what its backward pass makes of samples that were masked."""
+"""An unrolling as one node of torch's graph, and what becomes of samples that diverge."""
 
 from typing import Any
 
 import torch
 
+from warp_phys.errors import Diverged
 from warp_phys.interop.torch_loss import refuse_second_derivative
 
 
@@ -46,6 +47,29 @@ class Unroll(torch.autograd.Function):
             states, controls, rows, masked, ctx.kept, trainable, seeds, want_rows, not (want_x0 or want_rows)
         )
         return None, adj_x0 if want_x0 else None, adj_rows, *grads
+
+
+def freeze_diverged(states: torch.Tensor, controls: torch.Tensor, on_divergence: str) -> torch.Tensor:
+    """Freeze samples that leave the finite numbers, in place; return their indices.
+
+    Raises:
+        Diverged: There are such samples, and they shall not be masked, or none would be left.
+    """
+    none = torch.empty(0, dtype=torch.long, device=states.device)
+    if torch.isfinite(states.sum()):  # one cheap pass; the sum may overflow where no state does
+        return none
+    finite = torch.isfinite(states).all(dim=2)
+    if finite.all():
+        return none
+    samples = torch.nonzero(~finite.all(dim=0)).flatten()
+    first = finite[:, samples].long().argmin(dim=0)
+    some = len(samples) < states.shape[1]
+    if on_divergence == "raise" or not some:
+        raise Diverged(int(first.min()), samples.tolist(), maskable=some)
+    for sample, n in zip(samples.tolist(), first.tolist(), strict=True):
+        states[n:, sample] = states[n - 1, sample]
+        controls[n - 1 :, sample] = 0.0
+    return samples
 
 
 def owned(seed: torch.Tensor | None, like: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:

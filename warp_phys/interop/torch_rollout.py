@@ -8,7 +8,7 @@ import torch
 import warp as wp
 
 from warp_phys.arrays import as_structs, for_all_streams, shape_message
-from warp_phys.errors import Diverged, check_choice, check_count
+from warp_phys.errors import check_choice, check_count
 from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refuse_memory, resolve
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, has_own_hooks, split
@@ -23,7 +23,7 @@ from warp_phys.interop.torch_loss import (
     rows_of_parameters,
     torch_stream,
 )
-from warp_phys.interop.torch_node import Unroll, owned, without
+from warp_phys.interop.torch_node import Unroll, freeze_diverged, owned, without
 from warp_phys.interop.torch_ops import name_of
 from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
@@ -214,7 +214,7 @@ class Rollout:
             direct.launch()
             if not is_finite(direct.states):
                 if self.on_divergence == "raise":
-                    self._handle_divergence(direct.states, direct.controls)
+                    freeze_diverged(direct.states, direct.controls, self.on_divergence)
                 return self._value_and_grad_by_graph(x0, when, control_cost)
             loss = direct.loss()
             if self.reduce is not None:
@@ -310,7 +310,7 @@ class Rollout:
             arrays = as_array(states), as_array(controls)
             p, fused = self._structs(rows, arrays[0]), self.backend == "fused"
             kept = forward(self.system, self._adapter, *arrays, p, fused, keep)
-        masked = self._handle_divergence(states, controls)
+        masked = freeze_diverged(states, controls, self.on_divergence)
         return states, controls, masked, None if len(masked) else kept
 
     def _check_place(self) -> None:
@@ -321,24 +321,6 @@ class Rollout:
                 f"controller is now {first.dtype} on {first.device}, the rollout was made for {self.dtype} on "
                 f"{self.device}: make another rollout"
             )
-
-    def _handle_divergence(self, states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
-        """Raise, or freeze samples in place; return the indices of frozen samples."""
-        none = torch.empty(0, dtype=torch.long, device=states.device)
-        if torch.isfinite(states.sum()):  # one cheap pass; the sum may overflow where no state does
-            return none
-        finite = torch.isfinite(states).all(dim=2)
-        if finite.all():
-            return none
-        samples = torch.nonzero(~finite.all(dim=0)).flatten()
-        first = finite[:, samples].long().argmin(dim=0)
-        some = len(samples) < states.shape[1]
-        if self.on_divergence == "raise" or not some:
-            raise Diverged(int(first.min()), samples.tolist(), maskable=some)
-        for sample, n in zip(samples.tolist(), first.tolist(), strict=True):
-            states[n:, sample] = states[n - 1, sample]
-            controls[n - 1 :, sample] = 0.0
-        return samples
 
     def _backward(
         self,
