@@ -109,14 +109,12 @@ def announce(source: Source, grads: Sequence[torch.Tensor]) -> None:
 
 
 def _left_in(grad: torch.Tensor, parameter: torch.Tensor) -> tuple[Combined, PassUpdates] | None:
-    source, index, start = _WRITTEN.get(grad, (_nobody, 0, 0))
+    if grad not in _WRITTEN:
+        return None
+    source, index, start = _WRITTEN[grad]
     writer = source()
     left = None if writer is None else writer.left(index, grad._version)
     return None if left is None else (left[0], PassUpdates(left[1], left[2], start, parameter))
-
-
-def _nobody() -> None:
-    return None
 
 
 _WRITTEN = WeakIdKeyDictionary()

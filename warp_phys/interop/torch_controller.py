@@ -12,7 +12,16 @@ from warp_phys.block_plan import kept_starts
 from warp_phys.interop.sums import number_of_hooks
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
 from warp_phys.interop.torch_linearisation import TorchLinearisation, controls_of
-from warp_phys.interop.torch_plan import ACTIVATIONS, PRECISIONS, READ, Planned, has_hooks, is_sequential, read_plan
+from warp_phys.interop.torch_plan import (
+    ACTIVATIONS,
+    PRECISIONS,
+    READ,
+    Planned,
+    has_hooks,
+    has_more,
+    is_sequential,
+    read_plan,
+)
 from warp_phys.layers import Dense, Workspace
 from warp_phys.network import Network
 from warp_phys.phases import CHUNK_ROWS
@@ -224,9 +233,7 @@ def _dense_layers(module: torch.nn.Module) -> tuple[list[torch.nn.Linear], str] 
 
 
 def _is_plain_linear(layer: torch.nn.Module | None) -> TypeGuard[torch.nn.Linear]:
-    if type(layer) is not torch.nn.Linear or layer.bias is None:
-        return False
-    if layer._parameters.keys() - {"weight", "bias"} or layer._modules:
+    if type(layer) is not torch.nn.Linear or layer.bias is None or has_more(layer):
         return False
     if not isinstance(layer.weight, torch.nn.Parameter) or not isinstance(layer.bias, torch.nn.Parameter):
         return False

@@ -119,7 +119,7 @@ class _Reader:
 
         Shapes are those of the tensors: they may be others than the module was made with.
         """
-        if module._parameters.keys() - {"weight", "bias"} or module._modules:
+        if has_more(module):
             return False
         weight, bias = module.weight, module.bias
         like: Any = self.tensors[0] if self.tensors else weight
@@ -174,6 +174,11 @@ def is_sequential(module: torch.nn.Module) -> bool:
 def has_hooks(module: torch.nn.Module | None) -> bool:
     """Whether a module does more than its class says: hooks, or a `forward` of its own."""
     return module is None or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
+
+
+def has_more(layer: torch.nn.Module) -> bool:
+    """Whether a layer holds anything besides weight and bias, which it would not use."""
+    return bool(layer._parameters.keys() - {"weight", "bias"} or layer._modules)
 
 
 def are_hooks_everywhere() -> bool:
