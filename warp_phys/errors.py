@@ -26,6 +26,13 @@ class Diverged(RuntimeError):
         return Diverged, (self.step, self.samples, self.maskable)
 
 
+class NotRepeatable(ValueError):
+    """A controller or a simulator gave other numbers when a backward pass computed it again than in the forward pass.
+
+    The update would belong to neither; see docs/contract.md for what may be the cause.
+    """
+
+
 def check_count(name: str, value: object, least: int = 1) -> int:
     """Return `value` as an int, or raise a ValueError or TypeError that names it."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
