@@ -4,6 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from warp_phys.errors import NotRepeatable
+
 
 def check_number(name: str, value: Any, least: float = -math.inf, positive: bool = False) -> None:
     """Raise a TypeError or ValueError that names `value` if it is not a finite number, at least `least` or positive.
@@ -23,6 +27,39 @@ def check_number(name: str, value: Any, least: float = -math.inf, positive: bool
     wanted = "a positive number" if positive else "a finite number"
     wanted = f"a number of at least {least:g}" if math.isfinite(least) else wanted
     raise error(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_repeated(name: str, again: np.ndarray, before: np.ndarray) -> None:
+    """Raise `NotRepeatable` if a simulator's step, computed again, differs by more than rounding.
+
+    Args:
+        name: What the simulator is called.
+        again: Next states (batch, D), found now.
+        before: Those of the forward pass.
+    """
+    bad = differing_rows(again, before)
+    if bad:
+        raise NotRepeatable(repeated_message(name, float(np.abs(again - before)[bad].max()), bad))
+
+
+def differing_rows(again: np.ndarray, before: np.ndarray, units: float = 64.0) -> list[int]:
+    """Return the rows in which two arrays (rows, columns) differ by more than so many units in the last place."""
+    size = np.maximum(np.abs(before), np.abs(again)).max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        close = (np.abs(again - before) <= units * np.finfo(before.dtype).eps * size) | (again == before)
+    close |= np.isnan(again) & np.isnan(before)
+    return np.flatnonzero(~close.all(axis=1)).tolist()
+
+
+def repeated_message(name: str, error: float, samples: Sequence[int]) -> str:
+    """Return the text of an error about a step that does not repeat itself."""
+    shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+    return (
+        f"the step of {name} gives other states now than in the forward pass, for the same state and control: they "
+        f"differ by {error:.3g} in samples {shown}. Until the backward pass is done it must compute from its arguments "
+        "alone: no noise, no dropout (eval()), no number or weight that changes in between; what differs from sample "
+        "to sample or from call to call belongs into the state or the physical parameters"
+    )
 
 
 def check_instance(name: str, value: Any) -> None:

@@ -9,6 +9,7 @@ over the horizon is the trajectory alone. `docs/mathematics.md` derives it.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,8 @@ import warp as wp
 
 from warp_phys import kernels, native_kernels, row_kernels
 from warp_phys.arrays import as_structs
+from warp_phys.checks import check_repeated
+from warp_phys.errors import NotRepeatable
 from warp_phys.flow import Flow
 from warp_phys.layers import Workspace
 from warp_phys.plan import SAMPLES
@@ -185,6 +188,8 @@ def backward(
     parallel: bool | None = None,
     check: Any = None,
     fused: bool = False,
+    whole: bool = False,
+    simulator: "Retreat | None" = None,
 ) -> Adjoints:
     """Run all flows backward; add each flow's update of θ to its entry of `gradients`.
 
@@ -200,6 +205,9 @@ def backward(
         want_parameters: Whether to find the adjoints of the physical parameters.
         parallel: Whether to linearise in parallel; None decides by `parallel_in_time`.
         check: Called with the linearisation and the stored controls (N, K) of every chunk, if given.
+        whole: Whether to linearise the controller at one step of the whole batch at a time, and to pull each flow's
+            adjoint through it once, for states and parameters together (`pull_and_contract`).
+        simulator: How a simulator that is no `System` is run backward, see `Retreat`; in the simplest way if None.
         fused: Whether to run everything in one kernel, where the controller can and no physical parameter's adjoint
             is wanted.
 
@@ -216,22 +224,80 @@ def backward(
     for f in range(flows):
         wp.copy(lam[f], seeds.states[steps])
     if parallel is None:
-        parallel = parallel_in_time(system, controller, trajectory, flows)
-    pass_ = _Pass(system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check)
+        parallel = not whole and parallel_in_time(system, controller, trajectory, flows)
+    pass_ = _Pass(
+        system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check, whole, simulator
+    )
     adj_p = pass_.parameter_adjoints(batch, real, device)
-    size = CHUNK_ROWS if isinstance(system, System) else batch  # a simulator may have just so many samples
+    size = (
+        CHUNK_ROWS if isinstance(system, System) and not whole else batch
+    )  # a simulator may have just so many samples
     for low in range(0, batch, size):
         block = slice(low, min(low + size, batch))
-        length = max(1, CHUNK_ROWS // batch)  # one if the samples come in blocks: then rows are contiguous
+        # one if the samples come in blocks: then rows are contiguous
+        length = 1 if whole else max(1, CHUNK_ROWS // batch)
         for last in range(steps, 0, -length):
             pass_.chunk(trajectory, seeds, lam, adj_p, block, range(max(0, last - length), last))
     return Adjoints(lam, adj_p)
 
 
+class Retreat:
+    """How a simulator is run backward step by step, and whether it is still the one of the forward pass.
+
+    A simulator may compute its step from more than its arguments: a global number, weights that are trained, noise.
+    Where those have changed since the forward pass, its vector-Jacobian product is that of another trajectory. A step
+    is therefore computed again and compared: at `steps`, or at all of them if that costs nothing, since the simulator's
+    `step_vjp` takes the states that it should find as `y`.
+
+    Args:
+        system: The simulator.
+        steps: At which steps to compare; None stands for all.
+        compare: Whether to compare at all: it waits for the device.
+    """
+
+    def __init__(self, system: Simulator, steps: Sequence[int] | None = (), compare: bool = True):
+        self.system, self.steps = system, steps
+        self.compares = compare and not isinstance(system, System)  # which computes from its arguments alone
+        self.takes_result = self.compares and "y" in inspect.signature(system.step_vjp).parameters
+        self._spare: wp.array | None = None
+
+    def __call__(self, n: int, f: int, x: wp.array, c: wp.array, y: wp.array, arguments: tuple) -> None:
+        """Call `step_vjp` for step n and flow f, with all of its other arguments.
+
+        Raises:
+            NotRepeatable: The simulator finds other next states than y.
+        """
+        if not self.compares or f > 0 or (not self.takes_result and self.steps is not None and n not in self.steps):
+            self.product(f, x, c, arguments, {})
+            return
+        try:
+            if self.takes_result:
+                self.product(f, x, c, arguments, {"y": y})
+                return
+            self._compare(x, c, y)
+        except NotRepeatable as error:
+            raise NotRepeatable(f"in time step {n} {error}") from None
+        self.product(f, x, c, arguments, {})
+
+    def product(self, f: int, x: wp.array, c: wp.array, arguments: tuple, options: dict[str, Any]) -> None:
+        """Call `step_vjp` for flow f."""
+        self.system.step_vjp(x, c, *arguments, **options)
+
+    def _compare(self, x: wp.array, c: wp.array, y: wp.array) -> None:
+        if self._spare is None:
+            self._spare = wp.empty_like(y)
+        self.system.step(x, c, self._spare)
+        check_repeated(type(self.system).__name__, self._spare.numpy(), y.numpy())
+
+
 class _Pass:
     """One backward pass: what its chunks share."""
 
-    def __init__(self, system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check):
+    def __init__(
+        self, system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check, whole,
+        simulator,
+    ):  # fmt: skip
+        self.whole, self.simulator = whole, simulator or Retreat(system)
         self.system, self.controller, self.gradients, self.workspace = system, controller, gradients, workspace
         self.gates, self.gates_array = gates, gates_array
         self.want_parameters, self.parallel, self.check = want_parameters, parallel, check
@@ -265,8 +331,10 @@ class _Pass:
         if self.parallel:
             self._sweep(local, local_seeds, linear, own, mu, own_p, steps)
         else:
-            self._walk(local, local_seeds, own, mu, own_p, steps)
-        linear.contract(mu.reshape((len(self.gates), rows, mu.shape[3])), self.gradients)
+            following = _part(trajectory.states, slice(steps.start + 1, steps.stop + 1), block)
+            self._walk(local, local_seeds, following, linear, own, mu, own_p, steps)
+        if not self.whole:
+            linear.contract(mu.reshape((len(self.gates), rows, mu.shape[3])), self.gradients)
 
     def _sweep(self, local: Trajectory, seeds: Seeds, linear: Linearisation, lam, mu, adj_p, steps: range) -> None:
         """Phase 2 in one launch for all flows."""
@@ -289,8 +357,13 @@ class _Pass:
             kernel, inputs = row_kernels.sum_over_time_kernel(real), [per_step, adj_p]
             wp.launch(kernel, dim=adj_p.shape, inputs=inputs, device=device, record_tape=False)
 
-    def _walk(self, local: Trajectory, seeds: Seeds, lam, mu, adj_p, steps: range) -> None:
-        """Phase 2 step by step, through the two verbs of a `Simulator` and the controller's own pull."""
+    def _walk(
+        self, local: Trajectory, seeds: Seeds, following: wp.array, linear: Linearisation, lam, mu, adj_p, steps: range
+    ) -> None:
+        """Phase 2 step by step, through the two verbs of a `Simulator` and the controller's own pull.
+
+        `following` are the states behind each step, `linear` the controller at all of them.
+        """
         flows, batch, _ = lam.shape
         real, device = lam.dtype, lam.device
         dx, pulled = self._array("dx", lam.shape, lam), self._array("pulled", lam.shape, lam)
@@ -300,21 +373,30 @@ class _Pass:
             extra = self._array("adj_p of a step", (batch, adj_p.shape[2]), lam)
         launch = functools.partial(wp.launch, device=device, record_tape=False)
         for n in reversed(range(len(steps))):
-            x, c = local.states[n], local.controls[n]
-            linear = None
+            x, c, at = local.states[n], local.controls[n], steps.start + n
             for f in range(flows):
                 adj_structs = None if extra is None else as_structs(extra, self.system.types(real).Parameters)
                 arguments = () if local.parameters is None else (local.parameters, adj_structs)
-                self.system.step_vjp(x, c, lam[f], dx[f], dc[f], *arguments)
+                self.simulator(at, f, x, c, following[n], (lam[f], dx[f], dc[f], *arguments))
                 if extra is not None:
                     launch(row_kernels.add_rows_kernel(real), dim=extra.shape, inputs=[extra, adj_p[f]])
                 sums = [dc[f], seeds.controls[n], mu[f, n]]
                 launch(row_kernels.sum_rows_kernel(real), dim=(batch, mu.shape[3]), inputs=sums)
-                if self.gates[f, steps.start + n, 1] != 0.0:
-                    linear = linear or self.controller.linearise(x, self.workspace)
-                    linear.pull(mu[f, n], pulled[f])
-            inputs = [dx, pulled, seeds.states[n], self.gates_array, steps.start + n, lam]
+            self._pull(linear if len(steps) == 1 else None, x, mu[:, n], pulled, self.gates[:, at, 1] != 0.0)
+            inputs = [dx, pulled, seeds.states[n], self.gates_array, at, lam]
             launch(row_kernels.gate_rows_kernel(real), dim=lam.shape, inputs=inputs)
+
+    def _pull(self, linear: Any, x: wp.array, mu: wp.array, pulled: wp.array, is_open: np.ndarray) -> None:
+        """Pull the adjoints mu (flows, batch, K) of one step's controls through the controller where its gate is open.
+
+        The controller is linearised at x anew, unless `linear` is just that.
+        """
+        if self.whole:
+            linear.pull_and_contract(mu, pulled, self.gradients, is_open.tolist())
+            return
+        for f in np.flatnonzero(is_open).tolist():
+            linear = linear or self.controller.linearise(x, self.workspace)
+            linear.pull(mu[f], pulled[f])
 
     def _array(self, name: str, shape: Sequence[int], like: wp.array) -> wp.array:
         return self.workspace.array(name, shape, like.dtype, like.device)

@@ -14,7 +14,7 @@ from warp_phys.checks import check_instance
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import COMBINED, Combined, Flow, agree, linear_parts, refuse_memory, resolve
 from warp_phys.layers import Workspace
-from warp_phys.phases import Controller, Seeds, Trajectory, WarpController, backward, flow_gates, forward
+from warp_phys.phases import Controller, Retreat, Seeds, Trajectory, WarpController, backward, flow_gates, forward
 from warp_phys.systems.base import Simulator, System
 
 BACKENDS = ("auto", "fused", "general")
@@ -36,6 +36,9 @@ class Rollout:
         on_divergence: "raise" checks the trajectory after the forward pass, and waits for the device to do so;
             "ignore" does not (inside a captured graph it must not).
         backend: "fused" (one kernel), "general" (step by step) or "auto": fused where it is possible, on a CPU.
+        check: Whether a backward pass looks if weights, physical parameters and a simulator that is not the engine's
+            are those of the forward pass: "auto" on a CPU, "always" on CUDA too, where it waits for the device. Inside
+            a captured graph nothing can be looked at.
 
     Raises:
         TypeError, ValueError: Arguments that do not fit; see the message.
@@ -49,11 +52,13 @@ class Rollout:
         flow: str | Flow | Combined = "combined",
         on_divergence: str = "raise",
         backend: str = "auto",
+        check: str = "auto",
     ):
         self._system, self._controller, self._steps = system, controller, check_count("steps", steps)
         check_sizes(system, controller)
         _check_controller(controller)
         self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "ignore"))
+        self.check = check_choice("check", check, ("auto", "always"))
         first = controller.parameters[0]
         self.real, self.device = first.dtype, first.device
         self.backend = choose_backend(backend, system, controller, wp.get_device(self.device).is_cuda)
@@ -106,11 +111,14 @@ class Rollout:
             parameters: From `System.parameter_array`; the system's own if None.
 
         Raises:
-            TypeError, ValueError: x0 does not fit.
+            TypeError, ValueError: x0 does not fit; the flow is combined, and x0 the result of something on the tape.
             Diverged: A state is not finite.
         """
         x0 = check_x0(self.system, x0, self.real, self.device)
         tape = active_tape()
+        has_history = tape is not None and x0.requires_grad and _has_history(tape, x0)
+        if has_history and isinstance(self.flow, Combined):
+            raise ValueError(_HISTORY)
         make = functools.partial(wp.empty, dtype=self.real, device=self.device, requires_grad=tape is not None)
         states = make((self.steps + 1, len(x0), self.system.state_size))
         controls = make((self.steps, len(x0), self.system.control_size))
@@ -124,14 +132,15 @@ class Rollout:
             if not finite.all():
                 raise Diverged(int(np.argmin(finite.all(axis=1))), np.flatnonzero(~finite.all(axis=0)).tolist())
         if tape is not None:
-            self._record(tape, x0, Trajectory(states, controls, parameters))
+            self._record(tape, x0, Trajectory(states, controls, parameters), has_history)
         return states, controls
 
-    def _record(self, tape: wp.Tape, x0: wp.array, trajectory: Trajectory) -> None:
+    def _record(self, tape: wp.Tape, x0: wp.array, trajectory: Trajectory, has_history: bool) -> None:
         """Put the backward pass on the tape as one entry."""
         arrays = [trajectory.states, trajectory.controls, *(p for p in self.controller.parameters if p.requires_grad)]
         if x0.requires_grad:
             arrays.append(x0)
+            _STARTS.setdefault(tape, set()).add(x0)
         numbers = _numbers(trajectory)
         if numbers is not None:
             arrays.append(numbers)
@@ -139,7 +148,41 @@ class Rollout:
         # the published combination always, since the flow may become that one later
         known = {COMBINED, self.flow} if isinstance(self.flow, Combined) else {COMBINED}
         arrays += [c for flow in known for p in self.controller.parameters for c in _sums(p, flow)]
-        tape.record_func(lambda: self._run_backward(x0, trajectory, known), arrays)
+        before = self._numbers_now(trajectory)
+
+        def backward() -> None:
+            if has_history and isinstance(self.flow, Combined):
+                raise RuntimeError(_HISTORY)
+            self._check_numbers(before, self._numbers_now(trajectory))
+            self._run_backward(x0, trajectory, known)
+
+        tape.record_func(backward, arrays)
+
+    @property
+    def _looks(self) -> bool:
+        """Whether numbers can be looked at now."""
+        device = wp.get_device(self.device)
+        return not device.is_capturing and (device.is_cpu or self.check == "always")
+
+    def _numbers_now(self, trajectory: Trajectory) -> list[np.ndarray] | None:
+        """Return copies of all weights and physical parameters, or None where they cannot be looked at."""
+        if not self._looks:
+            return None
+        numbers = None if trajectory.parameters is None else parameter_numbers(trajectory.parameters)
+        arrays = [*self.controller.parameters, *([] if numbers is None else [numbers])]
+        return [np.array(array.numpy()) for array in arrays]
+
+    def _check_numbers(self, before: list[np.ndarray] | None, now: list[np.ndarray] | None) -> None:
+        """Raise a RuntimeError if weights or physical parameters have changed."""
+        if before is None or now is None:
+            return
+        for i, (old, new) in enumerate(zip(before, now, strict=True)):
+            if not np.array_equal(old, new, equal_nan=True):
+                count = len(self.controller.parameters)
+                what = f"parameter {i} of the controller" if i < count else "a physical parameter"
+                raise RuntimeError(
+                    f"{what} has been modified since the forward pass: call the rollout again before the backward pass"
+                )
 
     def _run_backward(self, x0: wp.array, trajectory: Trajectory, known: set[Combined]) -> None:
         """Add this pass's updates to the adjoints of parameters, of x0 and of the physical parameters."""
@@ -161,6 +204,7 @@ class Rollout:
             work,
             want_parameters=numbers is not None,
             fused=self.backend == "fused",
+            simulator=Retreat(self.system, None, compare=self._looks),
         )
         for i, parameter in enumerate(self.controller.parameters):
             if parameter.requires_grad:
@@ -197,6 +241,38 @@ class Rollout:
             rows = rows if sums else [*rows[:2], zeros, zeros, rows[-1]]
             kernel = row_kernels.combine_kernel(self.real, bool(sums))
         wp.launch(kernel, dim=rows[0].shape, inputs=rows, device=self.device, record_tape=False)
+
+
+_STARTS: Any = weakref.WeakKeyDictionary()
+"""The initial states of rollouts, by the tape that recorded them."""
+
+_HISTORY = (
+    "x0 must not be the result of something on the tape where the flow is combined: its adjoint would be combined "
+    "before the updates that it leads to are. Unroll the whole horizon in one rollout, start from a copy of x0 made "
+    "outside the tape, or run the tape with each of the linear flows and combine the sums with warp_phys.agree"
+)
+
+
+def _has_history(tape: wp.Tape, x0: wp.array) -> bool:
+    """Whether a tape has recorded how x0 came about, as far as it can tell what is written and what only read."""
+    outputs = [array for launch in tape.launches if not callable(launch) for array in launch[4]]
+    known = _STARTS.get(tape, ())
+    recorded = [array for array in tape.gradients if array not in known]
+    return any(isinstance(array, wp.array) and _overlap(array, x0) for array in (*outputs, *recorded))
+
+
+def _overlap(a: wp.array, b: wp.array) -> bool:
+    """Whether two arrays may share memory."""
+    (first, last), (start, stop) = map(_extent, (a, b))
+    return a.device == b.device and first < stop and start < last
+
+
+def _extent(array: wp.array) -> tuple[int, int]:
+    """Return the addresses between which the numbers of an array lie."""
+    if array.ptr is None or array.size == 0:
+        return 0, 0
+    reach = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
+    return array.ptr + min(0, reach), array.ptr + max(0, reach) + wp.types.type_size_in_bytes(array.dtype)
 
 
 _SUMS: Any = weakref.WeakKeyDictionary()

@@ -15,6 +15,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from warp_phys.flow import Combined
+from warp_phys.interop.torch_leaves import OwnHook
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -50,7 +51,7 @@ class ParameterSums:
         self.lock = threading.RLock()  # passes may run in several threads
         # autograd calls the one before it adds to p.grad, the other after; neither may keep the parameter alive
         reference = weakref.ref(parameter)
-        parameter.register_hook(lambda _grad: self._forget_if_changed(reference()))
+        parameter.register_hook(OwnHook(lambda _grad: self._forget_if_changed(reference())))
         parameter.register_post_accumulate_grad_hook(self._settle)
 
     def add(self, flow: Combined, parameter: torch.Tensor, new: PassUpdates) -> tuple[Pair, Pair] | None:

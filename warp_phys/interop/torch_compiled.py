@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from warp_phys.interop.torch_loss import costs_at, costs_vjp
+from warp_phys.interop.torch_node import Sources
 from warp_phys.interop.torch_ops import autograd_inside, system_of
 
 _ROLLOUTS: Any = weakref.WeakValueDictionary()
@@ -38,8 +39,21 @@ def unroll(
     The parameters are those of its controller, trained and frozen: they are arguments so that torch knows what the
     result depends on, and notices a change between forward and backward.
     """
-    rollout = _ROLLOUTS[name]
+    rollout, x0 = _ROLLOUTS[name], x0.detach()
+    found = None
+    if any(p.requires_grad for p in rollout.controller.parameters()):
+        with autograd_inside():
+            found, sources = rollout._look(rollout.initial_states(x0), None)
+        if rollout._adapter.examination.others or sources.system:
+            raise ValueError(
+                "in compiled code controller and system must depend on no tensors that require gradients besides the "
+                "controller's own parameters: make them parameters of the module, or leave the rollout out of the "
+                "compiled code"
+            )
     states, controls, masked, _ = rollout._forward(rollout.initial_states(x0), rows, keep=False)
+    if found is not None:
+        with autograd_inside():
+            rollout._adapter.examination.end(found)
     mask = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
     mask[masked] = True
     return states, controls, mask
@@ -71,7 +85,10 @@ def _unroll_vjp(
     masked, seeds = torch.nonzero(mask).flatten(), (adj_states, adj_controls)
     trainable = rollout._adapter.trainable  # the parameters themselves: the sums of M and R belong to them
     with autograd_inside():
-        adj_x0, adj_rows, grads = rollout._backward(states, controls, rows, masked, None, trainable, seeds, want_rows)
+        found, _ = rollout._look(states[0], None)
+        adj_x0, adj_rows, grads = rollout._backward(
+            states, controls, rows, masked, None, Sources(trainable), seeds, want_rows, found=found
+        )
     adj_rows = states.new_empty((0, 0)) if adj_rows is None else adj_rows
     # an operator returns tensors: a parameter that is not used has a gradient here, of zeros
     pairs = zip(trainable, grads, strict=True)

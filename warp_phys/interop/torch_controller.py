@@ -10,6 +10,7 @@ import warp as wp
 from warp_phys.block_network import BlockNetwork
 from warp_phys.block_plan import kept_starts
 from warp_phys.interop.sums import number_of_hooks
+from warp_phys.interop.torch_contract import Examination, Found, refuse_lazy
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
 from warp_phys.interop.torch_linearisation import TorchLinearisation, controls_of
 from warp_phys.interop.torch_plan import (
@@ -40,11 +41,15 @@ class TorchController:
         self._network: Network | None = None
         self._blocks: BlockNetwork | None = None
         self._planned: tuple[tuple | None, Planned | None] = None, None
+        self.examination = Examination(module)
+        """What is known of a module that is no chain of the engine's layers."""
+        self._differentiates = False  # whether the module itself uses autograd
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory."""
         empty = {**dict.fromkeys(("_dense", "_key", "_linears", "_network", "_blocks")), "_planned": (None, None)}
-        return {"module": self.module, "inputs": self.inputs, "by_hand": self.by_hand, **empty}
+        own = {"examination": Examination(self.module), "_differentiates": self._differentiates}
+        return {"module": self.module, "inputs": self.inputs, "by_hand": self.by_hand, **own, **empty}
 
     def signature(self) -> tuple:
         """What must not change between a forward pass and its backward pass, values apart."""
@@ -66,12 +71,32 @@ class TorchController:
         x, c = wp.to_torch(states).unbind(), wp.to_torch(controls).unbind()
         return lambda n: self._evaluate(x[n], c[n])
 
-    @torch.no_grad()
     def _evaluate(self, x: torch.Tensor, c: torch.Tensor) -> None:
-        output = controls_of(self.module, x)
+        output = self._controls(x)
         if output.shape != c.shape:  # copy_ would broadcast it
             raise ValueError(f"controller must return shape {tuple(c.shape)}, got {tuple(output.shape)}")
         c.copy_(output)
+
+    def _controls(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the controls without a graph, whether or not the module makes one for itself on the way."""
+        if not self._differentiates:
+            try:
+                with torch.no_grad():
+                    return controls_of(self.module, x)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+            self._differentiates = True
+        return TorchLinearisation(self.module, (), x).output.detach()
+
+    def examine(self, x0: torch.Tensor, always: bool = False) -> Found | None:
+        """Return what the controls depend on and how they are differentiated, before a forward pass from x0.
+
+        None for chains of the engine's own layers, of which all is known.
+        """
+        if self.dense() is not None or self.planned() is not None:
+            return None
+        return self.examination.begin(self.trainable, x0, always)
 
     def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> TorchLinearisation | DenseLinearisation:
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""
@@ -79,9 +104,6 @@ class TorchController:
             assert self._linears is not None
             hidden = kept if isinstance(kept, list) else None
             return DenseLinearisation(*self._linears, wp.to_torch(x), hidden, self.trainable)
-        for module in self.module.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training:
-                raise ValueError("controller must not normalise over the batch in training: use controller.eval()")
         return TorchLinearisation(self.module, self.trainable, wp.to_torch(x))
 
     def fits(self, system: Any) -> bool:
@@ -242,6 +264,7 @@ def _is_plain_linear(layer: torch.nn.Module | None) -> TypeGuard[torch.nn.Linear
 
 def precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[torch.dtype, torch.device]:
     """Return the one precision and device of a module's parameters, or raise."""
+    refuse_lazy(controller)
     parameters = list(controller.parameters())
     kinds = {(p.dtype, p.device) for p in parameters}
     if len(kinds) > 1:

@@ -28,8 +28,8 @@ from warp_phys.flow import (
     resolve,
 )
 from warp_phys.interop.sums import split
+from warp_phys.interop.torch_contract import PassCheck
 from warp_phys.interop.torch_dense import as_array
-from warp_phys.interop.torch_linearisation import check_pure
 from warp_phys.interop.torch_loss import rows_of_parameters, torch_stream
 from warp_phys.layers import Workspace
 from warp_phys.phases import Seeds, Trajectory, backward, flow_gates
@@ -227,6 +227,12 @@ def _unroll(rollout: Rollout, x0: Any, objective: Loss | None, parameters: Mappi
     """Unroll, and differentiate the loss by the trajectory; without a loss those derivatives are 0."""
     x0 = rollout.initial_states(x0)
     rows = rows_of_parameters(rollout.system, parameters or {}, x0)
+    found, _ = rollout._look(x0, None)
+    if found is not None and found.whole:
+        raise ValueError(
+            "for a diagnosis the rows of a controller must be differentiable apart from each other: this one couples "
+            "them, fits one batch size only, or has hooks on its gradients or a backward pass that is not linear"
+        )
     states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
     value, seeds = torch.zeros(()), (torch.zeros_like(states), torch.zeros_like(controls))
     if objective is not None:
@@ -263,7 +269,7 @@ def _updates(rollout: Rollout, unrolled: _Unrolled, plain: Sequence[Flow]) -> to
     updates = torch.zeros((len(plain), count), dtype=rollout.dtype, device=rollout.device)
     backward(
         rollout.system, rollout._adapter, unrolled.trajectory, unrolled.seeds, gates, gates_array, list(updates),
-        Workspace(), check=check_pure, fused=rollout.backend == "fused",
+        Workspace(), check=PassCheck(), fused=rollout.backend == "fused",
     )  # fmt: skip
     if rollout.reduce is not None:
         rollout.reduce(updates)

@@ -164,9 +164,12 @@ class WholeUpdate:
 def key_of(rollout: Rollout, batch: int) -> tuple | None:
     """Return what a captured update depends on besides the numbers in the memory that it reads.
 
-    None where the module or its parameters have hooks, which a replay would not call.
+    None where the module or its parameters have hooks, which a replay would not call, or where the backward pass is one
+    of `torch_contract.Found`.
     """
-    modules = list(rollout.controller.modules())
+    modules, known = list(rollout.controller.modules()), rollout._adapter.examination
+    if known.whole or known.others:
+        return None
     if any(map(has_own_hooks, rollout._adapter.trainable)):
         return None
     if are_hooks_everywhere() or any(has_hooks(module) for module in modules):

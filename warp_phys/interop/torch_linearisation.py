@@ -1,10 +1,11 @@
 """A torch module as a function of the states: evaluated, and linearised by autograd."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import warp as wp
+
+from warp_phys.interop.torch_leaves import inner_grad
 
 
 def controls_of(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -23,11 +24,21 @@ def controls_of(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return output
 
 
-class TorchLinearisation:
-    """A module's autograd graph at N rows, used for the input Jacobian and for every flow's contraction."""
+def relative_tolerance(dtype: torch.dtype) -> float:
+    """Return by how much what is computed again may differ from the largest number of what was computed before."""
+    return 1e-4 if dtype == torch.float32 else 1e-10
 
-    def __init__(self, module: torch.nn.Module, parameters: Sequence[torch.nn.Parameter], x: torch.Tensor):
-        self.module, self.parameters, self.x = module, parameters, x.detach().requires_grad_()
+
+class TorchLinearisation:
+    """A module's autograd graph at N rows, used for the input Jacobian and for every flow's contraction.
+
+    `leaves` are what it is differentiated by besides the rows: the parameters, and what else the controls depend on.
+    """
+
+    def __init__(self, module: torch.nn.Module, leaves: Sequence[torch.Tensor], x: torch.Tensor):
+        with torch.inference_mode(False), torch.enable_grad():
+            x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        self.module, self.leaves, self.x = module, leaves, x
         self.output = self._evaluate()
         self._serves_once = False
 
@@ -45,10 +56,35 @@ class TorchLinearisation:
 
     def contract(self, mu: wp.array, gradients: Sequence[torch.Tensor]) -> None:
         """Add Σ (∂N/∂θ)ᵀ mu[f] over the rows of each flow f to the flat tensor gradients[f]."""
-        if not self.parameters or not self.output.requires_grad:
+        if not self.leaves or not self.output.requires_grad:
             return
         for mu_f, gradient in zip(wp.to_torch(mu), gradients, strict=True):
-            gradient.add_(_flatten(self._product(self.parameters, mu_f), self.parameters))
+            add_parts(gradient, self._product(self.leaves, mu_f), self.leaves)
+
+    def pull_and_contract(
+        self, mu: wp.array, adj_x: wp.array, gradients: Sequence[torch.Tensor], is_open: Sequence[bool]
+    ) -> None:
+        """Do both in one pass of autograd per flow; mu (flows, N, K), adj_x (flows, N, D), written where it is open."""
+        if not self.output.requires_grad:
+            wp.to_torch(adj_x).zero_()
+            return
+        parts = zip(wp.to_torch(mu), wp.to_torch(adj_x), gradients, is_open, strict=True)
+        for mu_f, adj, gradient, open_ in parts:
+            sources = (self.x, *self.leaves) if open_ else tuple(self.leaves)
+            if not sources:
+                continue
+            found = list(self._product(sources, mu_f))
+            own = found.pop(0) if open_ else None
+            adj.zero_() if own is None else adj.copy_(own)
+            add_parts(gradient, found, self.leaves)
+
+    def adjoints(self, mu: torch.Tensor) -> list[torch.Tensor]:
+        """Return (∂N/∂x)ᵀ mu and Σ (∂N/∂leaf)ᵀ mu for each leaf, zeros where the controls do not depend on one."""
+        sources = [self.x, *self.leaves]
+        if not self.output.requires_grad:
+            return [torch.zeros_like(source) for source in sources]
+        found = self._product(sources, mu)
+        return [torch.zeros_like(s) if a is None else a for s, a in zip(sources, found, strict=True)]
 
     def _pull(self, mu: torch.Tensor, out: torch.Tensor) -> None:
         if not self.output.requires_grad:  # a controller that does not look at its input
@@ -58,7 +94,7 @@ class TorchLinearisation:
         out.zero_() if adj is None else out.copy_(adj)
 
     def _evaluate(self) -> torch.Tensor:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             return controls_of(self.module, self.x)
 
     def _product(self, inputs: Sequence[torch.Tensor], mu: torch.Tensor) -> Sequence[torch.Tensor | None]:
@@ -71,75 +107,19 @@ class TorchLinearisation:
             self.output = self._evaluate()
         else:
             try:
-                return torch.autograd.grad(self.output, inputs, mu, retain_graph=True, allow_unused=True)
+                return inner_grad(self.output, inputs, mu)
             except RuntimeError as error:
                 if "donated buffers" not in str(error):
                     raise
             self._serves_once = True
-        return torch.autograd.grad(self.output, inputs, mu, allow_unused=True)
+        return inner_grad(self.output, inputs, mu, retain_graph=False)
 
 
-def _flatten(parts: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return tensors as one flat tensor; None stands for zeros of the shape in `like`."""
-    return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(parts, like, strict=True)])
-
-
-def check_pure(linear: Any, stored: wp.array) -> None:
-    """Raise a ValueError if a controller gives other controls for the same states than it gave in the forward pass."""
-    if not isinstance(linear, TorchLinearisation):
-        return  # dense layers have no memory
-    before = wp.to_torch(stored)
-    error = (linear.output.detach() - before).abs().max()
-    tolerance = 1e-4 if before.dtype == torch.float32 else 1e-10
-    if not error <= tolerance * (1.0 + before.abs().max()):
-        raise ValueError(
-            f"controller must give the same controls for the same states each time, they differ by {float(error):.3g}; "
-            "dropout, batch normalisation, noise, memory do that: use controller.eval(), or put memory into the state"
-        )
-
-
-def _reached_by(output: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> set[int]:
-    """Return the identities of the parameters that the graph of `output` leads to."""
-    wanted, seen = {id(p) for p in parameters}, set()
-    reached = wanted & {id(output)}
-    nodes = [output.grad_fn] if output.grad_fn is not None else []
-    while nodes and len(reached) < len(wanted):
-        node = nodes.pop()
-        reached |= wanted & {id(getattr(node, "variable", None))}
-        after = [following for following, _ in node.next_functions if following is not None and following not in seen]
-        seen.update(after)
-        nodes += after
-    return reached
-
-
-class TrainingCheck:
-    """What a backward pass that trains asks of a controller: `check_pure` at every chunk, and a graph at one of them.
-
-    A controller may well leave its parameters alone at some states, but not at all.
-    """
-
-    def __init__(self) -> None:
-        self._is_known, self._reached = False, set[int]()
-
-    def __call__(self, linear: Any, stored: wp.array) -> None:
-        """Look at a chunk, see `phases.backward`."""
-        check_pure(linear, stored)
-        if isinstance(linear, TorchLinearisation) and linear.parameters:
-            self._is_known = True
-            if len(self._reached) < len(linear.parameters):
-                self._reached |= _reached_by(linear.output, linear.parameters)
-
-    def includes(self, parameter: torch.Tensor) -> bool:
-        """Whether the controls depend on a trained parameter; those of layers that autograd does not run all count.
-
-        torch leaves the `.grad` of one that they do not depend on alone, so that no optimiser moves it.
-        """
-        return not self._is_known or id(parameter) in self._reached
-
-    def finish(self) -> None:
-        """Raise a ValueError if there are parameters to train, and nothing led back to them."""
-        if self._is_known and not self._reached:
-            raise ValueError(
-                "controller must be differentiable: what it returns has no graph back to its parameters; detach(), "
-                "no_grad(), numpy() and .data do that. One that is not to be trained: controller.requires_grad_(False)"
-            )
+def add_parts(gradient: torch.Tensor, parts: Sequence[torch.Tensor | None], leaves: Sequence[torch.Tensor]) -> None:
+    """Add tensors in the shapes of `leaves` to the beginning of a flat one; None stands for zeros."""
+    start = 0
+    for part, leaf in zip(parts, leaves, strict=True):
+        stop = start + leaf.numel()
+        if part is not None:
+            gradient[start:stop] += part.reshape(-1)
+        start = stop

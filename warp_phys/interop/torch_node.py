@@ -1,52 +1,145 @@
 """An unrolling as one node of torch's graph, and what becomes of samples that diverge."""
 
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from warp_phys.errors import Diverged
+from warp_phys.flow import Combined, Flow
+from warp_phys.interop.torch_leaves import inner_grad, leaves_of
 from warp_phys.interop.torch_loss import refuse_second_derivative
+
+
+class Sources:
+    """What an unrolling depends on besides its trained parameters: leaves of autograd's graph, and where they come in.
+
+    A combined update is no linear function of the updates that it is made of. Where x0 or the physical parameters have
+    a history, each flow's adjoint is therefore followed to the leaves of that history by itself, and combined there:
+    two rollouts in a chain give what one over both horizons gives.
+    """
+
+    def __init__(
+        self,
+        controller: Sequence[torch.Tensor],
+        system: Sequence[torch.Tensor] = (),
+        histories: Sequence[torch.Tensor | None] = (None, None),
+    ):
+        self.controller, self.system = list(controller), list(system)
+        self.histories = [(h, leaves_of(h)) if h is not None and h.requires_grad else None for h in histories]
+        self.apart = any(self.histories)
+        """Whether x0 and the physical parameters reach the node through their leaves."""
+        others = [leaf for history in self.histories if history for leaf in history[1]]
+        self._elsewhere = {id(leaf) for leaf in (*self.system, *others)}
+        self.leaves = list({id(leaf): leaf for leaf in (*self.controller, *self.system, *others)}.values())
+        """All leaves, each once, those of the controller first."""
+        stops = np.cumsum([0, *(leaf.numel() for leaf in self.leaves)]).tolist()
+        self._parts = {id(leaf): slice(a, b) for leaf, a, b in zip(self.leaves, stops[:-1], stops[1:], strict=True)}
+        self.size = stops[-1]
+
+    def check(self) -> None:
+        """Raise a ValueError if the gradient of a history is asked for, of which there is none."""
+        for name, history in zip(("x0", "parameters"), self.histories, strict=True):
+            if history is not None and history[0].retains_grad:
+                raise ValueError(
+                    f"{name} must not retain its gradient with a combined flow, which combines at the leaves that "
+                    f"{name} depends on: detach it, or ask for the linear flows, each in a backward pass of its own"
+                )
+
+    def elsewhere(self, leaf: torch.Tensor) -> bool:
+        """Whether the trajectory depends on a leaf in another way than through the controller."""
+        return id(leaf) in self._elsewhere
+
+    def add(
+        self, update: torch.Tensor, leaves: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    ) -> None:
+        """Add gradients of some of the leaves to a flow's flat update of all of them."""
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                update[self._parts[id(leaf)]] += gradient.reshape(-1)
+
+    def follow(self, update: torch.Tensor, flow: Flow, adjoints: Sequence[torch.Tensor | None]) -> None:
+        """Add what one flow's adjoints of the histories mean for their leaves."""
+        for history, adjoint in zip(self.histories, adjoints, strict=True):
+            if history is None or adjoint is None:
+                continue
+            tensor, leaves = history
+            if tensor.is_leaf:
+                self.add(update, leaves, [adjoint])
+                continue
+            with _as_one_flow(flow):
+                self.add(update, leaves, inner_grad(tensor, leaves, adjoint))
+
+
+_ONE = threading.local()
+
+
+@contextlib.contextmanager
+def _as_one_flow(flow: Flow) -> Iterator[None]:
+    """Have the rollouts that this thread runs backward follow one flow of their combined ones."""
+    before = getattr(_ONE, "flow", None)
+    _ONE.flow = flow
+    try:
+        yield
+    finally:
+        _ONE.flow = before
 
 
 class Unroll(torch.autograd.Function):
     """The unrolling as one node of torch's graph."""
 
     @staticmethod
-    def forward(ctx, rollout: Any, x0, rows, *trainable):
+    def forward(ctx, rollout: Any, sources: Sources, found: Any, x0, rows, *leaves):
         """Unroll; return states and controls."""
         ctx.set_materialize_grads(False)
         states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
+        if found is not None:
+            rollout._adapter.examination.end(found)
         ctx.rollout, ctx.kept, ctx.signature = rollout, kept, rollout._adapter.signature()
+        ctx.sources, ctx.found = sources, found
         ctx.save_for_backward(states, controls, rows, masked)
         # not saved, but kept: behind hooks of saved tensors, as a checkpoint's, others would come, and of any version
-        ctx.trainable, frozen = trainable, [p for p in rollout.controller.parameters() if not p.requires_grad]
-        ctx.versions = [(p, p._version) for p in (*trainable, *frozen)]
+        frozen = [p for p in rollout.controller.parameters() if not p.requires_grad]
+        ctx.versions = [(p, p._version) for p in (*leaves, *frozen)]
+        # a history that is followed to its leaves is not autograd's; what else has one may become combined too late
+        ctx.has_history = any(t is not None and t.requires_grad and not t.is_leaf for t in (x0, rows))
         return states, controls
 
     @staticmethod
     def backward(ctx, adj_states, adj_controls):
-        """Return the flow's adjoints of x0 and of the parameter rows, and its update of the trainable parameters."""
+        """Return the flow's adjoints of x0 and of the parameter rows, and its update of the leaves."""
         refuse_second_derivative()
         states, controls, rows, masked = ctx.saved_tensors
-        trainable = ctx.trainable
+        rollout, sources = ctx.rollout, ctx.sources
         if any(p._version != version for p, version in ctx.versions):
             raise RuntimeError(
                 "a parameter of the controller has been modified in place since the forward pass: call the rollout "
                 "again before the backward pass"
             )
-        if ctx.rollout._adapter.signature() != ctx.signature:
+        if rollout._adapter.signature() != ctx.signature:
             raise RuntimeError(
                 "the controller has changed since the forward pass (layers, frozen parameters, or their memory): "
                 "call the rollout again before the backward pass"
             )
         if adj_states is None and adj_controls is None:
-            return (None,) * (3 + len(trainable))
-        want_x0, want_rows = ctx.needs_input_grad[1:3]
-        seeds = (adj_states, adj_controls)
-        adj_x0, adj_rows, grads = ctx.rollout._backward(
-            states, controls, rows, masked, ctx.kept, trainable, seeds, want_rows, not (want_x0 or want_rows)
-        )
-        return None, adj_x0 if want_x0 else None, adj_rows, *grads
+            return (None,) * (5 + len(sources.leaves))
+        combined = isinstance(rollout.flow, Combined)
+        if combined and ctx.has_history:
+            raise RuntimeError(
+                "the flow has become a combined one since the forward pass, whose x0 or parameters have a history: "
+                "call the rollout again"
+            )
+        sources.check()
+        want_x0, want_rows = ctx.needs_input_grad[3:5]
+        adj_x0, adj_rows, grads = rollout._backward(
+            states, controls, rows, masked, ctx.kept, sources, (adj_states, adj_controls), want_rows,
+            must_train=not (want_x0 or want_rows or sources.apart or sources.system), found=ctx.found,
+            one=getattr(_ONE, "flow", None) if combined else None,
+        )  # fmt: skip
+        return None, None, None, adj_x0 if want_x0 else None, adj_rows, *grads
 
 
 def freeze_diverged(states: torch.Tensor, controls: torch.Tensor, on_divergence: str) -> torch.Tensor:

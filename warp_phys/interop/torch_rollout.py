@@ -13,26 +13,40 @@ from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refu
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, has_own_hooks, split
 from warp_phys.interop.torch_compiled import name_of_rollout
+from warp_phys.interop.torch_contract import Found, PassCheck, refuse_averaging
 from warp_phys.interop.torch_controller import TorchController, precision_and_device
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import DirectPass, is_finite
-from warp_phys.interop.torch_linearisation import TrainingCheck
 from warp_phys.interop.torch_loss import (
     refuse_inference,
     refuse_transforms,
     rows_of_parameters,
     torch_stream,
 )
-from warp_phys.interop.torch_node import Unroll, freeze_diverged, owned, without
+from warp_phys.interop.torch_node import Sources, Unroll, freeze_diverged, owned, without
 from warp_phys.interop.torch_ops import name_of
 from warp_phys.layers import Workspace
-from warp_phys.phases import Seeds, Trajectory, backward, flow_gates, forward
+from warp_phys.phases import Retreat, Seeds, Trajectory, backward, flow_gates, forward
 from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
 from warp_phys.systems.base import Simulator, System
 from warp_phys.systems.losses import check_loss, chosen_times
 
 DIRECT_PASSES = 8
 """Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
+
+
+class _Retreat(Retreat):
+    """A simulator's way back that also finds the updates of what the simulator depends on, in flat tensors per flow."""
+
+    def __init__(self, system: Any, steps: Any, leaves: Sequence[torch.Tensor], updates: torch.Tensor):
+        super().__init__(system, steps)
+        self._leaves, self._updates = leaves, updates
+
+    def product(self, f: int, x: wp.array, c: wp.array, arguments: tuple, options: dict[str, Any]) -> None:
+        """Call `step_vjp` for flow f."""
+        if self._leaves:
+            options = {**options, "leaves": self._leaves, "gradient": self._updates[f]}
+        super().product(f, x, c, arguments, options)
 
 
 class Rollout:
@@ -53,6 +67,8 @@ class Rollout:
             module) or "auto".
         on_divergence: "raise" raises `Diverged`; "mask" freezes the samples that diverge in their last finite state,
             gives them no say in the gradients and names them in `report.diverged`.
+        check: How often a controller and a simulator that are not the engine's own are tried out: "auto" (at the first,
+            second, fourth, … pass and whenever something about them has changed) or "always"; see docs/contract.md.
         reduce: Called with the flows' updates, shape (flows, parameters), before they are compared: sums them in place
             over ranks, for instance `torch.distributed.all_reduce`.
 
@@ -70,6 +86,7 @@ class Rollout:
         backend: str = "auto",
         on_divergence: str = "raise",
         reduce: Callable[[torch.Tensor], Any] | None = None,
+        check: str = "auto",
     ):
         if not isinstance(controller, torch.nn.Module):
             raise TypeError(f"controller must be a torch.nn.Module, got {type(controller).__name__}")
@@ -83,6 +100,8 @@ class Rollout:
         """Numbers of the last backward pass."""
         self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "mask"))
         self.reduce = reduce
+        self.check = check_choice("check", check, ("auto", "always"))
+        self._passes = 0
         check_sizes(system, controller)
         self._adapter = TorchController(controller, system.state_size)
         # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
@@ -164,11 +183,36 @@ class Rollout:
         refuse_transforms("a rollout")
         x0 = self.initial_states(x0)
         rows = rows_of_parameters(self.system, parameters or {}, x0)
-        trainable = self._adapter.trainable
-        if torch.is_grad_enabled() and (trainable or x0.requires_grad or (rows is not None and rows.requires_grad)):
-            refuse_memory(self._flow)
-            return Unroll.apply(self, x0, rows, *trainable)
-        return self._forward(x0, rows, keep=False)[:2]
+        return self._unroll(x0, rows)[0]
+
+    def _unroll(
+        self, x0: torch.Tensor, rows: torch.Tensor | None
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]:
+        """Return states and controls, attached to autograd where that is at work, and the leaves behind them."""
+        if not torch.is_grad_enabled():
+            return self._forward(x0, rows, keep=False)[:2], ()
+        found, sources = self._look(x0, rows)
+        given = [tensor for tensor in (x0, rows) if tensor is not None and tensor.requires_grad]
+        if not given and not sources.leaves:
+            return self._forward(x0, rows, keep=False)[:2], ()
+        refuse_memory(self._flow)
+        refuse_averaging(self.controller, self._flow, self.reduce)
+        if sources.apart:
+            x0, rows = x0.detach(), None if rows is None else rows.detach()
+        return Unroll.apply(self, sources, found, x0, rows, *sources.leaves), sources.leaves
+
+    def _look(self, x0: torch.Tensor, rows: torch.Tensor | None) -> tuple[Found | None, Sources]:
+        """Return what a look at the controller finds before a pass from x0, and all that the pass depends on."""
+        with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
+            self._check_place()
+            found = self._adapter.examine(x0, self.check == "always")
+            own: Sequence[torch.Tensor] = ()
+            if hasattr(self.system, "leaves"):
+                own = self.system.leaves(x0, x0.new_zeros((len(x0), self.system.control_size)))
+        controller = self._adapter.trainable if found is None else found.leaves
+        sources = Sources(controller, own, (x0, rows) if isinstance(self._flow, Combined) else (None, None))
+        sources.check()
+        return found, sources
 
     def _as_operator(self, x0: Any, parameters: Mapping[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Do the same as one opaque node of a graph that torch compiles; x0 is checked when that runs."""
@@ -251,7 +295,9 @@ class Rollout:
         for parameter in self.controller.parameters():
             parameter.grad = None
         with torch.enable_grad():
-            states, controls = self(x0.detach())
+            (states, controls), leaves = self._unroll(x0.detach(), None)
+            for leaf in leaves:
+                leaf.grad = None
             loss = self.system.loss(states, controls, when=when, control_cost=control_cost)  # type: ignore[attr-defined]
             if loss.requires_grad:
                 loss.backward()
@@ -329,51 +375,78 @@ class Rollout:
         rows: torch.Tensor | None,
         masked: torch.Tensor,
         kept: torch.Tensor | None,
-        trainable: Sequence[torch.nn.Parameter],
+        sources: Sources,
         seeds: tuple[torch.Tensor | None, torch.Tensor | None],
         want_rows: bool,
         must_train: bool = False,
+        found: Found | None = None,
+        one: Flow | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
-        """Run the flows backward; return the gradients of x0, of the parameter rows and of the trainable parameters.
+        """Run the flows backward; return the gradients of x0, of the parameter rows and of the leaves of `sources`.
 
-        None stands for the gradient of a parameter that the controls do not depend on.
+        None stands for the gradient of a leaf that the controls do not depend on.
         `must_train` says that the last ones are all that is asked for: where there can be none, that is an error.
+        `found` is what the forward pass found out about the controller; `one` a flow to follow in place of a combined
+        one, for a pass from which nothing but its gradients is left.
         """
         try:
             workspace = self._workspaces.pop()
         except IndexError:  # the first pass, or one within or beside another
             workspace = Workspace()
-        parts = linear_parts(self.flow)
-        flows = self.running_flows()
+        flow = self.flow if one is None else one
+        flows = self.running_flows() if one is None else (one,)
         seeds_ = [owned(seed, like, masked) for seed, like in zip(seeds, (states, controls), strict=True)]
         states, controls = without(states, masked, dim=1), without(controls, masked, dim=1)
         if rows is not None and len(rows) > 1:
             rows = without(rows, masked, dim=0)
-        updates = torch.zeros((len(flows), sum(p.numel() for p in trainable)), dtype=self.dtype, device=self.device)
+        updates = torch.zeros((len(flows), sources.size), dtype=self.dtype, device=self.device)
+        of_controller = sum(leaf.numel() for leaf in sources.controller)
+        of_system = updates.new_zeros((len(flows), sum(leaf.numel() for leaf in sources.system)))
+        want_rows = want_rows or sources.histories[1] is not None
         with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
             arrays = [as_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
             gates, gates_array = self._gates_of(flows, len(controls))
             trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]), kept)
-            check = TrainingCheck()
+            check, steps = PassCheck(found), self._compared_steps(len(controls))
+            controller: Any = self._adapter if found is None else found
             adjoints = backward(
-                self.system, self._adapter, trajectory, Seeds(arrays[2], arrays[3]), gates, gates_array,
-                list(updates), workspace, want_rows, check=check, fused=self.backend == "fused",
+                self.system, controller, trajectory, Seeds(arrays[2], arrays[3]), gates,
+                gates_array, list(updates[:, :of_controller]), workspace, want_rows, check=check,
+                fused=found is None and self.backend == "fused", whole=found is not None and found.whole,
+                simulator=_Retreat(self.system, steps, sources.system, of_system),
             )  # fmt: skip
             if must_train and self.reduce is None:  # with it another rank may know of what there is to train
                 check.finish()
             adj_x0 = wp.to_torch(adjoints.x0).clone()
             adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters).clone()
         self._workspaces.append(workspace)
-        if self.reduce is not None:
-            self.reduce(updates)
-        used = [flows.index(part) for part in parts]
-        changes = self._updates(updates[used], trainable)
-        self.report = Report(flows, updates, tuple(changes), tuple(masked.tolist()))
-        reached = [self.reduce is not None or check.includes(parameter) for parameter in trainable]
+        if adj_rows is not None and rows is not None and len(rows) == 1:
+            adj_rows = adj_rows.sum(dim=1, keepdim=True)
+        for f, part in enumerate(flows):
+            sources.add(updates[f], sources.system, split(of_system[f], sources.system))
+            sources.follow(updates[f], part, (adj_x0[f], None if adj_rows is None else adj_rows[f]))
+        used = [flows.index(part) for part in linear_parts(flow)]
+        changes = split(updates[0], sources.leaves)
+        if one is None:
+            if self.reduce is not None:
+                self.reduce(updates)
+            changes = self._updates(updates[used], sources.leaves)
+            count = len(sources.controller)
+            self.report = Report(flows, updates[:, :of_controller], tuple(changes[:count]), tuple(masked.tolist()))
+        reached = [
+            self.reduce is not None or sources.elsewhere(leaf) or check.includes(leaf) for leaf in sources.leaves
+        ]
         grads = [change if depends else None for change, depends in zip(changes, reached, strict=True)]
-        if adj_rows is not None and rows is not None:
-            adj_rows = combine(self.flow, adj_rows[used].sum(dim=1, keepdim=True) if len(rows) == 1 else adj_rows[used])
-        return combine(self.flow, adj_x0[used]), adj_rows, grads
+        if adj_rows is not None:
+            adj_rows = combine(flow, adj_rows[used])
+        return combine(flow, adj_x0[used]), adj_rows, grads
+
+    def _compared_steps(self, steps: int) -> Sequence[int] | None:
+        """Return at which steps a simulator is asked whether it has changed since the forward pass; None for all."""
+        self._passes += 1
+        if self.check == "always" or self._passes & (self._passes - 1) == 0:
+            return None
+        return (0, self._passes % steps, steps - 1)
 
     def running_flows(self) -> tuple[Flow, ...]:
         """Return the flows that a backward pass runs: those of the flow, and what `observe` adds."""
@@ -388,7 +461,7 @@ class Rollout:
             self._gates[key] = gates, for_all_streams(array)
         return self._gates[key]
 
-    def _updates(self, updates: torch.Tensor, trainable: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+    def _updates(self, updates: torch.Tensor, trainable: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return what this pass adds to the gradients of the parameters; one row of `updates` per part of the flow."""
         if not isinstance(self.flow, Combined):
             return split(updates[0], trainable)

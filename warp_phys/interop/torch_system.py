@@ -7,14 +7,18 @@ from typing import Any
 import torch
 import warp as wp
 
+from warp_phys.checks import check_repeated, differing_rows
 from warp_phys.interop.foreign import ForeignSystem, check_result, not_finite_message
+from warp_phys.interop.torch_leaves import inner_grad, leaves_of
+from warp_phys.interop.torch_linearisation import add_parts
 
 
 class TorchSystem(ForeignSystem):
     """x_{n+1} = function(x_n, c_n) for any torch function or module; autograd gives its vector-Jacobian product.
 
     It has no physical parameters of its own, and is stepped and differentiated step by step. Arrays are exchanged
-    without copies. A module's parameters are not trained.
+    without copies. What the function depends on besides its arguments, as a module on its parameters, is trained by a
+    torch rollout where it requires gradients: each flow's update of it is Σ_n (∂S/∂θ)ᵀ λ_{n+1}.
 
     Args:
         function: States (B, D) and controls (B, K) to the next states (B, D), row by row; it runs in the precision
@@ -37,7 +41,7 @@ class TorchSystem(ForeignSystem):
         self._check_inputs(x, c, y, "y")
         with _on_stream_of(x), torch.inference_mode(False), torch.no_grad():
             target = wp.to_torch(y, requires_grad=False)
-            target.copy_(self._evaluate(*(wp.to_torch(array, requires_grad=False) for array in (x, c))))
+            target.copy_(self._next(*(wp.to_torch(array, requires_grad=False) for array in (x, c))))
 
     def step_vjp(
         self,
@@ -48,33 +52,78 @@ class TorchSystem(ForeignSystem):
         adj_c: wp.array,
         parameters: wp.array | None = None,
         adj_parameters: wp.array | None = None,
+        y: wp.array | None = None,
+        leaves: Sequence[torch.Tensor] = (),
+        gradient: torch.Tensor | None = None,
     ) -> None:
         """Write adj_x = (∂S/∂x)ᵀ adj_y and adj_c = (∂S/∂c)ᵀ adj_y.
+
+        Args:
+            x: States (batch, D).
+            c: Controls (batch, K).
+            adj_y: Adjoint of the next states (batch, D).
+            adj_x: Written.
+            adj_c: Written.
+            parameters: There are none.
+            adj_parameters: Likewise.
+            y: The next states that the forward pass found; they are compared with what the function gives now.
+            leaves: What else to differentiate by, see `leaves`.
+            gradient: A flat tensor to which Σ (∂S/∂leaves)ᵀ adj_y is added.
 
         Raises:
             ValueError: The function is not differentiable, or its vector-Jacobian product is not finite though all
                 that it is made from is.
+            NotRepeatable: The function gives other states than y, or depends on more than `leaves`.
         """
         self._check_inputs(x, c, adj_y, "adj_y")
         with _on_stream_of(x), torch.inference_mode(False), torch.enable_grad():
             inputs = [wp.to_torch(array, requires_grad=False).detach().requires_grad_() for array in (x, c)]
-            y = self._evaluate(*inputs)
-            if not y.requires_grad:
+            result = self._evaluate(*inputs)
+            if y is not None:
+                self._compare(inputs, result.detach(), wp.to_torch(y, requires_grad=False))
+            if not result.requires_grad:
                 raise ValueError(
                     "function must be differentiable: what it returns has no graph back to its arguments; detach(), "
                     "no_grad(), numpy() and .data do that"
                 )
             adj = wp.to_torch(adj_y, requires_grad=False)
-            gradients = torch.autograd.grad(y, inputs, adj, allow_unused=True)
-            outputs = zip(("x", "c"), (adj_x, adj_c), gradients, strict=True)
-            for name, array, gradient in outputs:
+            by_x, by_c, *parts = _product(result, [*inputs, *leaves], adj)
+            if gradient is not None:
+                add_parts(gradient, parts, leaves)
+            for name, array, product in (("x", adj_x, by_x), ("c", adj_c, by_c)):
                 target = wp.to_torch(array, requires_grad=False)
-                if gradient is None:
+                if product is None:
                     target.zero_()
                     continue
-                target.copy_(gradient)
+                target.copy_(product)
                 if not torch.isfinite(target.sum()):
-                    _explain(name, target, y, adj)
+                    _explain(name, target, result, adj)
+
+    def leaves(self, x: torch.Tensor, c: torch.Tensor) -> list[torch.Tensor]:
+        """Return the leaves of autograd's graph that the next states depend on besides x (batch, D), c (batch, K)."""
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, c)]
+            result = self._evaluate(*inputs)
+        return [leaf for leaf in leaves_of(result) if all(leaf is not own for own in inputs)]
+
+    def _compare(self, inputs: Sequence[torch.Tensor], now: torch.Tensor, before: torch.Tensor) -> None:
+        """Raise `NotRepeatable` if the function gives other states than in the forward pass."""
+        if torch.equal(now, before) or not differing_rows(now.cpu().numpy(), before.cpu().numpy()):
+            return
+        # with a graph torch may choose another algorithm, whose rounding is another
+        again = self._next(*(tensor.detach() for tensor in inputs))
+        check_repeated("function", again.cpu().numpy(), before.cpu().numpy())
+
+    def _next(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Return the next states without a graph, whether or not the function makes one for itself on the way."""
+        try:
+            with torch.no_grad():
+                return self._evaluate(x, c)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+        with torch.enable_grad():
+            return self._evaluate(*(tensor.detach().requires_grad_() for tensor in (x, c))).detach()
 
     def _evaluate(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         versions = x._version, c._version
@@ -97,6 +146,16 @@ class TorchSystem(ForeignSystem):
             raise TypeError(f"cost must return a torch.Tensor, got {type(costs).__name__}")
         check_result("cost", costs.shape, costs.dtype, (len(rows),), rows.dtype)
         return costs
+
+
+def _product(result: torch.Tensor, inputs: Sequence[torch.Tensor], adj: torch.Tensor) -> tuple:
+    """Return (∂result/∂inputs)ᵀ adj."""
+    try:
+        return inner_grad(result, inputs, adj)  # steps may share a part of their graphs
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+    return inner_grad(result, inputs, adj, retain_graph=False)
 
 
 def _on_stream_of(x: wp.array) -> contextlib.AbstractContextManager:
