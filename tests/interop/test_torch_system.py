@@ -46,7 +46,7 @@ def test_a_wrong_step_is_seen():
     assert reference.relative(got[2], expected[2]) > 1e-3
 
 
-def test_a_module_is_a_system_and_is_not_trained(device):
+def test_a_module_is_a_system_and_is_trained_unless_it_is_frozen(device):
     body = torch.nn.Linear(7, 6).double().to(device)
 
     class Learned(torch.nn.Module):
@@ -57,10 +57,13 @@ def test_a_module_is_a_system_and_is_not_trained(device):
         def forward(self, x, c):
             return x + 0.1 * torch.tanh(self.body(torch.cat([x, c], dim=1)))
 
-    network = make_network(device)
-    states, _ = Rollout(TorchSystem(Learned(), 6, 1), network, 5, "C")(initial_states(device))
-    states.square().mean().backward()
-    assert body.weight.grad is None and network[0].weight.grad.any()
+    for frozen in (False, True):
+        network = make_network(device)
+        body.requires_grad_(not frozen)
+        body.zero_grad()
+        states, _ = Rollout(TorchSystem(Learned(), 6, 1), network, 5, "C")(initial_states(device))
+        states.square().mean().backward()
+        assert (body.weight.grad is None) == frozen and network[0].weight.grad.any()
 
 
 def test_value_and_grad_and_masks(device):

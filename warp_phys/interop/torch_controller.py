@@ -263,15 +263,15 @@ def _is_plain_linear(layer: torch.nn.Module | None) -> TypeGuard[torch.nn.Linear
 
 
 def precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[torch.dtype, torch.device]:
-    """Return the one precision and device of a module's parameters, or raise."""
+    """Return the one precision and device of a module's parameters, or raise; of its buffers if it has none."""
     refuse_lazy(controller)
-    parameters = list(controller.parameters())
+    parameters = list(controller.parameters()) or [b for b in controller.buffers() if b.is_floating_point()]
     kinds = {(p.dtype, p.device) for p in parameters}
     if len(kinds) > 1:
         raise ValueError(
             f"controller must have its parameters in one precision on one device, got {sorted(map(str, kinds))}"
         )
-    dtype, own = kinds.pop() if kinds else (torch.float32, torch.device(device or "cpu"))
+    dtype, own = kinds.pop() if kinds else (torch.get_default_dtype(), torch.device(device or "cpu"))
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"controller must have float32 or float64 parameters, got {dtype}")
     wanted = own if device is None else torch.device(device)

@@ -95,7 +95,7 @@ class TorchLinearisation:
 
     def _evaluate(self) -> torch.Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            return controls_of(self.module, self.x)
+            return controls_of(self.module, self.x.clone())  # a leaf cannot be changed in place, to be told so
 
     def _product(self, inputs: Sequence[torch.Tensor], mu: torch.Tensor) -> Sequence[torch.Tensor | None]:
         """Return (∂N/∂inputs)ᵀ mu; None for an input that the controls do not depend on.

@@ -219,6 +219,14 @@ class Rollout:
         if not isinstance(x0, torch.Tensor):
             x0 = torch.as_tensor(x0).to(self.device, self.dtype)
         rows = rows_of_parameters(self.system, parameters or {}, x0)
+        refuse_averaging(self.controller, self._flow, self.reduce)
+        if torch.is_grad_enabled() and isinstance(self._flow, Combined):
+            if x0.requires_grad or (rows is not None and rows.requires_grad):
+                raise ValueError(
+                    "x0 and physical parameters must have no gradient in compiled code with a combined flow: it would "
+                    "be combined before the updates that it leads to are. Detach them, unroll the whole horizon in one "
+                    "rollout, or leave the rollout out of the compiled code"
+                )
         trainable = self._adapter.trainable
         frozen = [p for p in self.controller.parameters() if not p.requires_grad]
         states, controls, _ = torch.ops.warp_phys.unroll(x0, rows, trainable, frozen, self._steps, self._name)

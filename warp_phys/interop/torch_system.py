@@ -102,8 +102,8 @@ class TorchSystem(ForeignSystem):
     def leaves(self, x: torch.Tensor, c: torch.Tensor) -> list[torch.Tensor]:
         """Return the leaves of autograd's graph that the next states depend on besides x (batch, D), c (batch, K)."""
         with torch.inference_mode(False), torch.enable_grad():
-            inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, c)]
-            result = self._evaluate(*inputs)
+            inputs = [tensor.detach().requires_grad_() for tensor in (x, c)]
+            result = self._evaluate(*(tensor.clone() for tensor in inputs))
         return [leaf for leaf in leaves_of(result) if all(leaf is not own for own in inputs)]
 
     def _compare(self, inputs: Sequence[torch.Tensor], now: torch.Tensor, before: torch.Tensor) -> None:
