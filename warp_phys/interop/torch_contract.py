@@ -88,8 +88,8 @@ class Examination:
         self.others = False
         """Whether the controls depend on leaves that are no trained parameters."""
 
-    def begin(self, parameters: Sequence[torch.Tensor], x0: torch.Tensor, always: bool) -> Found:
-        """Look at the module before a forward pass from x0, shape (batch, D).
+    def begin(self, parameters: Sequence[torch.Tensor], x0: torch.Tensor, steps: int, always: bool) -> Found:
+        """Look at the module before a forward pass of some steps from x0, shape (batch, D).
 
         Raises:
             NotRepeatable: It gives other controls, or other derivatives, at each call.
@@ -97,10 +97,17 @@ class Examination:
         """
         found = Found(self.module, parameters, x0)
         self._passes += 1
-        if always or found.state != self._state or self._passes & (self._passes - 1) == 0:
+        regular = always or self._passes & (self._passes - 1) == 0
+        if regular or found.state != self._state:
             self._state = found.state
             self.whole = _needs_whole_steps(found)
             found.check_again()
+            if regular and state_of(self.module) != found.state:
+                # whoever keeps something from call to call may use it at one call in many, or at other states
+                elsewhere = Found(self.module, found.leaves, _moved(x0))
+                for _ in range(steps):
+                    found.check_again()
+                    elsewhere.check_again()
         found.whole, self.others = self.whole, len(found.leaves) > len(parameters)
         return found
 
@@ -145,6 +152,12 @@ def _random_like(output: torch.Tensor) -> torch.Tensor:
     """Return normal numbers, the same for the same shape, from no generator of anybody's."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(output.shape, dtype=output.dtype, generator=generator).to(output.device)
+
+
+def _moved(x: torch.Tensor) -> torch.Tensor:
+    """Return states beside x (N, D)."""
+    x = x.detach()
+    return x + 0.1 * (1.0 + x.abs()) * _random_like(x)
 
 
 def _needs_whole_steps(found: Found) -> bool:
@@ -196,8 +209,7 @@ def _is_linear(found: Found) -> bool:
 def _is_row_by_row(found: Found) -> bool:
     """Whether the controls and derivatives of the rows stay the same among other rows, before and behind them."""
     x, seed = found.here.x.detach(), found.seed
-    noise = 0.1 * (1.0 + x[:7].abs()) * _random_like(x[:7])
-    others = (x[:7] + noise).repeat(7, 1)[:7]
+    others = _moved(x[:7]).repeat(7, 1)[:7]
     rows, own = torch.cat([others[:3], x, others[3:]]), slice(3, 3 + len(x))
     try:
         among = TorchLinearisation(found.module, found.leaves, rows)

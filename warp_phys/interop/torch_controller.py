@@ -89,14 +89,14 @@ class TorchController:
             self._differentiates = True
         return TorchLinearisation(self.module, (), x).output.detach()
 
-    def examine(self, x0: torch.Tensor, always: bool = False) -> Found | None:
-        """Return what the controls depend on and how they are differentiated, before a forward pass from x0.
+    def examine(self, x0: torch.Tensor, steps: int, always: bool = False) -> Found | None:
+        """Return what the controls depend on and how they are differentiated, before a forward pass of steps from x0.
 
         None for chains of the engine's own layers, of which all is known.
         """
         if self.dense() is not None or self.planned() is not None:
             return None
-        return self.examination.begin(self.trainable, x0, always)
+        return self.examination.begin(self.trainable, x0, steps, always)
 
     def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> TorchLinearisation | DenseLinearisation:
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""

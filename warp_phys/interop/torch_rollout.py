@@ -205,7 +205,7 @@ class Rollout:
         """Return what a look at the controller finds before a pass from x0, and all that the pass depends on."""
         with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
             self._check_place()
-            found = self._adapter.examine(x0, self.check == "always")
+            found = self._adapter.examine(x0, self.steps, self.check == "always")
             own: Sequence[torch.Tensor] = ()
             if hasattr(self.system, "leaves"):
                 own = self.system.leaves(x0, x0.new_zeros((len(x0), self.system.control_size)))
