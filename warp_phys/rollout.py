@@ -64,6 +64,7 @@ class Rollout:
         self.backend = choose_backend(backend, system, controller, wp.get_device(self.device).is_cuda)
         self._workspace = Workspace()
         self._gates_arrays: dict[int, wp.array] = {}
+        self._views: list[tuple[wp.array, np.ndarray]] = []
         self.flow = flow
 
     @property
@@ -122,6 +123,7 @@ class Rollout:
         make = functools.partial(wp.empty, dtype=self.real, device=self.device, requires_grad=tape is not None)
         states = make((self.steps + 1, len(x0), self.system.state_size))
         controls = make((self.steps, len(x0), self.system.control_size))
+        given = parameters
         if isinstance(self.system, System):
             parameters = self.system.check_parameters(parameters, x0, len(x0))
         with paused(tape):
@@ -132,10 +134,12 @@ class Rollout:
             if not finite.all():
                 raise Diverged(int(np.argmin(finite.all(axis=1))), np.flatnonzero(~finite.all(axis=0)).tolist())
         if tape is not None:
-            self._record(tape, x0, Trajectory(states, controls, parameters), has_history)
+            self._record(tape, x0, Trajectory(states, controls, parameters), given, has_history)
         return states, controls
 
-    def _record(self, tape: wp.Tape, x0: wp.array, trajectory: Trajectory, has_history: bool) -> None:
+    def _record(
+        self, tape: wp.Tape, x0: wp.array, trajectory: Trajectory, given: wp.array | None, has_history: bool
+    ) -> None:
         """Put the backward pass on the tape as one entry."""
         arrays = [trajectory.states, trajectory.controls, *(p for p in self.controller.parameters if p.requires_grad)]
         if x0.requires_grad:
@@ -148,12 +152,13 @@ class Rollout:
         # the published combination always, since the flow may become that one later
         known = {COMBINED, self.flow} if isinstance(self.flow, Combined) else {COMBINED}
         arrays += [c for flow in known for p in self.controller.parameters for c in _sums(p, flow)]
-        before = self._numbers_now(trajectory)
+        given = None if given is None else parameter_numbers(given)
+        before = self._numbers_now(given)
 
         def backward() -> None:
             if has_history and isinstance(self.flow, Combined):
                 raise RuntimeError(_HISTORY)
-            self._check_numbers(before, self._numbers_now(trajectory))
+            self._check_numbers(before, self._numbers_now(given))
             self._run_backward(x0, trajectory, known)
 
         tape.record_func(backward, arrays)
@@ -164,25 +169,26 @@ class Rollout:
         device = wp.get_device(self.device)
         return not device.is_capturing and (device.is_cpu or self.check == "always")
 
-    def _numbers_now(self, trajectory: Trajectory) -> list[np.ndarray] | None:
-        """Return copies of all weights and physical parameters, or None where they cannot be looked at."""
+    def _numbers_now(self, numbers: wp.array | None) -> list[bytes] | None:
+        """Return all weights and given physical parameters as bytes, or None where they cannot be looked at."""
         if not self._looks:
             return None
-        numbers = None if trajectory.parameters is None else parameter_numbers(trajectory.parameters)
         arrays = [*self.controller.parameters, *([] if numbers is None else [numbers])]
-        return [np.array(array.numpy()) for array in arrays]
+        if not wp.get_device(self.device).is_cpu:
+            return [array.numpy().tobytes() for array in arrays]
+        if [id(array) for array, _ in self._views] != [id(array) for array in arrays]:
+            self._views = [(array, array.numpy()) for array in arrays]  # the arrays' own memory
+        return [view.tobytes() for _, view in self._views]
 
-    def _check_numbers(self, before: list[np.ndarray] | None, now: list[np.ndarray] | None) -> None:
+    def _check_numbers(self, before: list[bytes] | None, now: list[bytes] | None) -> None:
         """Raise a RuntimeError if weights or physical parameters have changed."""
-        if before is None or now is None:
+        if before is None or now is None or before == now:
             return
-        for i, (old, new) in enumerate(zip(before, now, strict=True)):
-            if not np.array_equal(old, new, equal_nan=True):
-                count = len(self.controller.parameters)
-                what = f"parameter {i} of the controller" if i < count else "a physical parameter"
-                raise RuntimeError(
-                    f"{what} has been modified since the forward pass: call the rollout again before the backward pass"
-                )
+        i = [old == new for old, new in zip(before, now, strict=True)].index(False)
+        what = f"parameter {i} of the controller" if i < len(self.controller.parameters) else "a physical parameter"
+        raise RuntimeError(
+            f"{what} has been modified since the forward pass: call the rollout again before the backward pass"
+        )
 
     def _run_backward(self, x0: wp.array, trajectory: Trajectory, known: set[Combined]) -> None:
         """Add this pass's updates to the adjoints of parameters, of x0 and of the physical parameters."""

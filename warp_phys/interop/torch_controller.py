@@ -89,13 +89,13 @@ class TorchController:
             self._differentiates = True
         return TorchLinearisation(self.module, (), x).output.detach()
 
-    def examine(self, x0: torch.Tensor, steps: int, always: bool = False) -> Found | None:
-        """Return what the controls depend on and how they are differentiated, before a forward pass of steps from x0.
+    @property
+    def is_known(self) -> bool:
+        """Whether the module is a chain of the engine's own layers, of which all is known."""
+        return self.planned() is not None or self.dense() is not None
 
-        None for chains of the engine's own layers, of which all is known.
-        """
-        if self.dense() is not None or self.planned() is not None:
-            return None
+    def examine(self, x0: torch.Tensor, steps: int, always: bool = False) -> Found:
+        """Return what the controls depend on and how they are differentiated, before some steps from x0 (batch, D)."""
         return self.examination.begin(self.trainable, x0, steps, always)
 
     def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> TorchLinearisation | DenseLinearisation:
@@ -265,7 +265,8 @@ def _is_plain_linear(layer: torch.nn.Module | None) -> TypeGuard[torch.nn.Linear
 def precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[torch.dtype, torch.device]:
     """Return the one precision and device of a module's parameters, or raise; of its buffers if it has none."""
     refuse_lazy(controller)
-    parameters = list(controller.parameters()) or [b for b in controller.buffers() if b.is_floating_point()]
+    parameters: list[torch.Tensor] = list(controller.parameters())
+    parameters = parameters or [b for b in controller.buffers() if b.is_floating_point()]
     kinds = {(p.dtype, p.device) for p in parameters}
     if len(kinds) > 1:
         raise ValueError(

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from warp_phys.errors import Diverged
@@ -36,9 +35,10 @@ class Sources:
         self._elsewhere = {id(leaf) for leaf in (*self.system, *others)}
         self.leaves = list({id(leaf): leaf for leaf in (*self.controller, *self.system, *others)}.values())
         """All leaves, each once, those of the controller first."""
-        stops = np.cumsum([0, *(leaf.numel() for leaf in self.leaves)]).tolist()
-        self._parts = {id(leaf): slice(a, b) for leaf, a, b in zip(self.leaves, stops[:-1], stops[1:], strict=True)}
-        self.size = stops[-1]
+        self._parts, self.size = {}, 0
+        for leaf in self.leaves:
+            self._parts[id(leaf)] = slice(self.size, self.size + leaf.numel())
+            self.size += leaf.numel()
 
     def check(self) -> None:
         """Raise a ValueError if the gradient of a history is asked for, of which there is none."""
@@ -48,6 +48,11 @@ class Sources:
                     f"{name} must not retain its gradient with a combined flow, which combines at the leaves that "
                     f"{name} depends on: detach it, or ask for the linear flows, each in a backward pass of its own"
                 )
+
+    @property
+    def has_others(self) -> bool:
+        """Whether there are leaves that the controller has nothing to do with, or not alone."""
+        return bool(self._elsewhere)
 
     def elsewhere(self, leaf: torch.Tensor) -> bool:
         """Whether the trajectory depends on a leaf in another way than through the controller."""

@@ -203,12 +203,14 @@ class Rollout:
 
     def _look(self, x0: torch.Tensor, rows: torch.Tensor | None) -> tuple[Found | None, Sources]:
         """Return what a look at the controller finds before a pass from x0, and all that the pass depends on."""
-        with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
-            self._check_place()
-            found = self._adapter.examine(x0, self.steps, self.check == "always")
-            own: Sequence[torch.Tensor] = ()
-            if hasattr(self.system, "leaves"):
-                own = self.system.leaves(x0, x0.new_zeros((len(x0), self.system.control_size)))
+        found, own = None, ()
+        if not self._adapter.is_known or hasattr(self.system, "leaves"):
+            with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
+                self._check_place()
+                if not self._adapter.is_known:
+                    found = self._adapter.examine(x0, self.steps, self.check == "always")
+                if hasattr(self.system, "leaves"):
+                    own = self.system.leaves(x0, x0.new_zeros((len(x0), self.system.control_size)))
         controller = self._adapter.trainable if found is None else found.leaves
         sources = Sources(controller, own, (x0, rows) if isinstance(self._flow, Combined) else (None, None))
         sources.check()
@@ -407,9 +409,10 @@ class Rollout:
         states, controls = without(states, masked, dim=1), without(controls, masked, dim=1)
         if rows is not None and len(rows) > 1:
             rows = without(rows, masked, dim=0)
-        updates = torch.zeros((len(flows), sources.size), dtype=self.dtype, device=self.device)
+        like: Any = {"dtype": self.dtype, "device": self.device}
+        updates = torch.zeros((len(flows), sources.size), **like)
         of_controller = sum(leaf.numel() for leaf in sources.controller)
-        of_system = updates.new_zeros((len(flows), sum(leaf.numel() for leaf in sources.system)))
+        of_system = torch.zeros((len(flows), sum(leaf.numel() for leaf in sources.system)), **like)
         want_rows = want_rows or sources.histories[1] is not None
         with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
             arrays = [as_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
@@ -430,7 +433,7 @@ class Rollout:
         self._workspaces.append(workspace)
         if adj_rows is not None and rows is not None and len(rows) == 1:
             adj_rows = adj_rows.sum(dim=1, keepdim=True)
-        for f, part in enumerate(flows):
+        for f, part in enumerate(flows if sources.has_others else ()):
             sources.add(updates[f], sources.system, split(of_system[f], sources.system))
             sources.follow(updates[f], part, (adj_x0[f], None if adj_rows is None else adj_rows[f]))
         used = [flows.index(part) for part in linear_parts(flow)]
