@@ -177,14 +177,18 @@ class Episodes:
         rows = [draw_state(self.task, self.generators[i]) for i in np.flatnonzero(mask)]
         return np.stack(rows) if rows else np.empty((0, self.task.system.state_size), self.task.dtype)
 
+    def check_begun(self, what: str) -> None:
+        """Raise ResetNeeded if an environment has never been reset."""
+        if not self.begun.all():
+            raise ResetNeeded(f"call reset before {what}")
+
     def resetting(self) -> np.ndarray:
         """Return the mask of the environments that the next step resets instead of moving them on.
 
         Raises:
             ResetNeeded: An episode has not begun, or has ended and the caller has to reset it.
         """
-        if not self.begun.all():
-            raise ResetNeeded("call reset before the first step")
+        self.check_begun("the first step")
         if self.mode is AutoresetMode.DISABLED and self.ended.any():
             raise ResetNeeded(
                 f"environments {np.flatnonzero(self.ended).tolist()[:8]} have ended, and autoreset is disabled: "

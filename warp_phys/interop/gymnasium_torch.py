@@ -9,6 +9,7 @@ import torch
 from warp_phys.arrays import shape_message
 from warp_phys.flow import Combined, Flow, resolve
 from warp_phys.interop.gymnasium import AutoresetMode
+from warp_phys.interop.gymnasium_attached import Attached
 from warp_phys.interop.gymnasium_base import BatchEnv
 from warp_phys.interop.gymnasium_episodes import DIVERGENCE_REWARD, Task, check_options, resolve_system
 from warp_phys.interop.torch_dense import as_array
@@ -29,6 +30,13 @@ class DifferentiableVectorEnv(BatchEnv):
     loss, the gradient of −(sum of rewards) / (steps · environments) is that of a `Rollout` with
     `loss(when="every")`, for systems whose loss averages over time.
 
+    A learned value of a state, at the end of an episode or where a horizon is cut, wants the state and not what the
+    policy observes of it, which `flow` gates: `info["final_obs"]`, in every autoreset mode at the step that ends an
+    episode, and `states`, at any time, are attached to autograd and not gated.
+
+    Observations, rewards and flags are tensors that refuse to be turned into numpy arrays where that would cut a
+    gradient; see docs/gymnasium.md for the wrappers of Gymnasium that fit.
+
     What has been recorded is kept until it is let go: call `detach` after a backward pass that does not end with the
     episodes, as for a short horizon.
 
@@ -36,7 +44,8 @@ class DifferentiableVectorEnv(BatchEnv):
         system: A `System`, or the name of one (see `SYSTEMS`).
         num_envs: Number of environments.
         max_episode_steps: Steps after which an episode is truncated; None never does.
-        autoreset_mode: As for `SystemVectorEnv`; `info["final_obs"]` is one tensor here, zero where not ended.
+        autoreset_mode: As for `SystemVectorEnv`; `info["final_obs"]` is one tensor here, zero where not ended, and is
+            there in all modes.
         action_scale: Control that the action 1 stands for, in the control's unit.
         control_cost: Factor of the mean squared control in the reward.
         divergence_reward: Reward, without gradient, of a step that leaves the finite numbers.
@@ -91,6 +100,16 @@ class DifferentiableVectorEnv(BatchEnv):
             raise ValueError("a flow with a window needs max_episode_steps")
         self._flow, self._gates = chosen, torch.as_tensor(_table(chosen, steps), **self._make)
 
+    @property
+    def states(self) -> torch.Tensor:
+        """The present states, shape (num_envs, D), attached to autograd and not gated by the flow.
+
+        After an episode's end they are its last ones; with SAME_STEP they are the next one's first, and the last ones
+        are `info["final_obs"]`. `detach` takes their history.
+        """
+        self._episodes.check_begun("asking for states")
+        return self._states.clone()  # what is written into it stays there
+
     def reset(  # type: ignore[override]
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -101,6 +120,8 @@ class DifferentiableVectorEnv(BatchEnv):
         chosen = check_options(options, "reset_mask", "states")
         given = chosen.get("states")  # checked first: a reset that fails changes nothing
         given = None if given is None else self._given(given)
+        if isinstance(chosen.get("reset_mask"), torch.Tensor):
+            chosen = {**chosen, "reset_mask": chosen["reset_mask"].cpu().numpy()}
         mask = self._episodes.reset(seed, chosen)
         fresh = self._drawn(mask) if given is None else given
         self._states = self._replaced(self._states, fresh, mask)
@@ -115,7 +136,8 @@ class DifferentiableVectorEnv(BatchEnv):
 
         Returns:
             Observations (num_envs, D), rewards (num_envs,), both attached to autograd, terminations and truncations,
-            boolean tensors (num_envs,), and info.
+            boolean tensors (num_envs,), and info. Where an episode has ended, `info["final_obs"]` is its last state,
+            attached and not gated, and zero elsewhere; `info["_final_obs"]` tells where.
 
         Raises:
             TypeError, ValueError: Actions that do not fit.
@@ -127,11 +149,13 @@ class DifferentiableVectorEnv(BatchEnv):
         if resetting.any():
             rewards = torch.where(self._flags(resetting), 0.0, rewards)
         terminated, truncated, fresh = self._episodes.advance(resetting, diverged)
-        info = self._info(costs.detach(), following, resetting, fresh & ~resetting)
+        info = self._info(costs.detach(), resetting, fresh & ~resetting)
+        info |= self._entry("final_obs", following, terminated | truncated)
         self._states, self._controls = following, controls.detach()
         if fresh.any():
             self._states = self._replaced(following, self._drawn(fresh), fresh)
-        return self._observation(), rewards, self._flags(terminated), self._flags(truncated), info
+        over, cut = (self._flags(mask).as_subclass(Attached) for mask in (terminated, truncated))
+        return self._observation(), rewards.as_subclass(Attached), over, cut, info
 
     def detach(self) -> torch.Tensor:
         """Forget how the present states came about; return the observations, without history."""
@@ -146,7 +170,7 @@ class DifferentiableVectorEnv(BatchEnv):
         return torch.as_tensor(np.minimum(self._episodes.elapsed, len(self._gates) - 1), device=self._make["device"])
 
     def _observation(self) -> torch.Tensor:
-        return _Gate.apply(self._states, self, CONTROLLER, self._steps())
+        return _Gate.apply(self._states, self, CONTROLLER, self._steps()).as_subclass(Attached)
 
     def _flags(self, mask: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(mask, device=self._make["device"])
@@ -181,12 +205,9 @@ class DifferentiableVectorEnv(BatchEnv):
         weight = self.task.control_cost
         return costs, -costs - weight * controls.square().mean(dim=1) if weight else -costs
 
-    def _info(
-        self, costs: torch.Tensor, states: torch.Tensor, resetting: np.ndarray, ended: np.ndarray
-    ) -> dict[str, Any]:
+    def _info(self, costs: torch.Tensor, resetting: np.ndarray, ended: np.ndarray) -> dict[str, Any]:
         info = self._entry("cost", costs, ~resetting & ~ended)
         if ended.any():
-            info |= self._entry("final_obs", states, ended)
             info |= {"final_info": self._entry("cost", costs, ended), "_final_info": self._flags(ended)}
         return info
 
@@ -199,7 +220,10 @@ class DifferentiableVectorEnv(BatchEnv):
 
     def _checked(self, actions: Any) -> torch.Tensor:
         if not isinstance(actions, torch.Tensor):
-            raise TypeError(f"actions must be a torch tensor, got {type(actions).__name__}")
+            raise TypeError(
+                f"actions must be a torch tensor, got {type(actions).__name__}: numpy has no gradients, and neither "
+                "have wrappers that compute with it; scale actions by action_scale, clip them with torch.clamp"
+            )
         shape = (self.num_envs, self.system.control_size)
         if tuple(actions.shape) != shape:
             raise ValueError(shape_message("actions", shape, actions.shape, ", ".join(self.system.controls)))

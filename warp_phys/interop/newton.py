@@ -10,7 +10,7 @@ from warp_phys import row_kernels
 from warp_phys.adjoint import active_tape, paused
 from warp_phys.arrays import check_array, numpy_type, real_type, shape_message
 from warp_phys.checks import check_number
-from warp_phys.errors import check_choice, check_count
+from warp_phys.errors import NotRepeatable, check_choice, check_count
 from warp_phys.interop.extras import require
 
 require("newton", "newton")
@@ -25,6 +25,7 @@ from warp_phys.interop.newton_rows import (  # noqa: E402
     world_count,
 )
 from warp_phys.interop.newton_substeps import Substeps  # noqa: E402
+from warp_phys.interop.newton_watch import Watch  # noqa: E402
 
 DIFFERENTIABLE = (newton.solvers.SolverFeatherstone, newton.solvers.SolverSemiImplicit)
 
@@ -38,8 +39,9 @@ class NewtonSystem:
 
     Only states are kept between steps. `step_vjp` computes a substep again just before its backward pass, since the
     solvers keep work buffers that the next substep overwrites. Both verbs are recorded once as a graph and replayed.
-    Arrays of the model are read at replay, so numbers written into them in place count; dt, the arrays themselves and
-    what a solver derives from them (`notify_model_changed`) do not change any more. Backward passes leave zeros in the
+    Arrays of the model are read at replay, so numbers written into them count from the next step on, masses too;
+    arrays that are replaced are noticed, and the graphs recorded again. An array that the solver does not read, written
+    on a CPU, is an error. What is not noticed needs `refresh`: see docs/newton.md. Backward passes leave zeros in the
     adjoints of the model's own arrays.
 
     Args:
@@ -85,21 +87,16 @@ class NewtonSystem:
         _check_model(model)
         self.solver = _make_solver(solver, model)
         check_number("dt", dt, positive=True)
-        self.model, self.dt, self.substeps = model, float(dt), check_count("substeps", substeps)
+        self.model, self._dt, self._substeps = model, float(dt), check_count("substeps", substeps)
         self.device, self.worlds = model.device, world_count(model)
         check_choice("control", control, tuple(TARGETS))
-        reduced = isinstance(self.solver, newton.solvers.SolverFeatherstone)
-        if reduced:
-            check_bodies(model)
-        else:
-            check_particles(model, self.worlds)
-        layout, steering = (
-            read_layout(model, self.worlds, reduced),
-            read_steering(model, self.worlds, control, joints, gain),
-        )
+        self._check_model()
+        layout = read_layout(model, self.worlds, isinstance(self.solver, newton.solvers.SolverFeatherstone))
+        steering = read_steering(model, self.worlds, control, joints, gain)
         self.states, self.controls = layout.names, steering.names
         self._work = Substeps(model, self.solver, layout, steering, self.dt, self.substeps, self.worlds, contacts)
-        self._graphs: dict[str, Any] = {}
+        self._watch = Watch(model, self.solver, contacts)
+        self._graphs: dict[str, tuple[Any, list[Any]]] = {}
         self._kept: list[Any] = []
         self._use_graphs = graph
 
@@ -121,6 +118,16 @@ class NewtonSystem:
         if ground:
             scene.add_ground_plane(cfg=builder.default_shape_cfg)
         return cls(scene.finalize(device=device, requires_grad=True), **options)
+
+    @property
+    def dt(self) -> float:
+        """Time of one control step [s]; another one needs another system."""
+        return self._dt
+
+    @property
+    def substeps(self) -> int:
+        """Solver steps per control step."""
+        return self._substeps
 
     @property
     def state_size(self) -> int:
@@ -145,8 +152,11 @@ class NewtonSystem:
 
         Raises:
             TypeError, ValueError: An array of another type, precision, shape or device.
+            ValueError: An array of the model was written that the solver does not read, or replaced by one that does
+                not fit.
         """
         self._check(x, c, y, "y")
+        self._notice()
         tape = active_tape()
         with paused(tape):
             work = self._work
@@ -158,7 +168,16 @@ class NewtonSystem:
             arrays = [array for array in (x, c, y) if array.grad is not None]
             tape.record_func(lambda: self._pull(x, c, y), arrays)
 
-    def step_vjp(self, x: wp.array, c: wp.array, adj_y: wp.array, adj_x: wp.array, adj_c: wp.array) -> None:
+    def step_vjp(
+        self,
+        x: wp.array,
+        c: wp.array,
+        adj_y: wp.array,
+        adj_x: wp.array,
+        adj_c: wp.array,
+        *,
+        y: wp.array | None = None,
+    ) -> None:
         """Write adj_x = (∂S/∂x)ᵀ adj_y and adj_c = (∂S/∂c)ᵀ adj_y.
 
         Args:
@@ -167,22 +186,53 @@ class NewtonSystem:
             adj_y: Adjoint of the next states, shape (worlds, D).
             adj_x: Written, shape (worlds, D).
             adj_c: Written, shape (worlds, K).
+            y: The next states that `step` found, shape (worlds, D), to compare with what is found again.
 
         Raises:
-            TypeError, ValueError: An array of another type, precision, shape or device.
+            NotRepeatable: The next states are not y, beyond rounding: the model has been changed since. Not within a
+                graph that the caller records.
+            TypeError, ValueError: An array of another type, precision, shape or device; what `step` raises.
             ValueError: A kernel of the solver has been compiled without a backward pass.
         """
         self._check(x, c, adj_y, "adj_y")
         check_array("adj_x", adj_x, x.shape, x)
         check_array("adj_c", adj_c, c.shape, x)
+        if y is not None:
+            check_array("y", y, x.shape, x)
+        self._notice()
         with paused(active_tape()):
             work = self._work
             wp.copy(work.rows[0], x)
             wp.copy(work.c, c)
             wp.copy(work.adj, adj_y)
+            if y is not None:
+                wp.copy(work.y, y)
             self._replay("step_vjp", work.backward)
+            if y is not None and not self.device.is_capturing:
+                _check_repeated(work.apart.numpy())
             wp.copy(adj_x, work.adj)
             wp.copy(adj_c, work.adj_c)
+
+    def refresh(self) -> None:
+        """Derive all that has been derived from the model again, and record graphs anew at the next steps.
+
+        For what is not noticed: on a GPU, the contents of the few arrays that the host reads. A graph that a caller has
+        recorded keeps what it points to.
+
+        Raises:
+            ValueError: The model or the solver's settings do not fit any more.
+        """
+        _make_solver(self.solver, self.model)  # its settings may have changed
+        self._check_model()
+        if self.device.is_cuda and not self.device.is_capturing:
+            wp.synchronize_device(self.device)  # a graph may still run
+        if self._kept:
+            work = self._work
+            self._kept.append((dict(vars(self.solver)), self._watch.held, work.given, work.pipeline, work.contacts))
+        self.solver.notify_model_changed(newton.ModelFlags.ALL)
+        self._work.read()
+        self._graphs.clear()
+        self._watch.take()
 
     def initial_states(self) -> np.ndarray:
         """Return the states that the model was built with, shape (worlds, D)."""
@@ -202,6 +252,18 @@ class NewtonSystem:
         check_count("batch", batch)
         rows = [self._work.sample(np.random.default_rng([seed, n]), spread) for n in range(-(-batch // self.worlds))]
         return np.concatenate(rows)[:batch].astype(numpy_type(real_type(dtype)))
+
+    def _check_model(self) -> None:
+        """Raise if the solver would silently go wrong with the model."""
+        if isinstance(self.solver, newton.solvers.SolverFeatherstone):
+            check_bodies(self.model)
+        else:
+            check_particles(self.model, self.worlds)
+
+    def _notice(self) -> None:
+        """Refresh if the model or the solver's settings have been changed in a way that graphs do not see."""
+        if self._watch.changed():
+            self.refresh()
 
     def _check(self, x: Any, c: Any, y: Any, y_name: str) -> None:
         """Raise if an argument of `step` or `step_vjp` does not fit."""
@@ -226,24 +288,36 @@ class NewtonSystem:
         elif self.device.is_capturing:  # an outer graph records the launches themselves
             self._kept += work()
         elif name in self._graphs:
-            wp.capture_launch(self._graphs[name])
+            wp.capture_launch(self._graphs[name][0])
         else:
             work()  # loads modules and allocates what is allocated once
             # torch's current stream may be the default one, on which CUDA records no graphs
             stream = wp.Stream(self.device) if self.device.is_cuda else None
             with wp.ScopedStream(stream), wp.ScopedCapture(self.device) as capture:
-                self._kept += work()
-            self._graphs[name] = capture.graph
+                kept = work()
+            self._graphs[name] = capture.graph, kept
 
     def _pull(self, x: wp.array, c: wp.array, y: wp.array) -> None:
         """Add to the adjoints of x and c what y's passes on, and zero y's: one entry of a tape."""
         adj_x, adj_c = wp.empty_like(self._work.adj), wp.empty_like(self._work.adj_c)
-        self.step_vjp(x, c, y.grad, adj_x, adj_c)
+        self.step_vjp(x, c, y.grad, adj_x, adj_c, y=y)
         y.grad.zero_()
         for array, update in ((x, adj_x), (c, adj_c)):
             if array.grad is not None:
                 kernel, inputs = row_kernels.add_rows_kernel(wp.float32), [update, array.grad]
                 wp.launch(kernel, dim=update.shape, inputs=inputs, device=self.device, record_tape=False)
+
+
+def _check_repeated(apart: np.ndarray) -> None:
+    """Raise if a step has not been repeated: how far its samples are from what was found before, 0 within rounding."""
+    if apart.any():
+        samples = np.flatnonzero(apart)
+        shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+        raise NotRepeatable(
+            f"the backward pass finds other next states than the forward pass did, for {len(samples)} sample(s): "
+            f"{shown}; they differ by up to {apart.max():.1e} of a row's largest number. Has the model been changed in "
+            "between (gravity, masses, targets), or states or controls been overwritten? Run the backward pass before"
+        )
 
 
 def _check_model(model: Any) -> None:

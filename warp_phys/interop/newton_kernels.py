@@ -79,3 +79,24 @@ def restore_wrenches(
     f = -wp.spatial_top(shifted)
     r = wp.transform_get_translation(body_q_com[body]) - solve_origin[body]
     wrenches[body] = wp.spatial_vector(f, -wp.spatial_bottom(shifted) - wp.cross(r, f))
+
+
+@wp.kernel(enable_backward=False)
+def compare_rows(
+    # in
+    y: wp.array2d[float],
+    again: wp.array2d[float],
+    tolerance: float,
+    # out
+    apart: wp.array[float],
+):
+    """Largest |y − again| of a row by the row's largest number, 0 where within the tolerance; thread (world,)."""
+    b = wp.tid()
+    size, gap = float(0.0), float(0.0)  # noqa: UP018, a literal is a constant for Warp
+    for i in range(y.shape[1]):
+        u, v = y[b, i], again[b, i]
+        if wp.isfinite(u) and wp.isfinite(v):
+            size, gap = wp.max(size, wp.max(wp.abs(u), wp.abs(v))), wp.max(gap, wp.abs(u - v))
+        elif u != v and not (wp.isnan(u) and wp.isnan(v)):
+            gap = wp.inf
+    apart[b] = wp.where(gap > tolerance * size, gap / size, 0.0)

@@ -7,11 +7,21 @@ import newton
 import numpy as np
 import warp as wp
 
-from warp_phys.interop.newton_kernels import adj_steer, collect_rows, restore_wrenches, spread_rows, steer
+from warp_phys.interop.newton_kernels import (
+    adj_steer,
+    collect_rows,
+    compare_rows,
+    restore_wrenches,
+    spread_rows,
+    steer,
+)
 from warp_phys.interop.newton_rows import Layout, Steering, flat, read_layout
 
 OVERWRITES = "body_f_ext[child] = f_ext"
 """The line of Newton's kernel that makes `Substeps._mend` necessary."""
+REPEATS = {True: 64.0 * 2.0**-23, False: 1e-4}
+"""How far from each other a step and its repetition may be, by the row's largest number, on a CPU and on a GPU, whose
+sums come in any order."""
 
 
 class Substeps:
@@ -34,15 +44,21 @@ class Substeps:
         self.reduced = any(field.name == "joint_q" for field in layout.fields)
         shape, controls = (worlds, len(layout.names)), (worlds, len(steering.names))
         self.rows = [wp.zeros(shape, dtype=wp.float32, device=self.device) for _ in range(substeps + 1)]
-        self.adj = wp.zeros(shape, dtype=wp.float32, device=self.device)
+        self.adj, self.y = (wp.zeros(shape, dtype=wp.float32, device=self.device) for _ in range(2))
+        self.apart = wp.zeros(worlds, dtype=wp.float32, device=self.device)
         self.c, self.adj_c = (wp.zeros(controls, dtype=wp.float32, device=self.device) for _ in range(2))
         self.plain = tuple(model.state(requires_grad=False) for _ in range(2))
         self.taped = tuple(model.state(requires_grad=True) for _ in range(2))
         self.control = model.control(requires_grad=True)
+        self.with_contacts = contacts
+        self.read()
+
+    def read(self) -> None:
+        """Read from the model what is not read at each replay: its arrays of controls, and what collides."""
         # the numbers of the controls that are not steered; written into the model, they count from the next step on
         pairs = [(own, getattr(self.model, name, None)) for name, own in vars(self.control).items()]
         self.given = [(own, given) for own, given in pairs if isinstance(own, wp.array) and isinstance(given, wp.array)]
-        self.pipeline = newton.CollisionPipeline(model, requires_grad=False) if contacts else None
+        self.pipeline = newton.CollisionPipeline(self.model, requires_grad=False) if self.with_contacts else None
         self.contacts: Any = None if self.pipeline is None else self.pipeline.contacts()
 
     def forward(self) -> list[wp.Tape]:
@@ -53,6 +69,7 @@ class Substeps:
     def backward(self) -> list[wp.Tape]:
         """Replace adj by the adjoint of rows[0], and write adj_c, substep by substep, the last first.
 
+        Its next states come to rows[-1], and how far they are from y to apart.
         Returns what holds memory that a graph of this points to.
         """
         self._steer()
@@ -66,6 +83,10 @@ class Substeps:
             with wp.Tape() as tape:
                 self.solver.step(source, target, self.control, self.contacts, self.dt)
             _check_kernels(tape)
+            if n == len(self.rows) - 2:
+                self._collect(target, self.rows[-1])
+                inputs = [self.y, self.rows[-1], REPEATS[self.device.is_cpu]]
+                self._launch(compare_rows, (self.worlds,), inputs, self.apart)
             self._mend(tape, target)
             self._spread(self.adj, target, adjoint=True)
             tape.backward()
@@ -113,6 +134,8 @@ class Substeps:
             self.pipeline.collide(state, self.contacts)
 
     def _steer(self) -> None:
+        """Write what all substeps share: controls, and what a solver has derived from masses."""
+        self.solver.notify_model_changed(newton.ModelFlags.BODY_INERTIAL_PROPERTIES)  # two launches, replayed
         for own, given in self.given:
             wp.copy(own, given)
         numbers = flat(getattr(self.control, self.steering.target))
