@@ -432,6 +432,37 @@ def test_a_controller_that_has_changed_between_two_calls_is_traced_anew():
     assert in_jax.relative(after, _by_jax(lambda p, x: 0.3 * _network(p, x), _params(), "R")) < 1e-11
 
 
+def test_a_backward_pass_of_ones_own_that_has_changed_is_traced_anew():
+    settings = {"limit": 1e-3}
+
+    @jax.custom_vjp
+    def clipped(x):
+        return x
+
+    def pull(_, adjoint):
+        return (jnp.clip(adjoint, -settings["limit"], settings["limit"]),)
+
+    clipped.defvjp(lambda x: (x, None), pull)
+
+    def controller(params, x):
+        return clipped(_network(params, x))
+
+    for limit in (1e-3, 2e-3, 1e-3):
+        settings["limit"] = limit
+        got = jax.grad(lambda p: _loss(*bridge.rollout(SYSTEM, controller, p, _start(), STEPS, "R")))(_params())
+        assert in_jax.relative(got, _by_jax(lambda p, x: clipped(_network(p, x)), _params(), "R")) < 1e-11
+
+
+def test_a_backward_pass_that_draws_random_numbers_is_refused():
+    @jax.custom_vjp
+    def noisy(x):
+        return x
+
+    noisy.defvjp(lambda x: (x, None), lambda _, adjoint: (adjoint * np.random.standard_normal(),))
+    with pytest.raises(NotRepeatable, match="controller .* another function"):
+        bridge.rollout(SYSTEM, lambda p, x: noisy(_network(p, x)), _params(), _start(), STEPS)
+
+
 def test_a_change_between_forward_and_backward_pass_changes_nothing():
     settings = {"gain": 1.0}
 

@@ -42,7 +42,7 @@ def step(system: Simulator, x: Any, c: Any, parameters: Mapping[str, Any] | None
 def check_function(system: Any, x: jax.Array) -> None:
     """Raise if a simulator that is a JAX function is none for states `x`: before a program is made of it."""
     if isinstance(system, JaxSystem):
-        system.traced(x, jax.ShapeDtypeStruct((len(x), system.control_size), x.dtype))
+        system.traced(x, jnp.zeros((len(x), system.control_size), x.dtype))
 
 
 # compiled, outside a caller's `jit` too: a call into the engine that is not would be compiled anew each time

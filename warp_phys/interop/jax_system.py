@@ -12,7 +12,7 @@ import warp as wp
 from warp_phys.errors import NotRepeatable
 from warp_phys.interop.extras import require
 from warp_phys.interop.foreign import ForeignSystem, check_result, not_finite_message
-from warp_phys.interop.jax_trace import Program, trace
+from warp_phys.interop.jax_trace import Program, kinds_of, trace
 
 require("jax", "jax")
 import jax  # noqa: E402
@@ -90,7 +90,7 @@ class JaxSystem(ForeignSystem):
             if rows.any():
                 raise ValueError(not_finite_message(name, np.flatnonzero(rows).tolist()))
 
-    def traced(self, x: Any, c: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def traced(self, x: jax.Array, c: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """Return the function as it was traced for arguments of these shapes.
 
         Raises:
@@ -98,7 +98,7 @@ class JaxSystem(ForeignSystem):
                 than states.
             NotRepeatable: It is another function when it is traced again.
         """
-        key = (x.shape, str(x.dtype))
+        key = kinds_of(x, c)
         if key in self._traced:
             return self._traced[key]
         found = trace("function", self.function, x, c)

@@ -39,6 +39,8 @@ class Program:
     jaxpr: Any
     consts: tuple
     """What the function closes over; None for a value that is traced and therefore handed in."""
+    of_rules: tuple = ()
+    """What the user's own backward passes close over, to tell programs apart."""
 
     def __call__(self, inputs: tuple[Sequence[Any], Sequence[Any]], last: jax.Array) -> jax.Array:
         """Return what the function returns."""
@@ -104,20 +106,20 @@ def trace(name: str, function: Callable, *arguments: Any) -> Trace:
     _check_call(name, function, arguments)
     first = _trace_now(name, function, arguments)
     _refuse_memory(name, function, first)
-    known = _programs(function, first.text)
+    known = _programs(function, first.text, kinds_of(*arguments))
     for program in known:
-        if _same(program.consts, first.consts):
+        if _same(program.consts + program.of_rules, first.consts + first.of_rules):
             return Trace(program, first.held, first.out)
     second = _trace_now(name, function, arguments)
     _refuse_memory(name, function, second, first)
-    if first.text != second.text or not _same(first.consts, second.consts):
+    if first.text != second.text or not _same(first.consts + first.of_rules, second.consts + second.of_rules):
         raise NotRepeatable(
             f"{name} {_name_of(function)} is another function when it is traced again: a rollout would freeze what "
             "changes, the same for all steps. It must compute from its arguments alone, without random numbers of "
             "numpy or of Python, counters and lists that grow: hand what changes through "
             + ("params, or make it a part of the state" if name == "controller" else "the states or the controls")
         )
-    program = Program(first.jaxpr, first.consts)
+    program = Program(first.jaxpr, first.consts, first.of_rules)
     if not CALLBACKS.isdisjoint(program.primitives):
         _check_callbacks(name, function, program)
     known.append(program)
@@ -127,8 +129,10 @@ def trace(name: str, function: Callable, *arguments: Any) -> Trace:
 class _Raw(NamedTuple):
     jaxpr: Any
     consts: tuple
+    of_rules: tuple
     held: tuple
     text: str
+    """What it looks like, with the backward passes of the user's own."""
     out: Any
 
 
@@ -137,9 +141,16 @@ _FINISHED: weakref.WeakSet = weakref.WeakSet()
 
 
 @functools.lru_cache(maxsize=512)
-def _programs(function: Callable, text: str) -> list[Program]:
-    """Return the list of programs known for a function and what it looked like; they differ in constants."""
+def _programs(function: Callable, text: str, kinds: tuple) -> list[Program]:
+    """Return the list of programs known for a function, what it looked like and where; they differ in constants."""
     return []
+
+
+def kinds_of(*arguments: Any) -> tuple:
+    """Return what a program depends on besides the function: shapes, precisions, and the mesh of devices around."""
+    avals = [jax.typeof(leaf) for leaf in jax.tree.leaves(arguments)]
+    kinds = tuple((aval.shape, str(aval.dtype), getattr(aval, "vma", None)) for aval in avals)
+    return kinds, jax.sharding.get_abstract_mesh()
 
 
 def _trace_now(name: str, function: Callable, arguments: tuple) -> _Raw:
@@ -165,7 +176,27 @@ def _trace_now(name: str, function: Callable, arguments: tuple) -> _Raw:
         ) from error
     held = tuple(const for const in closed.consts if is_traced(const))
     consts = tuple(None if is_traced(const) else const for const in closed.consts)
-    return _Raw(closed.jaxpr, consts, held, re.sub("0x[0-9a-f]+", "0x", str(closed.jaxpr)), out)
+    program = Program(closed.jaxpr, consts)
+    rules = _backward_pass(program, held) if program.has_own_rules else None
+    text = str(closed.jaxpr) if rules is None else f"{closed.jaxpr}\n{rules.jaxpr}"
+    return _Raw(closed.jaxpr, consts, () if rules is None else tuple(rules.consts), held, _without_addresses(text), out)
+
+
+def _backward_pass(program: Program, held: tuple) -> Any:
+    """Return the traced vector-Jacobian product, or None if there is none."""
+
+    def pull(*arguments):
+        y, pull_back = jax.vjp(lambda *arguments: program((arguments[:-1], held), arguments[-1]), *arguments)
+        return pull_back(jnp.ones_like(y))
+
+    try:
+        return jax.make_jaxpr(pull)(*(var.aval for var in program.jaxpr.invars))
+    except (TypeError, ValueError, NotImplementedError):
+        return None
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub("0x[0-9a-f]+", "0x", text)
 
 
 def _check_call(name: str, function: Callable, arguments: tuple) -> None:
@@ -217,7 +248,7 @@ def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
 def _equal(one: Any, other: Any) -> bool:
     if one is other:
         return True
-    if one is None or other is None:
+    if one is None or other is None or is_traced(one) or is_traced(other):
         return False
     if jnp.issubdtype(one.dtype, jax.dtypes.extended):
         one, other = (jax.random.key_data(key) for key in (one, other))
