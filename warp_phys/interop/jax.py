@@ -107,7 +107,8 @@ def trajectory(
         parameters: Physical parameters by name, a number or one per sample each.
 
     Raises:
-        TypeError, ValueError: Arguments that do not fit.
+        TypeError, ValueError: Arguments that do not fit; as for `rollout`, a combined flow of x0 and controls together
+            or on a named axis, when it is differentiated, if its two flows differ in an open loop.
         Diverged: As for `rollout`.
     """
     check_instance("system", system)
