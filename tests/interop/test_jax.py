@@ -95,7 +95,11 @@ WINDOW = Flow(0.9, 0.3, window=7)
 def test_flow_equals_jax_with_stop_gradient(how, flow, when):
     system = OF_JAX if how == "JaxSystem" else SYSTEM
     function = _loss(system, FUSED if how == "fused" else general, flow, when)
-    value, (update, adj_x0) = jax.jit(jax.value_and_grad(function, (0, 1)))(_params(), _start())
+    if isinstance(resolve(flow), Combined):  # one at a time, see test_jax_contract.py
+        value, update = jax.jit(jax.value_and_grad(function))(_params(), _start())
+        adj_x0 = jax.jit(jax.grad(function, 1))(_params(), _start())
+    else:
+        value, (update, adj_x0) = jax.jit(jax.value_and_grad(function, (0, 1)))(_params(), _start())
     expected, (right_update, right_x0) = _expected(flow, when)
     assert float(value) == pytest.approx(float(expected), rel=1e-13)
     assert in_jax.relative(update, right_update) < 1e-11
@@ -111,7 +115,7 @@ def test_the_comparison_is_sharp():
 
 
 def test_without_jit_and_the_same_twice():
-    function = jax.grad(_loss(SYSTEM, FUSED, "C", "final"), (0, 1))
+    function = jax.grad(_loss(SYSTEM, FUSED, "C", "final"))
     compiled = jax.jit(function)(_params(), _start())
     for got in (function(_params(), _start()), function(_params(), _start())):
         assert in_jax.relative(got, compiled) < 1e-15
@@ -389,16 +393,6 @@ def test_other_arguments():
 def test_forward_mode_is_refused():
     with pytest.raises(TypeError, match="forward-mode|jvp"):
         jax.jvp(lambda x: bridge.step(SYSTEM, x, jnp.zeros((5, 1))), (_start(),), (_start(),))
-
-
-def test_a_controller_that_closes_over_what_is_traced():
-    """What changes must come through params; JAX says so."""
-
-    def loss(gain):
-        return SYSTEM.loss(bridge.rollout(SYSTEM, lambda _, x: gain * x[:, 2:3], (), _start(), 3)[0])
-
-    with pytest.raises(Exception, match="closed over|[Tt]racer"):
-        jax.grad(loss)(0.5)
 
 
 def test_torch_is_not_needed():

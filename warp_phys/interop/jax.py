@@ -23,13 +23,15 @@ from warp_phys.interop.jax_arrays import (
 )
 from warp_phys.interop.jax_loss import loss
 from warp_phys.interop.jax_mlp import MLP
-from warp_phys.interop.jax_step import step, step_pull, step_rows
+from warp_phys.interop.jax_step import check_function, step, step_pull, step_rows
+from warp_phys.interop.jax_trace import trace
 from warp_phys.phases import flow_gates
 from warp_phys.rollout import check_sizes
 from warp_phys.systems.base import Simulator, System
 
 require("jax", "jax")
 import jax  # noqa: E402
+import jax.extend.core as jex  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 __all__ = ["MLP", "check_finite", "loss", "rollout", "step", "trajectory"]
@@ -52,8 +54,10 @@ def rollout(
 
     Args:
         system: A `System`, a `JaxSystem`, or anything with `step` and `step_vjp` (see `Simulator`).
-        controller: A JAX function of (params, states (batch, D)) to controls (batch, K), row by row. It is a key of
-            compiled programs: define it once, and hand it all that changes through `params`.
+        controller: A JAX function of (params, states (batch, D)) to controls (batch, K), from its arguments alone. It
+            is traced in each call of `rollout`, and what is traced runs in both passes; define it once, so that what
+            is compiled is found again. One that couples rows, or has a backward pass of its own (`jax.custom_vjp`), is
+            pulled step by step, which takes longer.
         params: What the controller is made of, any pytree.
         x0: Initial states, shape (batch, D), float32, or float64 if JAX is set to use it.
         steps: Number of time steps T.
@@ -62,20 +66,24 @@ def rollout(
 
     Raises:
         TypeError, ValueError: Arguments that do not fit; the message names the argument, what came, what is expected.
+            A combined flow of weights and x0 together, or of a part of a batch on a named axis, when it is
+            differentiated: it would be no combination of the whole.
+        NotRepeatable: The controller is another function when it is traced again.
         Diverged: A state is not finite. Under `jit` and inside `grad` numbers are not known: see `check_finite`.
     """
     if not callable(controller):
-        raise TypeError(f"controller must be a function of (params, states), got {type(controller).__name__}")
+        hint = ": hand its apply" if hasattr(controller, "apply") else ""
+        raise TypeError(f"controller must be a function of (params, states), got {type(controller).__name__}{hint}")
     check_sizes(system, controller)
     flow, steps = resolve(flow), check_count("steps", steps)
     refuse_memory(flow)
     x0 = check_rows("x0", x0, system)
     rows = rows_of_parameters(system, parameters, x0)
-    _check_controller(controller, params, x0, system.control_size)
-    shared = shared_columns(system, parameters)
-    spec = _Spec(key_of(system), controller, steps, flow, bool(parameters), shared)
     flow_gates(linear_parts(flow), steps)  # raises if gates are given for another number of steps
-    states, controls = _unroll(spec, params, x0, rows)
+    program, inputs = _traced(system, controller, params, x0)
+    shared = shared_columns(system, parameters)
+    spec = _Spec(key_of(system), program, steps, flow, bool(parameters), shared, _named_axes())
+    states, controls = _unroll(spec, inputs, x0, rows)
     return check_finite(states), controls
 
 
@@ -99,7 +107,8 @@ def trajectory(
         parameters: Physical parameters by name, a number or one per sample each.
 
     Raises:
-        TypeError, ValueError: Arguments that do not fit.
+        TypeError, ValueError: Arguments that do not fit; as for `rollout`, a combined flow of x0 and controls together
+            or on a named axis, when it is differentiated, if its two flows differ in an open loop.
         Diverged: As for `rollout`.
     """
     check_instance("system", system)
@@ -115,7 +124,7 @@ def trajectory(
     refuse_memory(flow)
     flow_gates(linear_parts(flow), len(controls))
     shared = shared_columns(system, parameters)
-    spec = _Spec(key_of(system), None, len(controls), flow, bool(parameters), shared)
+    spec = _Spec(key_of(system), None, len(controls), flow, bool(parameters), shared, _named_axes())
     return check_finite(_open_loop(spec, x0, controls, rows_of_parameters(system, parameters, x0)))
 
 
@@ -147,6 +156,8 @@ class _Spec(NamedTuple):
     """Whether the adjoints of the physical parameters may be wanted."""
     shared: tuple[bool, ...] = ()
     """Which physical parameters all samples share."""
+    axes: tuple[str, ...] = ()
+    """Named axes over which the call is mapped: the batch may be a part of a whole."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -168,13 +179,19 @@ def _unroll(spec: _Spec, params: Any, x0: jax.Array, rows: jax.Array | None) -> 
     return _forward(spec, params, x0, rows)
 
 
-def _unroll_forward(spec, params, x0, rows):
+def _unroll_forward(spec, *arguments):
+    _refuse_parts(spec, "rollout", *map(_is_differentiated, arguments))
+    params, x0, rows = _values(arguments)
     states, controls = _forward(spec, params, x0, rows)
     return (states, controls), (params, states, controls, rows)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _unroll_backward(spec: _Spec, residuals: tuple, seeds: tuple) -> tuple:
+    return _pull(spec, residuals, tuple(map(_dense, seeds)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pull(spec: _Spec, residuals: tuple, seeds: tuple) -> tuple:
     rows = residuals[-1]
     gates = flow_gates(linear_parts(spec.flow), spec.steps)
     phases = functools.partial(_phases, spec, gates)
@@ -191,13 +208,15 @@ def _unroll_backward(spec: _Spec, residuals: tuple, seeds: tuple) -> tuple:
 def _phases(spec: _Spec, gates: np.ndarray, residuals: tuple, seeds: tuple) -> tuple:
     """Linearise, sweep, contract: the flows' updates of params, λ_0, and the adjoints of physical parameters."""
     params, states, controls, rows = residuals
-    over_time = jax.vmap(spec.controller, in_axes=(None, 0))
+    feeds_back, program = gates[:, :, 1].any(), spec.controller
+    if not isinstance(program, MLP) and (program.has_own_rules or (feeds_back and program.couples_rows)):
+        return _walk(spec, gates, residuals, seeds, contract=True)
+    over_time = jax.vmap(program, in_axes=(None, 0))
     if isinstance(spec.system, System):
-        jacobian = _jacobian(lambda x: over_time(params, x), states[:-1], controls) if gates[:, :, 1].any() else None
+        jacobian = _jacobian(lambda x: over_time(params, x), states[:-1], controls) if feeds_back else None
         lam, mu, adj_rows = _sweep(spec, states, controls, rows, jacobian, seeds, gates)
     else:
-        lam, mu = _walk(spec, params, states, controls, seeds, gates)
-        adj_rows = None
+        mu, lam, adj_rows = _walk(spec, gates, residuals, seeds)
     pull = jax.vjp(lambda p: over_time(p, states[:-1]), params)[1]
     return [pull(mu[f])[0] for f in range(len(gates))], lam, adj_rows
 
@@ -213,7 +232,7 @@ def _is_fused(spec: _Spec) -> bool:
     return isinstance(spec.controller, MLP) and spec.controller.fits(spec.system)
 
 
-_unroll.defvjp(_unroll_forward, _unroll_backward)
+_unroll.defvjp(_unroll_forward, _unroll_backward, symbolic_zeros=True)
 
 
 def _combine(flow: Flow | Combined, parts: Any) -> jax.Array:
@@ -254,28 +273,67 @@ def _sweep(spec, states, controls, rows, jacobian, seeds, gates):
     return lam, mu, adj_p.sum(axis=1) if spec.want_rows else None
 
 
-def _walk(spec, params, states, controls, seeds, gates):
-    """Phase 2 step by step, through the verbs of a `Simulator` and the controller's own vector-Jacobian product."""
+def _walk(spec: _Spec, gates: np.ndarray, residuals: tuple, seeds: tuple, contract: bool = False) -> tuple:
+    """Phase 2 step by step: each step pulls the adjoint itself through the simulator, and the controller, of all rows.
 
-    def retreat(lam, at):
-        x, c, adj_x, adj_c, own = at
-        back, mus = [], []
-        for f in range(len(gates)):
-            dx, dc, _ = step_pull(spec.system, x, c, None, lam[f])
+    Returns:
+        μ (flows, steps, batch, K), or with `contract` the flows' updates of params; λ_0 (flows, batch, D); the physical
+        parameters' adjoints (flows, batch, P), or None. With `contract` states and params are pulled at once.
+    """
+    params, states, controls, rows = residuals
+    flows = range(len(gates))
+
+    def retreat(carry, at):
+        lam, updates, adj_rows = carry
+        x, c, y, adj_x, adj_c, own = at
+        pull = (
+            jax.vjp(spec.controller, params, x)[1] if contract else jax.vjp(lambda x: spec.controller(params, x), x)[1]
+        )
+        back, mus, parts, of_rows = [], [], [], []
+        for f in flows:
+            dx, dc, dp = step_pull(spec.system, x, c, rows, lam[f], y)
             mu = adj_c + dc
             total = adj_x + _gated(own[f, 0], dx)
-            if gates[f, :, 1].any():
-                (pulled,) = jax.vjp(lambda x: spec.controller(params, x), x)[1](mu)
+            if contract or gates[f, :, 1].any():
+                *update, pulled = pull(mu)
                 total += _gated(own[f, 1], pulled)
+                parts.append(_of_real_numbers(update))
             back.append(total)
             mus.append(mu)
-        return jnp.stack(back), jnp.stack(mus)
+            of_rows.append(dp)
+        lam = jnp.stack(back)
+        if contract:
+            updates = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(updates, parts, strict=True)]
+        adj_rows = None if adj_rows is None else adj_rows + jnp.stack(of_rows)
+        return (lam, updates, adj_rows), None if contract else jnp.stack(mus)
 
     own = jnp.asarray(np.swapaxes(gates, 0, 1), states.dtype)
     last = jnp.broadcast_to(seeds[0][-1], (len(gates), *states.shape[1:]))
-    steps = (states[:-1], controls, seeds[0][:-1], seeds[1], own)
-    lam, mu = jax.lax.scan(retreat, last, steps, reverse=True)
-    return lam, jnp.swapaxes(mu, 0, 1)
+    zeros = [[jnp.zeros_like(leaf) for leaf in jax.tree.leaves(params) if _is_real(leaf)] for _ in flows if contract]
+    adj_rows = jnp.zeros((len(gates), *rows.shape), rows.dtype) if spec.want_rows else None
+    steps = (states[:-1], controls, states[1:], seeds[0][:-1], seeds[1], own)
+    (lam, updates, adj_rows), mu = jax.lax.scan(retreat, (last, zeros, adj_rows), steps, reverse=True)
+    if contract:
+        return [_like(params, update) for update in updates], lam, adj_rows
+    return jnp.swapaxes(mu, 0, 1), lam, adj_rows
+
+
+def _is_real(leaf: Any) -> bool:
+    """Whether a number has a derivative."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def _of_real_numbers(cotangents: Any) -> list[jax.Array]:
+    """Return the cotangents of what has a derivative."""
+    return [leaf for leaf in jax.tree.leaves(cotangents) if leaf.dtype != jax.dtypes.float0]
+
+
+def _like(params: Any, update: list[jax.Array]) -> Any:
+    """Return an update of what has a derivative in the structure of `params`."""
+    rest = iter(update)
+    return jax.tree.map(
+        lambda leaf: next(rest) if _is_real(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0), params
+    )
 
 
 def _gated(gate: jax.Array, value: jax.Array) -> jax.Array:
@@ -290,13 +348,21 @@ def _open_loop(spec: _Spec, x0: jax.Array, controls: jax.Array, rows: jax.Array)
     return call(x0, controls, rows, output_dims=(spec.steps + 1, *x0.shape))[0]
 
 
-def _open_loop_forward(spec, x0, controls, rows):
+def _open_loop_forward(spec, *arguments):
+    if len({part.gates(spec.steps)[:, 0].tobytes() for part in linear_parts(spec.flow)}) > 1:
+        given = [_is_differentiated(argument) for argument in arguments]
+        _refuse_parts(spec, "trajectory", given[1], given[0], given[2])
+    x0, controls, rows = _values(arguments)
     states = _open_loop(spec, x0, controls, rows)
     return states, (states, controls, rows)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _open_loop_backward(spec, residuals, adj_states):
+    return _open_loop_pull(spec, residuals, _dense(adj_states))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _open_loop_pull(spec, residuals, adj_states):
     states, controls, rows = residuals
     gates = flow_gates(linear_parts(spec.flow), spec.steps)
     seeds = adj_states, jnp.zeros_like(controls)
@@ -305,16 +371,74 @@ def _open_loop_backward(spec, residuals, adj_states):
     return _combine(spec.flow, lam), _combine(spec.flow, mu), adj_rows
 
 
-_open_loop.defvjp(_open_loop_forward, _open_loop_backward)
+_open_loop.defvjp(_open_loop_forward, _open_loop_backward, symbolic_zeros=True)
 
 
-def _check_controller(controller: Callable, params: Any, x0: jax.Array, size: int) -> None:
-    """Raise a TypeError or ValueError if a controller returns something else than controls."""
+def _is_differentiated(argument: Any) -> bool:
+    """Whether derivatives are asked for: what an argument of a rule with symbolic zeros says."""
+    return any(leaf.perturbed for leaf in jax.tree.leaves(argument))
+
+
+def _values(arguments: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.value, arguments)
+
+
+def _dense(seed: Any) -> jax.Array:
+    """Return an adjoint that may be known to be zero as an array."""
+    is_zero = isinstance(seed, jax.custom_derivatives.SymbolicZero)
+    return jnp.zeros(seed.shape, seed.dtype) if is_zero else seed
+
+
+def _named_axes() -> tuple[str, ...]:
+    """Return the names that a caller gave to axes over which this call is mapped, those of more than one entry."""
+    names = [name for name in jex.unsafe_get_axis_names_DO_NOT_USE() if not str(name).startswith("_")]
+    return tuple(str(name) for name in names if jax.lax.axis_size(name) > 1)
+
+
+def _refuse_parts(spec: _Spec, call: str, controls: bool, x0: bool, rows: bool) -> None:
+    """Raise a ValueError where a combined flow of parts would pass for that of the whole.
+
+    Args:
+        spec: The call.
+        call: Its name.
+        controls: Whether params or controls are differentiated.
+        x0: Whether x0 is.
+        rows: Whether physical parameters are.
+    """
+    flow = spec.flow
+    if not isinstance(flow, Combined):
+        return
+    rule, given = getattr(flow.rule, "__name__", "rule"), "params" if call == "rollout" else "controls"
+    advice = f"differentiate by {flow.base.name!r} and by {flow.other.name!r} in two calls"
+    if controls and x0:
+        raise ValueError(
+            f"x0 and {given} cannot be differentiated together by the flow {flow.name!r}, which is not linear: where "
+            "x0 comes from an earlier rollout or from an encoder, that would be combined twice. Stop it with "
+            "jax.lax.stop_gradient(x0), or take one rollout over the whole horizon, or "
+            f"{advice} and give the results to {rule}"
+        )
+    if spec.axes and (controls or x0 or rows):
+        raise ValueError(
+            f"{call} is mapped over the named axis {', '.join(spec.axes)}, and the flow {flow.name!r} is not linear: "
+            f"each part of a batch would be combined by itself. Instead {advice}, take jax.lax.pmean of both "
+            f"results, and give the means to {rule}"
+        )
+
+
+def _traced(system: Any, controller: Callable, params: Any, x0: jax.Array) -> tuple[Any, Any]:
+    """Return what runs as the controller in all passes, and its first argument.
+
+    Raises:
+        TypeError, ValueError: It returns something else than controls, or cannot be traced.
+        NotRepeatable: See `trace`.
+    """
     try:
         hash(controller)
     except TypeError:
         raise TypeError("controller must be hashable, it is a key of compiled programs: use a plain function") from None
-    out = jax.eval_shape(controller, params, shape_of(x0))
+    size, fused = system.control_size, isinstance(controller, MLP) and controller.fits(system)
+    found = None if fused else trace("controller", controller, params, x0)
+    out = jax.eval_shape(controller, params, shape_of(x0)) if found is None else found.out
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise TypeError(f"controller must return an array, got {type(out).__name__}")
     if out.shape != (len(x0), size):
@@ -324,3 +448,5 @@ def _check_controller(controller: Callable, params: Any, x0: jax.Array, size: in
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)} if isinstance(controller, MLP) else set()
     if kinds - {str(x0.dtype)}:
         raise TypeError(f"params of an MLP must hold {x0.dtype} as x0 does, got {', '.join(sorted(kinds))}")
+    check_function(system, x0)
+    return (controller, params) if found is None else (found.program, (jax.tree.leaves(params), found.held))

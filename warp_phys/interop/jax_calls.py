@@ -5,6 +5,7 @@ one row per sample.
 """
 
 import functools
+import inspect
 from typing import Any
 
 import warp as wp
@@ -12,6 +13,7 @@ import warp as wp
 from warp_phys import kernels
 from warp_phys.arrays import as_structs
 from warp_phys.interop.extras import require
+from warp_phys.systems.base import System
 
 require("jax", "jax")
 
@@ -149,9 +151,14 @@ def foreign_step_call(system: Any, real: type) -> Any:
     return wp.jax_callable(step, num_outputs=1, vmap_method="sequential", **EAGER)
 
 
+def compares(system: Any) -> bool:
+    """Whether a foreign system's `step_vjp` takes the next states that the forward pass found, to compare its own."""
+    return not isinstance(system, System) and "y" in inspect.signature(system.step_vjp).parameters
+
+
 @functools.cache
-def foreign_step_vjp_call(system: Any, real: type) -> Any:
-    """Its vector-Jacobian product: x, c, adj_y to adj_x, adj_c."""
+def foreign_step_vjp_call(system: Any, real: type, with_y: bool = False) -> Any:
+    """Its vector-Jacobian product: x, c, adj_y, and y for one that compares, to adj_x, adj_c."""
 
     def step_vjp(
         x: wp.array2d[real],
@@ -162,7 +169,18 @@ def foreign_step_vjp_call(system: Any, real: type) -> Any:
     ):
         system.step_vjp(x, c, adj_y, adj_x, adj_c)
 
-    return wp.jax_callable(step_vjp, num_outputs=2, vmap_method="sequential", **EAGER)
+    def comparing_step_vjp(
+        x: wp.array2d[real],
+        c: wp.array2d[real],
+        adj_y: wp.array2d[real],
+        y: wp.array2d[real],
+        adj_x: wp.array2d[real],
+        adj_c: wp.array2d[real],
+    ):
+        system.step_vjp(x, c, adj_y, adj_x, adj_c, y=y)
+
+    function = comparing_step_vjp if with_y else step_vjp
+    return wp.jax_callable(function, num_outputs=2, vmap_method="sequential", **EAGER)
 
 
 def _launch(kernel: wp.Kernel, dim: Any, inputs: list, outputs: list) -> None:

@@ -31,11 +31,18 @@ def step(system: Simulator, x: Any, c: Any, parameters: Mapping[str, Any] | None
     """
     check_sizes(system, object())
     x, c = check_rows("x", x, system), jnp.asarray(c)
+    check_function(system, x)
     if c.shape != (len(x), system.control_size):
         raise ValueError(shape_message("c", (len(x), system.control_size), c.shape))
     if c.dtype != x.dtype:
         raise TypeError(f"c must hold {x.dtype} as x does, got {c.dtype}")
     return step_rows(key_of(system), x, c, rows_of_parameters(system, parameters, x))
+
+
+def check_function(system: Any, x: jax.Array) -> None:
+    """Raise if a simulator that is a JAX function is none for states `x`: before a program is made of it."""
+    if isinstance(system, JaxSystem):
+        system.traced(x, jnp.zeros((len(x), system.control_size), x.dtype))
 
 
 # compiled, outside a caller's `jit` too: a call into the engine that is not would be compiled anew each time
@@ -46,32 +53,39 @@ def step(system: Simulator, x: Any, c: Any, parameters: Mapping[str, Any] | None
 def step_rows(system: Any, x: jax.Array, c: jax.Array, rows: jax.Array | None) -> jax.Array:
     """Return S(x, c; p) for physical parameters as rows, None for a foreign system."""
     if isinstance(system, JaxSystem):
-        system.check_function(x, c)
-        return system.function(x, c)
+        return system.traced(x, c)(x, c)
     if not isinstance(system, System):
         return calls.foreign_step_call(system, real_of(x))(x, c, output_dims=x.shape)[0]
     return calls.step_call(system.structure, real_of(x))(x, c, rows, output_dims=x.shape)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def step_pull(system: Any, x: jax.Array, c: jax.Array, rows: Any, adj_y: jax.Array) -> tuple:
-    """Return (∂S/∂x)ᵀ adj_y, (∂S/∂c)ᵀ adj_y and (∂S/∂p)ᵀ adj_y."""
+def step_pull(
+    system: Any, x: jax.Array, c: jax.Array, rows: Any, adj_y: jax.Array, y: jax.Array | None = None
+) -> tuple:
+    """Return (∂S/∂x)ᵀ adj_y, (∂S/∂c)ᵀ adj_y and (∂S/∂p)ᵀ adj_y.
+
+    A foreign system that can compare its step with what the forward pass found is handed that, `y`.
+    """
     if isinstance(system, JaxSystem):
-        return *jax.vjp(system.function, x, c)[1](adj_y), None
+        return *jax.vjp(system.traced(x, c), x, c)[1](adj_y), None
     dims = {"adj_x": x.shape, "adj_c": c.shape}
     if not isinstance(system, System):
-        return *calls.foreign_step_vjp_call(system, real_of(x))(x, c, adj_y, output_dims=dims), None
+        compares = y is not None and calls.compares(system)
+        inputs = (x, c, adj_y, y) if compares else (x, c, adj_y)
+        return *calls.foreign_step_vjp_call(system, real_of(x), compares)(*inputs, output_dims=dims), None
     dims["adj_p"] = rows.shape
     return tuple(calls.step_vjp_call(system.structure, real_of(x))(x, c, rows, adj_y, output_dims=dims))
 
 
 def _step_forward(system, x, c, rows):
-    return step_rows(system, x, c, rows), (x, c, rows)
+    y = step_rows(system, x, c, rows)
+    return y, (x, c, rows, y if calls.compares(system) else None)
 
 
 def _step_backward(system, residuals, adj_y):
-    x, c, rows = residuals
-    return step_pull(system, x, c, rows, adj_y)
+    x, c, rows, y = residuals
+    return step_pull(system, x, c, rows, adj_y, y)
 
 
 step_rows.defvjp(_step_forward, _step_backward)
