@@ -14,9 +14,11 @@ import warp as wp
 from warp_phys.kernels import weighted_cost_function
 from warp_phys.native_blocks import advance_function, retreat_function
 from warp_phys.plan import SAMPLES, Plan, padded
+from warp_phys.programs import native_code
+from warp_phys.programs.program import Program
 from warp_phys.rows import row_functions, scalar_name
 
-HEADERS = ("layers.h", "lanes.h", "cartpole.h", "repulsion.h", "quantum.h", "update.h")
+HEADERS = ("layers.h", "lanes.h", "rows.h", "cartpole.h", "repulsion.h", "quantum.h", "update.h")
 """The C++ that stands in front of the kernels' own."""
 
 _CPP = {
@@ -46,18 +48,10 @@ def _types(plan: Plan, real: type) -> list[str]:
 @functools.cache
 def _evaluate(plan: Plan, real: type) -> Any:
     """Return the function that evaluates the network at rows of states and writes all levels."""
-    row, at, weights = plan.row, plan.offsets, plan.packed
-    order = f"k % {plan.channels} * {plan.inputs // plan.channels} + k / {plan.channels}"
-    lines = [
-        f"auto* row = rows.data + (long long)slot * {row};",
-        f"const auto* x = states.data + ((long long)n * batch + first) * {plan.inputs};",
-        f"for (int s = 0; s < count; ++s) for (int k = 0; k < {plan.inputs}; ++k)",
-        f"    row[s * {row} + k] = x[s * {plan.inputs} + {order}];",
-    ]
-    for i, layer in enumerate(_types(plan, real)):
-        verb = "forward_few" if plan.few(i) else "forward"
-        ends = f"row + {at[i]}, {row}, packed.data + {weights[i]}, row + {at[i + 1]}, {row}, {plan.slopes}"
-        lines.append(f"{layer}::{verb}(count, {ends});")
+    if isinstance(plan, Program):
+        lines = native_code.evaluate_lines(plan, scalar_name(real))
+    else:
+        lines = _evaluate_lines(plan, real)
 
     @wp.func_native("\n".join(lines))
     def evaluate(
@@ -74,9 +68,46 @@ def _evaluate(plan: Plan, real: type) -> Any:
     return evaluate
 
 
+def _evaluate_lines(plan: Plan, real: type) -> list[str]:
+    row, at, weights = plan.row, plan.offsets, plan.packed
+    order = f"k % {plan.channels} * {plan.inputs // plan.channels} + k / {plan.channels}"
+    lines = [
+        f"auto* row = rows.data + (long long)slot * {row};",
+        f"const auto* x = states.data + ((long long)n * batch + first) * {plan.inputs};",
+        f"for (int s = 0; s < count; ++s) for (int k = 0; k < {plan.inputs}; ++k)",
+        f"    row[s * {row} + k] = x[s * {plan.inputs} + {order}];",
+    ]
+    for i, layer in enumerate(_types(plan, real)):
+        verb = "forward_few" if plan.few(i) else "forward"
+        ends = f"row + {at[i]}, {row}, packed.data + {weights[i]}, row + {at[i + 1]}, {row}, {plan.slopes}"
+        lines.append(f"{layer}::{verb}(count, {ends});")
+    return lines
+
+
 @functools.cache
 def _pull(plan: Plan, real: type) -> Any:
     """Return the function that takes adjoints of the output level back to every level before it."""
+    if isinstance(plan, Program):
+        lines = native_code.pull_lines(plan, scalar_name(real))
+    else:
+        lines = _pull_lines(plan, real)
+
+    @wp.func_native("\n".join(lines))
+    def pull(
+        packed: wp.array[real],
+        transposed: wp.array[real],
+        rows: wp.array[real],
+        slot: int,
+        deltas: wp.array[real],
+        delta_slot: int,
+        count: int,
+        to_input: int,
+    ): ...
+
+    return pull
+
+
+def _pull_lines(plan: Plan, real: type) -> list[str]:
     row, at, slopes = plan.row, plan.offsets, plan.slopes
     lines = [
         f"auto* d = deltas.data + (long long)delta_slot * {row};",
@@ -99,34 +130,16 @@ def _pull(plan: Plan, real: type) -> Any:
         call = f"{layer}::pull<warp_phys::{_CPP[before]}, {'true' if i else 'false'}>"
         ends = f"d + {at[i + 1]}, {row}, {weights}, d + {at[i]}, {row}, h + {kept}, {row}"
         lines.append(f"{'' if i else 'if (to_input) '}{call}(count, {ends});")
-
-    @wp.func_native("\n".join(lines))
-    def pull(
-        packed: wp.array[real],
-        transposed: wp.array[real],
-        rows: wp.array[real],
-        slot: int,
-        deltas: wp.array[real],
-        delta_slot: int,
-        count: int,
-        to_input: int,
-    ): ...
-
-    return pull
+    return lines
 
 
 @functools.cache
 def _contract(plan: Plan, real: type) -> Any:
     """Return the function that adds the gradients of the weights over rows, in the packed layout."""
-    row, at, weights = plan.row, plan.offsets, plan.packed
-    lines = [
-        f"const auto* d = deltas.data + (long long)delta_slot * {row};",
-        f"const auto* x = rows.data + (long long)slot * {row};",
-        f"auto* g = gradients.data + (long long)gradient * {weights[-1]};",
-    ]
-    for i, layer in enumerate(_types(plan, real)):
-        verb = "contract_few" if plan.few(i) else "contract"
-        lines.append(f"{layer}::{verb}(count, x + {at[i]}, {row}, d + {at[i + 1]}, {row}, g + {weights[i]});")
+    if isinstance(plan, Program):
+        lines = native_code.contract_lines(plan, scalar_name(real))
+    else:
+        lines = _contract_lines(plan, real)
 
     @wp.func_native("\n".join(lines))
     def contract(
@@ -142,30 +155,29 @@ def _contract(plan: Plan, real: type) -> Any:
     return contract
 
 
+def _contract_lines(plan: Plan, real: type) -> list[str]:
+    row, at, weights = plan.row, plan.offsets, plan.packed
+    lines = [
+        f"const auto* d = deltas.data + (long long)delta_slot * {row};",
+        f"const auto* x = rows.data + (long long)slot * {row};",
+        f"auto* g = gradients.data + (long long)gradient * {weights[-1]};",
+    ]
+    for i, layer in enumerate(_types(plan, real)):
+        verb = "contract_few" if plan.few(i) else "contract"
+        lines.append(f"{layer}::{verb}(count, x + {at[i]}, {row}, d + {at[i + 1]}, {row}, g + {weights[i]});")
+    return lines
+
+
 @functools.cache
 def pack_kernel(plan: Plan, real: type) -> wp.Kernel:
     """Write weights and biases, given by their addresses in turn, into the packed and the transposed layout.
 
     A bias at address 0 is zero.
     """
-    scalar, lines = scalar_name(real), []
-    for i, layer in enumerate(plan.layers):
-        width, out = padded(layer.window), padded(layer.outputs)
-        order = f"k % {layer.channels} * {layer.window // layer.channels} + k / {layer.channels}"
-        lines += [
-            "{",
-            f"const {scalar}* w = (const {scalar}*)addresses.data[{2 * i}];",
-            f"const {scalar}* b = (const {scalar}*)addresses.data[{2 * i + 1}];",
-            f"{scalar}* to = packed.data + {plan.packed[i]};",
-            f"for (int o = 0; o < {layer.outputs}; ++o) to[o] = b ? b[o] : 0;",
-            f"to += {out};",
-            f"{scalar}* back = {'to' if plan.few(i) else f'transposed.data + {plan.transposed[i]}'};",
-            f"for (int o = 0; o < {layer.outputs}; ++o) for (int k = 0; k < {layer.window}; ++k) {{",
-            f"    const {scalar} value = w[o * {layer.window} + {order}];",
-            f"    back[o * {width} + k] = value;",
-            "" if plan.few(i) else f"    to[k * {out} + o] = value;",
-            "}}",
-        ]
+    if isinstance(plan, Program):
+        lines = native_code.pack_lines(plan, scalar_name(real))
+    else:
+        lines = _pack_lines(plan, scalar_name(real))
 
     @wp.func_native("\n".join(lines))
     def pack(addresses: wp.array2d[wp.uint64], packed: wp.array[real], transposed: wp.array[real]): ...
@@ -183,10 +195,52 @@ def pack_kernel(plan: Plan, real: type) -> wp.Kernel:
     return pack_layers
 
 
+def _pack_lines(plan: Plan, scalar: str) -> list[str]:
+    lines: list[str] = []
+    for i, layer in enumerate(plan.layers):
+        width, out = padded(layer.window), padded(layer.outputs)
+        order = f"k % {layer.channels} * {layer.window // layer.channels} + k / {layer.channels}"
+        lines += [
+            "{",
+            f"const {scalar}* w = (const {scalar}*)addresses.data[{2 * i}];",
+            f"const {scalar}* b = (const {scalar}*)addresses.data[{2 * i + 1}];",
+            f"{scalar}* to = packed.data + {plan.packed[i]};",
+            f"for (int o = 0; o < {layer.outputs}; ++o) to[o] = b ? b[o] : 0;",
+            f"to += {out};",
+            f"{scalar}* back = {'to' if plan.few(i) else f'transposed.data + {plan.transposed[i]}'};",
+            f"for (int o = 0; o < {layer.outputs}; ++o) for (int k = 0; k < {layer.window}; ++k) {{",
+            f"    const {scalar} value = w[o * {layer.window} + {order}];",
+            f"    back[o * {width} + k] = value;",
+            "" if plan.few(i) else f"    to[k * {out} + o] = value;",
+            "}}",
+        ]
+    return lines
+
+
 @functools.cache
 def unpack_kernel(plan: Plan, real: type) -> wp.Kernel:
     """Add packed gradients to those of weights and biases, given by their addresses in turn for every flow, or 0."""
-    scalar, lines = scalar_name(real), []
+    if isinstance(plan, Program):
+        lines = native_code.unpack_lines(plan, scalar_name(real))
+    else:
+        lines = _unpack_lines(plan, scalar_name(real))
+
+    @wp.func_native("\n".join(lines))
+    def unpack(gradients: wp.array[real], flow: int, addresses: wp.array2d[wp.uint64]): ...
+
+    @wp.kernel(module="unique", module_options=module_options())
+    def unpack_layers(
+        # in
+        gradients: wp.array[real],
+        addresses: wp.array2d[wp.uint64],
+    ):
+        unpack(gradients, wp.tid(), addresses)
+
+    return unpack_layers
+
+
+def _unpack_lines(plan: Plan, scalar: str) -> list[str]:
+    lines: list[str] = []
     for i, layer in enumerate(plan.layers):
         width, out = padded(layer.window), padded(layer.outputs)
         order = f"k % {layer.channels} * {layer.window // layer.channels} + k / {layer.channels}"
@@ -201,19 +255,7 @@ def unpack_kernel(plan: Plan, real: type) -> wp.Kernel:
             f"if (b) for (int o = 0; o < {layer.outputs}; ++o) b[o] += g[o];",
             "}",
         ]
-
-    @wp.func_native("\n".join(lines))
-    def unpack(gradients: wp.array[real], flow: int, addresses: wp.array2d[wp.uint64]): ...
-
-    @wp.kernel(module="unique", module_options=module_options())
-    def unpack_layers(
-        # in
-        gradients: wp.array[real],
-        addresses: wp.array2d[wp.uint64],
-    ):
-        unpack(gradients, wp.tid(), addresses)
-
-    return unpack_layers
+    return lines
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import warp as wp
 from warp_phys.block_network import BlockNetwork
 from warp_phys.block_plan import kept_starts
 from warp_phys.interop.sums import number_of_hooks
-from warp_phys.interop.torch_contract import Examination, Found, refuse_lazy
+from warp_phys.interop.torch_contract import Examination, Found, refuse_lazy, state_of
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
 from warp_phys.interop.torch_linearisation import TorchLinearisation, controls_of
 from warp_phys.interop.torch_plan import (
@@ -23,16 +23,27 @@ from warp_phys.interop.torch_plan import (
     is_sequential,
     read_plan,
 )
+from warp_phys.interop.torch_program import Unreadable, can_be_program, read_and_check
 from warp_phys.layers import Dense, Workspace
 from warp_phys.network import Network
 from warp_phys.phases import CHUNK_ROWS
+
+PROGRAMS = 4
+"""Row programs that are kept of a module, by its state: training and evaluation, say."""
+
+MOST_READS = 16
+"""A module that has to be read more often than this changes too often to be compiled."""
 
 
 class TorchController:
     """A `torch.nn.Module` (B, D) → (B, K) behind the `Controller` protocol; arrays are exchanged without copies."""
 
-    def __init__(self, module: torch.nn.Module, inputs: int):
-        self.module, self.inputs = module, inputs
+    def __init__(self, module: torch.nn.Module, inputs: int, system: Any = None):
+        self.module, self.inputs, self.system = module, inputs, system
+        self.why_general: str | None = None
+        """Why the module is neither a chain of the engine's layers nor a row program, in one sentence."""
+        self._programs: dict[tuple, Any] = {}
+        self._reads = 0
         self.by_hand = True
         """Whether dense layers are linearised by hand rather than by autograd; the numbers are the same."""
         self._dense: Dense | None = None
@@ -49,6 +60,7 @@ class TorchController:
         """Leave out what points into memory."""
         empty = {**dict.fromkeys(("_dense", "_key", "_linears", "_network", "_blocks")), "_planned": (None, None)}
         own = {"examination": Examination(self.module), "_differentiates": self._differentiates}
+        own |= {"system": self.system, "why_general": None, "_programs": {}, "_reads": 0}
         return {"module": self.module, "inputs": self.inputs, "by_hand": self.by_hand, **own, **empty}
 
     def signature(self) -> tuple:
@@ -159,6 +171,19 @@ class TorchController:
 
         Far cheaper than reading the plan again.
         """
+        own = self._chain_fingerprint()
+        if own is not None and (own != self._planned[0] or self._planned[1] is not None):
+            return own
+        return self._program_fingerprint()
+
+    def _program_fingerprint(self) -> tuple | None:
+        if not self._on_cpu() or not hasattr(self.system, "functions") or not can_be_program(self.module):
+            return None
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        held = tuple((id(t), t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors)
+        return state_of(self.module), held, tuple(number_of_hooks(p) for p in self.module.parameters())
+
+    def _chain_fingerprint(self) -> tuple | None:
         if not is_sequential(self.module):
             return None
         parts: list[Any] = [type(self.module)]
@@ -175,12 +200,29 @@ class TorchController:
 
     def planned(self) -> Planned | None:
         """Return what `read_plan` reads; read again only where the fingerprint has changed."""
-        fingerprint = self.fingerprint()
-        if fingerprint is None:
+        fingerprint = self._chain_fingerprint()
+        if fingerprint is not None:
+            if fingerprint != self._planned[0]:
+                self._planned = fingerprint, read_plan(self.module, self.inputs)
+            if self._planned[1] is not None:
+                return self._planned[1]
+        return self._program()
+
+    def _program(self) -> Planned | None:
+        """Return the module as a row program, read again where something about it has changed."""
+        key = self._program_fingerprint()
+        if key is None or self._reads > MOST_READS:
             return None
-        if fingerprint != self._planned[0]:
-            self._planned = fingerprint, read_plan(self.module, self.inputs)
-        return self._planned[1]
+        if key not in self._programs:
+            if len(self._programs) >= PROGRAMS:
+                self._programs.pop(next(iter(self._programs)))
+            self._reads += 1
+            try:
+                self._programs[key] = read_and_check(self.module, self.system)
+                self.why_general = None
+            except Unreadable as reason:
+                self._programs[key], self.why_general = None, str(reason)
+        return self._programs[key]
 
     def _on_cpu(self) -> bool:
         parameter = next(self.module.parameters(), None)

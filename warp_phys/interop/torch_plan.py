@@ -35,7 +35,8 @@ READ: dict[type, tuple[str, ...]] = {
 class Planned(NamedTuple):
     """A module as layers."""
 
-    plan: Plan
+    plan: Any
+    """A `Plan`, or a row program."""
     tensors: tuple[torch.Tensor | None, ...]
     """Weights and biases in turn; None for a bias that is not there."""
 

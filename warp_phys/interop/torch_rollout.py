@@ -103,7 +103,7 @@ class Rollout:
         self.check = check_choice("check", check, ("auto", "always"))
         self._passes = 0
         check_sizes(system, controller)
-        self._adapter = TorchController(controller, system.state_size)
+        self._adapter = TorchController(controller, system.state_size, system)
         # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
         self._workspaces: list[Workspace] = []
         self._gates: dict[tuple, tuple[np.ndarray, wp.array]] = {}
@@ -158,6 +158,17 @@ class Rollout:
         flow = resolve(flow)
         flow_gates(linear_parts(flow), self.steps)  # as above
         self._flow = flow
+
+    @property
+    def why_general(self) -> str | None:
+        """Why passes are not fused, in one sentence; None where they are."""
+        if self.backend == "fused":
+            return None
+        if not isinstance(self.system, System):
+            return f"{type(self.system).__name__} is no System, whose physics kernels contain"
+        if self.device.type == "cuda" or self._backend == "general":
+            return f"the backend is {self._backend!r}, on {self.device.type}"
+        return self._adapter.why_general or "the module has hooks, or is compiled or wrapped"
 
     @property
     def backend(self) -> str:

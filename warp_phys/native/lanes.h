@@ -87,33 +87,34 @@ template <typename T, typename S> struct Block {
     }
 };
 
-// Sine and cosine: the quadrant by pi/2 in three parts, then minimax polynomials on [-pi/4, pi/4].
-static inline void sine_cosine(lanes<float> x, lanes<float>& sine, lanes<float>& cosine) {
+// Sine and cosine: in float32 the quadrant by pi/2 in three parts, then minimax polynomials on [-pi/4, pi/4].
+template <typename V> static inline void sine_cosine(V x, V& sine, V& cosine) {
 #pragma clang fp contract(fast)
-    typedef int integers __attribute__((vector_size(LANES * sizeof(int))));
-    const lanes<float> n = __builtin_elementwise_rint(x * 0.636619772f);
-    lanes<float> r = x - n * 1.5703125f;
-    r = r - n * 4.837512969970703125e-4f;
-    r = r - n * 7.54978995489188e-8f;
-    const lanes<float> q = r * r;
-    const lanes<float> s = r + r * q * (-1.6666654611e-1f + q * (8.3321608736e-3f + q * -1.9515295891e-4f));
-    const lanes<float> c =
-        1.0f - 0.5f * q + q * q * (4.166664568298827e-2f + q * (-1.388731625493765e-3f + q * 2.443315711809948e-5f));
-    const integers quadrant = __builtin_convertvector(n, integers);
-    const lanes<float> odd_sine = (quadrant & 1) != 0 ? c : s, odd_cosine = (quadrant & 1) != 0 ? s : c;
-    sine = (quadrant & 2) != 0 ? -odd_sine : odd_sine;
-    cosine = ((quadrant + 1) & 2) != 0 ? -odd_cosine : odd_cosine;
-    for (int i = 0; i < LANES; ++i)
-        if (!(__builtin_fabsf(x[i]) < 8192.0f)) {  // the parts have no more digits
-            sine[i] = ::sinf(x[i]);
-            cosine[i] = ::cosf(x[i]);
+    constexpr int count = sizeof(V) / sizeof(x[0]);
+    if constexpr (sizeof(x[0]) == 4) {
+        typedef decltype(x < x) integers;
+        const V n = __builtin_elementwise_rint(x * 0.636619772f);
+        V r = x - n * 1.5703125f;
+        r = r - n * 4.837512969970703125e-4f;
+        r = r - n * 7.54978995489188e-8f;
+        const V q = r * r;
+        const V s = r + r * q * (-1.6666654611e-1f + q * (8.3321608736e-3f + q * -1.9515295891e-4f));
+        const V c =
+            1.0f - 0.5f * q + q * q * (4.166664568298827e-2f + q * (-1.388731625493765e-3f + q * 2.443315711809948e-5f));
+        const integers quadrant = __builtin_convertvector(n, integers);
+        const V odd_sine = (quadrant & 1) != 0 ? c : s, odd_cosine = (quadrant & 1) != 0 ? s : c;
+        sine = (quadrant & 2) != 0 ? -odd_sine : odd_sine;
+        cosine = ((quadrant + 1) & 2) != 0 ? -odd_cosine : odd_cosine;
+        for (int i = 0; i < count; ++i)
+            if (!(__builtin_fabsf(x[i]) < 8192.0f)) {  // the parts have no more digits
+                sine[i] = ::sinf(x[i]);
+                cosine[i] = ::cosf(x[i]);
+            }
+    } else {
+        for (int i = 0; i < count; ++i) {
+            sine[i] = ::sin(x[i]);
+            cosine[i] = ::cos(x[i]);
         }
-}
-
-static inline void sine_cosine(lanes<double> x, lanes<double>& sine, lanes<double>& cosine) {
-    for (int s = 0; s < LANES; ++s) {
-        sine[s] = ::sin(x[s]);
-        cosine[s] = ::cos(x[s]);
     }
 }
 

@@ -1,0 +1,72 @@
+"""The table of elementwise operations of row programs: what each computes, and its adjoint, in C++ on vectors.
+
+In an expression a, b, c are operands, y is the value, d its adjoint; {0}, {1} are numbers that stand in the program. The
+derivatives at kinks are torch's.
+"""
+
+from typing import NamedTuple
+
+
+class Operation(NamedTuple):
+    """An operation on numbers, applied to each number of a row."""
+
+    value: str
+    """The value, an expression."""
+    adjoints: tuple[str, ...]
+    """For each operand what is added to its adjoint; an empty text for nothing."""
+
+
+OPERATIONS: dict[str, Operation] = {
+    "add": Operation("a + b", ("d", "d")),
+    "subtract": Operation("a - b", ("d", "-d")),
+    "multiply": Operation("a * b", ("d * b", "d * a")),
+    "divide": Operation("a / b", ("d / b", "-d * y / b")),
+    "negate": Operation("-a", ("-d",)),
+    "scale": Operation("a * {0}", ("d * {0}",)),
+    "shift": Operation("a + {0}", ("d",)),
+    "square": Operation("a * a", ("2 * a * d",)),
+    "power": Operation("power(a, {0})", ("d * {0} * power(a, {0} - 1)",)),
+    "reciprocal": Operation("1 / a", ("-d * y * y",)),
+    "root": Operation("root(a)", ("d / (2 * y)",)),
+    "reciprocal root": Operation("1 / root(a)", ("d * y / (-2 * a)",)),
+    "sine": Operation("sine(a)", ("d * cosine(a)",)),
+    "cosine": Operation("cosine(a)", ("-d * sine(a)",)),
+    "tangent": Operation("tangent(a)", ("d * (1 + y * y)",)),
+    "arctangent": Operation("arctangent(a)", ("d / (1 + a * a)",)),
+    "exponential": Operation("exponential_of(a)", ("d * y",)),
+    "logarithm": Operation("logarithm(a)", ("d / a",)),
+    "error function": Operation("error_function(a)", ("d * {0} * exponential_of(-a * a)",)),
+    "tanh": Operation("tanh_of(a)", ("d * (1 - y * y)",)),
+    "sigmoid": Operation("logistic(a)", ("d * y * (1 - y)",)),
+    "relu": Operation("a < V{{}} ? V{{}} : a", ("y > V{{}} ? d : V{{}}",)),
+    "silu": Operation("a * logistic(a)", ("d * logistic(a) * (1 + a * (1 - logistic(a)))",)),
+    "elu": Operation("a > V{{}} ? a : {0} * (exponential_of(a) - 1)", ("a > V{{}} ? d : d * {0} * exponential_of(a)",)),
+    "leaky relu": Operation("a > V{{}} ? a : a * {0}", ("a > V{{}} ? d : d * {0}",)),
+    "softplus": Operation(
+        "a * {0} > V{{}} + {1} ? a : softplus_of(a * {0}) / {0}",
+        ("a * {0} > V{{}} + {1} ? d : d * logistic(a * {0})",),
+    ),
+    "absolute": Operation("a < V{{}} ? -a : a", ("a > V{{}} ? d : a < V{{}} ? -d : V{{}}",)),
+    "sign": Operation("one_where<V>(a > V{{}}) - one_where<V>(a < V{{}})", ("",)),
+    "clamp": Operation(
+        "a < V{{}} + {0} ? V{{}} + {0} : a > V{{}} + {1} ? V{{}} + {1} : a",
+        ("(a >= V{{}} + {0}) & (a <= V{{}} + {1}) ? d : V{{}}",),
+    ),
+    "maximum": Operation(
+        "a > b ? a : b",
+        ("a > b ? d : a < b ? V{{}} : d * {0}", "b > a ? d : b < a ? V{{}} : d * {0}"),
+    ),
+    "minimum": Operation(
+        "a < b ? a : b",
+        ("a < b ? d : a > b ? V{{}} : d * {0}", "b < a ? d : b > a ? V{{}} : d * {0}"),
+    ),
+    "stop": Operation("a", ("",)),
+    "greater": Operation("one_where<V>(a > b)", ("", "")),
+    "greater or equal": Operation("one_where<V>(a >= b)", ("", "")),
+    "equal": Operation("one_where<V>(a == b)", ("", "")),
+    "choose": Operation("a != V{{}} ? b : c", ("", "a != V{{}} ? d : V{{}}", "a != V{{}} ? V{{}} : d")),
+}
+"""The operations by name."""
+
+FUSED = {"tanh": "hyperbolic_tangent", "relu": "relu", "sigmoid": "sigmoid"}
+"""Those that a dense node can apply to its sums while they are in registers: `native/layers.h` has them."""

@@ -1,0 +1,216 @@
+"""A row program: what a network computes of one row of states, in single static assignment.
+
+A node is a vector of numbers of a row: its operation, the nodes that it takes, numbers that belong to it. A row in memory
+holds all nodes, the state first, the controls last; adjoints have the same layout. Weights and other numbers that come
+from tensors are read through slots, so that a program stays the same while they change.
+
+| operation | takes | numbers | gives |
+| --- | --- | --- | --- |
+| input | | | the state |
+| load | | slot, entries | numbers of a tensor, the same for all rows |
+| constant | | the numbers | them |
+| gather | nodes | (which node, which number) for each number | numbers of other nodes, in any order |
+| dense | x | positions, window, outputs, slot of weights, slot of biases or −1, flipped, activation | a layer |
+| sum, largest | x | length of a group | a number for each group of x |
+| product | a, b | groups, rows, inner size, columns | a (groups, rows, inner) times b (groups, inner, columns) |
+| any of `operations.OPERATIONS` | operands of one size | its own | number by number |
+"""
+
+import functools
+from collections import Counter
+from typing import Any, NamedTuple
+
+from warp_phys.plan import CHUNK_NUMBERS, FEW, SAMPLES, padded
+from warp_phys.programs.operations import FUSED, OPERATIONS
+
+
+class Node(NamedTuple):
+    """A vector of numbers of a row."""
+
+    operation: str
+    inputs: tuple[int, ...]
+    size: int
+    numbers: tuple = ()
+
+
+class Dense(NamedTuple):
+    """The numbers of a dense node: a layer on `positions` windows of its input that stand side by side."""
+
+    positions: int
+    window: int
+    outputs: int
+    weights: int
+    """Slot of the weights (outputs, window)."""
+    biases: int
+    """Slot of the biases, −1 for none."""
+    flipped: bool
+    """Whether the weights have shape (window, outputs) instead."""
+    activation: str = "identity"
+
+    @property
+    def few(self) -> bool:
+        """Whether there are too few outputs for vectors of outputs."""
+        return self.positions == 1 and self.outputs <= FEW
+
+
+class Program(NamedTuple):
+    """Nodes, the first one the input, the last one the output. Hashable: kernels are cached by it."""
+
+    nodes: tuple[Node, ...]
+    slots: tuple[int, ...]
+    """How many numbers the tensor of each slot has."""
+
+    @property
+    def inputs(self) -> int:
+        """Numbers D of a state."""
+        return self.nodes[0].size
+
+    @property
+    def channels(self) -> int:
+        """The input is read as it comes, see `Plan.channels`."""
+        return self.inputs
+
+    @property
+    def outputs(self) -> int:
+        """Numbers K of a control."""
+        return self.nodes[-1].size
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one evaluation of one row, about."""
+        return _layout(self).multiply_adds
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each node starts in a row; the last entry is the length of all."""
+        return _layout(self).offsets
+
+    @property
+    def row(self) -> int:
+        """Numbers of a row; those behind the output are room for work."""
+        return _layout(self).row
+
+    @property
+    def packed(self) -> tuple[int, ...]:
+        """Where the numbers of each `reader` start in the packed weights, and in gradients; then the length."""
+        return _layout(self).packed
+
+    @property
+    def transposed(self) -> tuple[int, ...]:
+        """Where the transposed weights of each `reader` start in their array; then the length."""
+        return _layout(self).transposed
+
+    @property
+    def readers(self) -> tuple[int, ...]:
+        """The nodes that read slots."""
+        return tuple(i for i, node in enumerate(self.nodes) if node.operation in ("dense", "load"))
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """The slots that they read, in turn; −1 where a dense node has no biases."""
+        read: list[int] = []
+        for i in self.readers:
+            node = self.nodes[i]
+            read += node.numbers[3:5] if node.operation == "dense" else node.numbers[:1]
+        return tuple(read)
+
+    @property
+    def chunk(self) -> int:
+        """Rows that a backward pass takes at a time, if it can choose."""
+        return max(SAMPLES, min(64, CHUNK_NUMBERS // self.row))
+
+
+class _Layout(NamedTuple):
+    offsets: tuple[int, ...]
+    row: int
+    packed: tuple[int, ...]
+    transposed: tuple[int, ...]
+    multiply_adds: int
+
+
+@functools.cache
+def _layout(program: Program) -> _Layout:
+    at, packed, transposed, room, work = [0], [0], [0], 0, 0
+    for node in program.nodes:
+        size, own, back = node.size, 0, 0
+        work += node.size
+        if node.operation == "dense":
+            dense = Dense(*node.numbers)
+            size = (dense.positions - 1) * dense.outputs + padded(dense.outputs)
+            columns = (dense.outputs * padded(dense.window), dense.window * padded(dense.outputs))
+            own, back = padded(dense.outputs) + columns[not dense.few], 0 if dense.few else columns[0]
+            room = max(room, padded((dense.positions - 1) * dense.window + padded(dense.window)))
+            work += dense.positions * dense.window * dense.outputs
+        elif node.operation == "load":
+            own = padded(node.size)
+        elif node.operation == "product":
+            work += node.size * node.numbers[2]
+        at.append(at[-1] + padded(size))
+        if node.operation in ("dense", "load"):
+            packed.append(packed[-1] + own)
+            transposed.append(transposed[-1] + back)
+    return _Layout(tuple(at), at[-1] + room, tuple(packed), tuple(transposed), work)
+
+
+class Builder:
+    """Makes a program node by node; what is there already is not made again.
+
+    Args:
+        inputs: Numbers D of a state.
+    """
+
+    def __init__(self, inputs: int):
+        self.nodes, self.slots = [Node("input", (), inputs)], []
+        self._known: dict[Node, int] = {self.nodes[0]: 0}
+
+    def slot(self, count: int) -> int:
+        """Return a new slot for a tensor of so many numbers."""
+        self.slots.append(count)
+        return len(self.slots) - 1
+
+    def add(self, operation: str, inputs: tuple[int, ...], size: int, numbers: tuple = ()) -> int:
+        """Return a node."""
+        node = Node(operation, inputs, size, numbers)
+        if operation in OPERATIONS:
+            assert len(inputs) == len(OPERATIONS[operation].adjoints)
+            assert all(self.nodes[i].size == size for i in inputs)
+        if node not in self._known:
+            self._known[node] = len(self.nodes)
+            self.nodes.append(node)
+        return self._known[node]
+
+    def gather(self, entries: list[tuple[int, int]]) -> int:
+        """Return a node of numbers (node, which), that node itself if they are all of it."""
+        first = entries[0][0]
+        if entries == [(first, k) for k in range(self.nodes[first].size)]:
+            return first
+        inputs = tuple(dict.fromkeys(node for node, _ in entries))
+        return self.add("gather", inputs, len(entries), tuple((inputs.index(node), k) for node, k in entries))
+
+    def finish(self, output: int) -> Program:
+        """Return the program of all that leads to a node, which becomes its last one."""
+        node = self.nodes[output]
+        if node.operation in ("input", "load", "constant"):
+            output = self.add("gather", (output,), node.size, tuple((0, k) for k in range(node.size)))
+        nodes = _fused(self.nodes, output)
+        kept, stack = {0, output}, [output]
+        while stack:
+            for i in nodes[stack.pop()].inputs:
+                if i not in kept:
+                    kept.add(i)
+                    stack.append(i)
+        order = [i for i in sorted(kept) if i != output] + [output]
+        number = {old: new for new, old in enumerate(order)}
+        moved = [nodes[i]._replace(inputs=tuple(number[j] for j in nodes[i].inputs)) for i in order]
+        return Program(tuple(moved), tuple(self.slots))
+
+
+def _fused(nodes: list[Node], output: int) -> list[Node]:
+    """Return nodes in which dense nodes apply the activation that is all that is made of them."""
+    out, uses = list(nodes), Counter(i for node in nodes for i in node.inputs)
+    uses[output] += 1
+    for i, node in enumerate(nodes):
+        if node.operation in FUSED and uses[node.inputs[0]] == 1 and out[node.inputs[0]].operation == "dense":
+            dense: Any = Dense(*out[node.inputs[0]].numbers)
+            out[i] = out[node.inputs[0]]._replace(numbers=tuple(dense._replace(activation=node.operation)))
+    return out
