@@ -541,7 +541,9 @@ def _two_in_a_row(params, flow, stop=False):
     return _loss(*bridge.rollout(SYSTEM, _network, params, middle, STEPS, flow))
 
 
-@pytest.mark.parametrize("flow", ["C", "geometric", Combined(Flow(0.9, 0.0), Flow(0.9, 0.9))], ids=["C", "geometric", "decays"])
+@pytest.mark.parametrize(
+    "flow", ["C", "geometric", Combined(Flow(0.9, 0.0), Flow(0.9, 0.9))], ids=["C", "geometric", "decays"]
+)
 @pytest.mark.parametrize("compiled", [True, False])
 def test_two_combined_rollouts_in_a_row_are_refused(flow, compiled):
     function = jax.grad(functools.partial(_two_in_a_row, flow=flow))

@@ -88,14 +88,17 @@ class Examination:
         self.others = False
         """Whether the controls depend on leaves that are no trained parameters."""
 
-    def begin(self, parameters: Sequence[torch.Tensor], x0: torch.Tensor, steps: int, always: bool) -> Found:
-        """Look at the module before a forward pass of some steps from x0, shape (batch, D).
+    def begin(
+        self, parameters: Sequence[torch.Tensor], x0: torch.Tensor, controls: int, steps: int, always: bool
+    ) -> Found:
+        """Look at the module, which returns so many controls, before some steps from x0, shape (batch, D).
 
         Raises:
             NotRepeatable: It gives other controls, or other derivatives, at each call.
             TypeError, ValueError: What it returns are no controls.
         """
         found = Found(self.module, parameters, x0)
+        check_shape(found.here.output, (len(x0), controls))
         self._passes += 1
         regular = always or self._passes & (self._passes - 1) == 0
         if regular or found.state != self._state:
@@ -121,6 +124,12 @@ class Examination:
         if state != found.state:
             found.check_again()
             found.state = state_of(self.module)
+
+
+def check_shape(output: torch.Tensor, shape: Sequence[int]) -> None:
+    """Raise a ValueError if a controller has returned another shape than (batch, K)."""
+    if output.shape != tuple(shape):
+        raise ValueError(f"controller must return shape {tuple(shape)}, got {tuple(output.shape)}")
 
 
 def check_equal(new: torch.Tensor, old: torch.Tensor, what: str) -> None:

@@ -10,7 +10,7 @@ import warp as wp
 from warp_phys.block_network import BlockNetwork
 from warp_phys.block_plan import kept_starts
 from warp_phys.interop.sums import number_of_hooks
-from warp_phys.interop.torch_contract import Examination, Found, refuse_lazy
+from warp_phys.interop.torch_contract import Examination, Found, check_shape, refuse_lazy
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
 from warp_phys.interop.torch_linearisation import TorchLinearisation, controls_of
 from warp_phys.interop.torch_plan import (
@@ -73,8 +73,7 @@ class TorchController:
 
     def _evaluate(self, x: torch.Tensor, c: torch.Tensor) -> None:
         output = self._controls(x)
-        if output.shape != c.shape:  # copy_ would broadcast it
-            raise ValueError(f"controller must return shape {tuple(c.shape)}, got {tuple(output.shape)}")
+        check_shape(output, c.shape)  # copy_ would broadcast it
         c.copy_(output)
 
     def _controls(self, x: torch.Tensor) -> torch.Tensor:
@@ -94,9 +93,9 @@ class TorchController:
         """Whether the module is a chain of the engine's own layers, of which all is known."""
         return self.planned() is not None or self.dense() is not None
 
-    def examine(self, x0: torch.Tensor, steps: int, always: bool = False) -> Found:
+    def examine(self, x0: torch.Tensor, controls: int, steps: int, always: bool = False) -> Found:
         """Return what the controls depend on and how they are differentiated, before some steps from x0 (batch, D)."""
-        return self.examination.begin(self.trainable, x0, steps, always)
+        return self.examination.begin(self.trainable, x0, controls, steps, always)
 
     def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> TorchLinearisation | DenseLinearisation:
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""

@@ -208,7 +208,8 @@ class Rollout:
             with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
                 self._check_place()
                 if not self._adapter.is_known:
-                    found = self._adapter.examine(x0, self.steps, self.check == "always")
+                    size, always = self.system.control_size, self.check == "always"
+                    found = self._adapter.examine(x0, size, self.steps, always)
                 if hasattr(self.system, "leaves"):
                     own = self.system.leaves(x0, x0.new_zeros((len(x0), self.system.control_size)))
         controller = self._adapter.trainable if found is None else found.leaves
