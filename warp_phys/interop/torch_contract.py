@@ -8,8 +8,10 @@ repeats itself but couples rows, fits one batch size only, has hooks on gradient
 step of the whole batch at a time, each flow by its own adjoint: as autograd would. `docs/contract.md` has the list.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -81,23 +83,26 @@ class Examination:
     """What is known of a module over many passes, and when it is tried out again."""
 
     def __init__(self, module: torch.nn.Module):
-        self.module, self._passes = module, 0
+        self.module, self.passes = module, 0
         self._state: tuple | None = None
         self.whole = False
         """Whether backward passes take a step of the whole batch at a time."""
         self.others = False
         """Whether the controls depend on leaves that are no trained parameters."""
 
-    def begin(self, parameters: Sequence[torch.Tensor], x0: torch.Tensor, steps: int, always: bool) -> Found:
-        """Look at the module before a forward pass of some steps from x0, shape (batch, D).
+    def begin(
+        self, parameters: Sequence[torch.Tensor], x0: torch.Tensor, controls: int, steps: int, always: bool
+    ) -> Found:
+        """Look at the module, which returns so many controls, before some steps from x0, shape (batch, D).
 
         Raises:
             NotRepeatable: It gives other controls, or other derivatives, at each call.
             TypeError, ValueError: What it returns are no controls.
         """
         found = Found(self.module, parameters, x0)
-        self._passes += 1
-        regular = always or self._passes & (self._passes - 1) == 0
+        check_shape(found.here.output, (len(x0), controls))
+        self.passes += 1
+        regular = always or self.passes & (self.passes - 1) == 0
         if regular or found.state != self._state:
             self._state = found.state
             self.whole = _needs_whole_steps(found)
@@ -121,6 +126,12 @@ class Examination:
         if state != found.state:
             found.check_again()
             found.state = state_of(self.module)
+
+
+def check_shape(output: torch.Tensor, shape: Sequence[int]) -> None:
+    """Raise a ValueError if a controller has returned another shape than (batch, K)."""
+    if output.shape != tuple(shape):
+        raise ValueError(f"controller must return shape {tuple(shape)}, got {tuple(output.shape)}")
 
 
 def check_equal(new: torch.Tensor, old: torch.Tensor, what: str) -> None:
@@ -236,9 +247,24 @@ def state_of(module: torch.nn.Module) -> tuple:
         parts += [id(part), type(part)]
         parts += [(name, _mark(value)) for name, value in own.items() if name not in _OF_MODULES]
         parts += [tuple(map(id, own.get(name, {}).values())) for name in HOOKS]
+        parts += [_mark(value) for value in _read_outside(getattr(part.forward, "__func__", None))]
         parts += [(id(p), p.requires_grad) for p in part.parameters(recurse=False)]
         parts += [_mark(buffer) for buffer in part.buffers(recurse=False)]
     return tuple(parts)
+
+
+def _read_outside(function: Any, depth: int = 2) -> list[Any]:
+    """Return what a function of somebody's reads that is no argument: globals and what it closes over, by name."""
+    code = getattr(function, "__code__", None)
+    if code is None or (getattr(function, "__module__", None) or "torch").partition(".")[0] == "torch":
+        return []
+    outside = function.__globals__
+    found = [outside[name] for name in code.co_names if name in outside]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            found.append(cell.cell_contents)
+    helpers = [value for value in found if depth and isinstance(value, FunctionType)]
+    return found + [value for helper in helpers for value in _read_outside(helper, depth - 1)]
 
 
 _OF_MODULES = {name for name in vars(torch.nn.Module()) if name != "training"}

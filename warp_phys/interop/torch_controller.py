@@ -10,7 +10,7 @@ import warp as wp
 from warp_phys.block_network import BlockNetwork
 from warp_phys.block_plan import kept_starts
 from warp_phys.interop.sums import number_of_hooks
-from warp_phys.interop.torch_contract import Examination, Found, refuse_lazy, state_of
+from warp_phys.interop.torch_contract import Examination, Found, check_shape, refuse_lazy, state_of
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
 from warp_phys.interop.torch_linearisation import TorchLinearisation, controls_of
 from warp_phys.interop.torch_plan import (
@@ -31,6 +31,9 @@ from warp_phys.phases import CHUNK_ROWS
 PROGRAMS = 4
 """Row programs that are kept of a module, by its state: training and evaluation, say."""
 
+PASSES = 3
+"""Passes with gradients after which a module is read as a row program: a few seconds that one pass is not worth."""
+
 MOST_READS = 16
 """A module that has to be read more often than this changes too often to be compiled."""
 
@@ -38,8 +41,8 @@ MOST_READS = 16
 class TorchController:
     """A `torch.nn.Module` (B, D) → (B, K) behind the `Controller` protocol; arrays are exchanged without copies."""
 
-    def __init__(self, module: torch.nn.Module, inputs: int, system: Any = None):
-        self.module, self.inputs, self.system = module, inputs, system
+    def __init__(self, module: torch.nn.Module, inputs: int, system: Any = None, at_once: bool = False):
+        self.module, self.inputs, self.system, self.at_once = module, inputs, system, at_once
         self.why_general: str | None = None
         """Why the module is neither a chain of the engine's layers nor a row program, in one sentence."""
         self._programs: dict[tuple, Any] = {}
@@ -60,7 +63,7 @@ class TorchController:
         """Leave out what points into memory."""
         empty = {**dict.fromkeys(("_dense", "_key", "_linears", "_network", "_blocks")), "_planned": (None, None)}
         own = {"examination": Examination(self.module), "_differentiates": self._differentiates}
-        own |= {"system": self.system, "why_general": None, "_programs": {}, "_reads": 0}
+        own |= {"system": self.system, "at_once": self.at_once, "why_general": None, "_programs": {}, "_reads": 0}
         return {"module": self.module, "inputs": self.inputs, "by_hand": self.by_hand, **own, **empty}
 
     def signature(self) -> tuple:
@@ -85,8 +88,7 @@ class TorchController:
 
     def _evaluate(self, x: torch.Tensor, c: torch.Tensor) -> None:
         output = self._controls(x)
-        if output.shape != c.shape:  # copy_ would broadcast it
-            raise ValueError(f"controller must return shape {tuple(c.shape)}, got {tuple(output.shape)}")
+        check_shape(output, c.shape)  # copy_ would broadcast it
         c.copy_(output)
 
     def _controls(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,9 +108,9 @@ class TorchController:
         """Whether the module is a chain of the engine's own layers, of which all is known."""
         return self.planned() is not None or self.dense() is not None
 
-    def examine(self, x0: torch.Tensor, steps: int, always: bool = False) -> Found:
+    def examine(self, x0: torch.Tensor, controls: int, steps: int, always: bool = False) -> Found:
         """Return what the controls depend on and how they are differentiated, before some steps from x0 (batch, D)."""
-        return self.examination.begin(self.trainable, x0, steps, always)
+        return self.examination.begin(self.trainable, x0, controls, steps, always)
 
     def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> TorchLinearisation | DenseLinearisation:
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""
@@ -209,7 +211,12 @@ class TorchController:
         return self._program()
 
     def _program(self) -> Planned | None:
-        """Return the module as a row program, read again where something about it has changed."""
+        """Return the module as a row program, read again where something about it has changed.
+
+        Code is made of it where it is used again and again, or where that is asked for.
+        """
+        if not self.at_once and self.examination.passes < PASSES:
+            return None
         key = self._program_fingerprint()
         if key is None or self._reads > MOST_READS:
             return None

@@ -1,8 +1,8 @@
 """Any torch module read as a row program, by `torch.export`, and held against the module itself.
 
 The exported graph is run on tensors that hold no numbers but where numbers come from: sample, node, place. So layout
-is torch's own business (views, transposes, slices, concatenations, whatever they do to the batch dimension), and what is
-left are the operations on numbers, each of which must take its operands from one sample.
+is torch's own business (views, transposes, slices, concatenations, whatever they do to the batch dimension), and what
+is left are the operations on numbers, each of which must take its operands from one sample.
 """
 
 import math
@@ -57,7 +57,7 @@ def read_program(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> Pl
 
 
 def can_be_program(module: torch.nn.Module) -> bool:
-    """Whether a module may be read at all: without hooks, which a program would not call, and not compiled or wrapped."""
+    """Whether a module may be read at all: it has no hooks, which a program would not call, and is not wrapped."""
     if are_hooks_everywhere():
         return False
     for part in module.modules():
@@ -80,7 +80,9 @@ def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
     before = state_of(module)
     x = torch.as_tensor(system.sample(TRIED, seed=0, dtype=str(like.dtype).removeprefix("torch.")))
     try:
-        found = Examination(module).begin([p for p in module.parameters() if p.requires_grad], x, 1, always=True)
+        found = Examination(module).begin(
+            [p for p in module.parameters() if p.requires_grad], x, system.control_size, 1, always=True
+        )
     except (NotRepeatable, ValueError, TypeError, RuntimeError) as error:
         raise Unreadable(f"it cannot be tried out: {error}") from None
     if found.whole:
@@ -175,7 +177,7 @@ class _Reader:
             sample = torch.arange(1, rows + 1)[:, None] * NODES * PLACES
             return sample + torch.arange(size)
         if name in signature.inputs_to_parameters:
-            tensor = self.module.get_parameter(signature.inputs_to_parameters[name])
+            tensor: Any = self.module.get_parameter(signature.inputs_to_parameters[name])
         elif name in signature.inputs_to_buffers:
             tensor = self.module.get_buffer(signature.inputs_to_buffers[name])
         else:
@@ -395,20 +397,18 @@ def _unary(operation: str, *numbers: float) -> Callable:
 
 
 def _rsub(reader: _Reader, a: Any, b: Any, alpha: float = 1) -> Any:
-    return (
-        _binary("subtract")(reader, b if isinstance(b, torch.Tensor) else b, a, alpha)
-        if isinstance(b, torch.Tensor)
-        else reader.elementwise("shift", [reader.elementwise("scale", [a], -alpha)], b)
-    )
+    if isinstance(b, torch.Tensor):
+        return _binary("subtract")(reader, b, a, alpha)
+    return reader.elementwise("shift", [reader.elementwise("scale", [a], -alpha)], b)
 
 
 def _power(reader: _Reader, a: Any, n: Any) -> Any:
     if isinstance(n, torch.Tensor) or not isinstance(a, torch.Tensor):
         raise Unreadable("it raises to a power that is computed")
-    special = {1: None, 2: "square", 0.5: "root", -1: "reciprocal", -0.5: "reciprocal root"}
-    if n in special:
-        return a if special[n] is None else reader.elementwise(special[n], [a])
-    return reader.elementwise("power", [a], n)
+    if n == 1:
+        return a
+    special = {2: "square", 0.5: "root", -1: "reciprocal", -0.5: "reciprocal root"}
+    return reader.elementwise(special[n], [a]) if n in special else reader.elementwise("power", [a], n)
 
 
 def _clamp(reader: _Reader, a: Any, least: Any = None, most: Any = None) -> Any:
@@ -487,8 +487,8 @@ def _softmax(reader: _Reader, a: Any, dim: int, dtype: Any = None) -> Any:
 
 
 def _attention(
-    reader: _Reader, q: Any, k: Any, v: Any, mask: Any = None, dropout: float = 0.0, causal: bool = False, scale: Any = None,
-    **options: Any,
+    reader: _Reader, q: Any, k: Any, v: Any, mask: Any = None, dropout: float = 0.0, causal: bool = False,
+    scale: Any = None, **options: Any,
 ) -> Any:  # fmt: skip
     if mask is not None or dropout or causal or options.get("enable_gqa"):
         raise Unreadable("it uses attention with a mask or dropout")
@@ -575,7 +575,7 @@ SYMBOLIC = {
 
 LAYOUT = set(
     "reshape permute transpose t slice select unsqueeze squeeze expand expand_as flatten unflatten movedim "
-    "split split_with_sizes chunk unbind flip roll narrow repeat repeat_interleave tile index_select cat stack numpy_T mT".split()
+    "split split_with_sizes chunk unbind flip roll narrow repeat repeat_interleave tile cat stack numpy_T mT".split()
 )
 """Operations that move numbers, as torch itself does."""
 
@@ -593,7 +593,8 @@ RULES: dict[str, Callable] = {
     "leaky_relu": lambda r, a, slope=0.01: r.elementwise("leaky relu", [a], slope),
     "softplus": lambda r, a, beta=1, threshold=20: r.elementwise("softplus", [a], beta, threshold),
     "hardtanh": lambda r, a, low=-1, high=1: _clamp(r, a, low, high),
-    "clamp": _clamp, "clamp_min": lambda r, a, low: _clamp(r, a, low), "clamp_max": lambda r, a, high: _clamp(r, a, None, high),
+    "clamp": _clamp, "clamp_min": _clamp,
+    "clamp_max": lambda r, a, high: _clamp(r, a, None, high),
     "maximum": lambda r, a, b: r.elementwise("maximum", [a, b], 0.5),
     "minimum": lambda r, a, b: r.elementwise("minimum", [a, b], 0.5),
     "gt": _compare("greater"), "ge": _compare("greater or equal"), "lt": _compare("greater", True),

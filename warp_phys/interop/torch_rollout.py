@@ -103,7 +103,7 @@ class Rollout:
         self.check = check_choice("check", check, ("auto", "always"))
         self._passes = 0
         check_sizes(system, controller)
-        self._adapter = TorchController(controller, system.state_size, system)
+        self._adapter = TorchController(controller, system.state_size, system, at_once=backend == "fused")
         # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
         self._workspaces: list[Workspace] = []
         self._gates: dict[tuple, tuple[np.ndarray, wp.array]] = {}
@@ -219,7 +219,8 @@ class Rollout:
             with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
                 self._check_place()
                 if not self._adapter.is_known:
-                    found = self._adapter.examine(x0, self.steps, self.check == "always")
+                    size, always = self.system.control_size, self.check == "always"
+                    found = self._adapter.examine(x0, size, self.steps, always)
                 if hasattr(self.system, "leaves"):
                     own = self.system.leaves(x0, x0.new_zeros((len(x0), self.system.control_size)))
         controller = self._adapter.trainable if found is None else found.leaves

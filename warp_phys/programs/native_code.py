@@ -211,9 +211,10 @@ def _adjoint(program: Program, i: int) -> list[str]:
         groups, m, inner, n = node.numbers
         a, b = node.inputs
         sizes = f"<T, {groups}, {m}, {n}, {inner}, true>", f"<T, {groups}, {inner}, {m}, {n}, true>"
+        d = f"adj + {own}, {m * n}, {n}, 1"
         return [
-            f"multiply_groups{sizes[0]}(adj + {own}, {m * n}, {n}, 1, r + {at[b]}, {inner * n}, 1, {n}, adj + {at[a]});",
-            f"multiply_groups{sizes[1]}(r + {at[a]}, {m * inner}, 1, {inner}, adj + {own}, {m * n}, {n}, 1, adj + {at[b]});",
+            f"multiply_groups{sizes[0]}({d}, r + {at[b]}, {inner * n}, 1, {n}, adj + {at[a]});",
+            f"multiply_groups{sizes[1]}(r + {at[a]}, {m * inner}, 1, {inner}, {d}, adj + {at[b]});",
         ]
     operation, numbers = OPERATIONS[node.operation], [literal(number) for number in node.numbers]
     lines = [

@@ -1,7 +1,7 @@
 """The table of elementwise operations of row programs: what each computes, and its adjoint, in C++ on vectors.
 
-In an expression a, b, c are operands, y is the value, d its adjoint; {0}, {1} are numbers that stand in the program. The
-derivatives at kinks are torch's.
+In an expression a, b, c are operands, y is the value, d its adjoint; {0}, {1} are numbers that stand in the program.
+The derivatives at kinks are torch's.
 """
 
 from typing import NamedTuple
@@ -50,7 +50,7 @@ OPERATIONS: dict[str, Operation] = {
     "sign": Operation("one_where<V>(a > V{{}}) - one_where<V>(a < V{{}})", ("",)),
     "clamp": Operation(
         "a < V{{}} + {0} ? V{{}} + {0} : a > V{{}} + {1} ? V{{}} + {1} : a",
-        ("(a >= V{{}} + {0}) & (a <= V{{}} + {1}) ? d : V{{}}",),
+        ("((a >= V{{}} + {0}) & (a <= V{{}} + {1})) ? d : V{{}}",),
     ),
     "maximum": Operation(
         "a > b ? a : b",
