@@ -345,8 +345,11 @@ def choose_backend(backend: str, system: Any, controller: Controller, cuda: bool
     check_choice("backend", backend, BACKENDS)
     fits = controller.fits(system)
     if backend == "fused" and not fits:
+        reason = getattr(controller, "why_general", None)
         raise ValueError(
-            "backend 'fused' needs a System and a controller of layers that the engine has; use 'general' or 'auto'"
+            "backend 'fused' needs a System and a controller of layers that the engine has, or that is a row program"
+            + (f"; this one is neither: {reason}" if reason else "")
+            + "; use 'general' or 'auto'"
         )
     if backend == "auto":
         return "fused" if fits and not cuda else "general"

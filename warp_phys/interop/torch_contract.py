@@ -8,12 +8,13 @@ repeats itself but couples rows, fits one batch size only, has hooks on gradient
 step of the whole batch at a time, each flow by its own adjoint: as autograd would. `docs/contract.md` has the list.
 """
 
-import contextlib
+import functools
 from collections import deque
-from collections.abc import Mapping, Sequence
-from types import FunctionType
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 import warp as wp
 from torch.nn.parameter import UninitializedParameter
@@ -126,6 +127,16 @@ class Examination:
         if state != found.state:
             found.check_again()
             found.state = state_of(self.module)
+
+
+def check_program(module: torch.nn.Module, x0: torch.Tensor, controls: torch.Tensor) -> None:
+    """Raise `NotRepeatable` if a module gives other controls at x0 than the program that was read of it."""
+    now = TorchLinearisation(module, (), x0).output.detach()
+    if not is_close(now, controls):
+        raise NotRepeatable(
+            "controller gives other controls now than the program that was read of it: something that it reads outside "
+            "of itself has changed. Make that an attribute or a buffer of the module, or use backend='general'"
+        )
 
 
 def check_shape(output: torch.Tensor, shape: Sequence[int]) -> None:
@@ -244,27 +255,44 @@ def state_of(module: torch.nn.Module) -> tuple:
     parts: list[Any] = []
     for part in module.modules():
         own = vars(part)
-        parts += [id(part), type(part)]
-        parts += [(name, _mark(value)) for name, value in own.items() if name not in _OF_MODULES]
-        parts += [tuple(map(id, own.get(name, {}).values())) for name in HOOKS]
-        parts += [_mark(value) for value in _read_outside(getattr(part.forward, "__func__", None))]
-        parts += [(id(p), p.requires_grad) for p in part.parameters(recurse=False)]
-        parts += [_mark(buffer) for buffer in part.buffers(recurse=False)]
+        parts += (id(part), type(part))
+        for name, value in own.items():
+            if name not in _OF_MODULES:
+                parts += (name, value if type(value) in _PLAIN else _mark(value))
+        for name in HOOKS:
+            if own.get(name):
+                parts.append(tuple(map(id, own[name].values())))
+        for p in part.parameters(recurse=False):
+            parts += (id(p), p.requires_grad)
+        for buffer in part.buffers(recurse=False):
+            parts.append(_mark(buffer))
+        outside = _read_outside(getattr(part.forward, "__func__", None))
+        if outside:
+            parts += [_mark(value()) for value in outside]
     return tuple(parts)
 
 
-def _read_outside(function: Any, depth: int = 2) -> list[Any]:
-    """Return what a function of somebody's reads that is no argument: globals and what it closes over, by name."""
+_PLAIN = (bool, int, str, type(None))
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_outside(function: Any, depth: int = 2) -> tuple[Callable[[], Any], ...]:
+    """Return what a function of somebody's reads that is no argument, each as a call that looks it up.
+
+    These are globals by name and what it closes over, and likewise for functions among them.
+    """
     code = getattr(function, "__code__", None)
     if code is None or (getattr(function, "__module__", None) or "torch").partition(".")[0] == "torch":
-        return []
-    outside = function.__globals__
-    found = [outside[name] for name in code.co_names if name in outside]
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # not filled yet
-            found.append(cell.cell_contents)
-    helpers = [value for value in found if depth and isinstance(value, FunctionType)]
-    return found + [value for helper in helpers for value in _read_outside(helper, depth - 1)]
+        return ()
+    outside, found = function.__globals__, list[Callable[[], Any]]()
+    found += [functools.partial(outside.get, name) for name in code.co_names if name in outside]
+    found += [functools.partial(getattr, cell, "cell_contents", None) for cell in function.__closure__ or ()]
+    helpers = [look() for look in found] if depth else []
+    for helper in helpers:
+        if isinstance(helper, FunctionType):
+            found += _read_outside(helper, depth - 1)
+    kept = (look for look in found if not isinstance(look(), ModuleType))
+    return tuple(kept)
 
 
 _OF_MODULES = {name for name in vars(torch.nn.Module()) if name != "training"}
@@ -274,7 +302,11 @@ LONGEST = 64
 """Most entries of a list or a mapping that are looked at."""
 
 
-def _mark(value: Any, depth: int = 3) -> Any:
+_OPAQUE = (type, torch.nn.Module, FunctionType, ModuleType)
+"""What is looked at elsewhere, or changes for reasons of its own."""
+
+
+def _mark(value: Any, depth: int = 3) -> Any:  # noqa: PLR0911, a kind each
     """Return what tells whether an attribute has become another one."""
     if isinstance(value, torch.Tensor):
         return id(value), -1 if value.is_inference() else value._version, value.shape
@@ -287,8 +319,14 @@ def _mark(value: Any, depth: int = 3) -> Any:
         return id(type(value)), tuple(
             (key if isinstance(key, str | int) else id(key), _mark(v, depth - 1)) for key, v in entries
         )
-    sized = isinstance(value, Mapping | list | tuple | set | frozenset | deque)
-    return id(value), len(value) if sized else None
+    if isinstance(value, np.ndarray):
+        return id(value), value.tobytes() if value.size <= LONGEST else value.shape
+    if isinstance(value, Mapping | list | tuple | set | frozenset | deque):
+        return id(value), len(value)
+    own = getattr(value, "__dict__", None)
+    if depth and isinstance(own, dict) and len(own) <= LONGEST and not isinstance(value, _OPAQUE):
+        return id(value), tuple((name, _mark(entry, depth - 1)) for name, entry in own.items())
+    return id(value)
 
 
 class PassCheck:

@@ -10,7 +10,14 @@ import warp as wp
 from warp_phys.block_network import BlockNetwork
 from warp_phys.block_plan import kept_starts
 from warp_phys.interop.sums import number_of_hooks
-from warp_phys.interop.torch_contract import Examination, Found, check_shape, refuse_lazy, state_of
+from warp_phys.interop.torch_contract import (
+    Examination,
+    Found,
+    check_program,
+    check_shape,
+    refuse_lazy,
+    state_of,
+)
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
 from warp_phys.interop.torch_linearisation import TorchLinearisation, controls_of
 from warp_phys.interop.torch_plan import (
@@ -18,15 +25,17 @@ from warp_phys.interop.torch_plan import (
     PRECISIONS,
     READ,
     Planned,
+    are_hooks_everywhere,
     has_hooks,
     has_more,
     is_sequential,
     read_plan,
 )
-from warp_phys.interop.torch_program import Unreadable, can_be_program, read_and_check
+from warp_phys.interop.torch_program import Unreadable, read_and_check
 from warp_phys.layers import Dense, Workspace
 from warp_phys.network import Network
 from warp_phys.phases import CHUNK_ROWS
+from warp_phys.programs.program import Program
 
 PROGRAMS = 4
 """Row programs that are kept of a module, by its state: training and evaluation, say."""
@@ -46,7 +55,7 @@ class TorchController:
         self.why_general: str | None = None
         """Why the module is neither a chain of the engine's layers nor a row program, in one sentence."""
         self._programs: dict[tuple, Any] = {}
-        self._reads = 0
+        self._reads, self._ready, self._runs = 0, at_once, 0
         self.by_hand = True
         """Whether dense layers are linearised by hand rather than by autograd; the numbers are the same."""
         self._dense: Dense | None = None
@@ -63,7 +72,8 @@ class TorchController:
         """Leave out what points into memory."""
         empty = {**dict.fromkeys(("_dense", "_key", "_linears", "_network", "_blocks")), "_planned": (None, None)}
         own = {"examination": Examination(self.module), "_differentiates": self._differentiates}
-        own |= {"system": self.system, "at_once": self.at_once, "why_general": None, "_programs": {}, "_reads": 0}
+        own |= {"system": self.system, "at_once": self.at_once, "why_general": None, "_programs": {}}
+        own |= {"_reads": 0, "_ready": self.at_once, "_runs": 0}
         return {"module": self.module, "inputs": self.inputs, "by_hand": self.by_hand, **own, **empty}
 
     def signature(self) -> tuple:
@@ -103,10 +113,19 @@ class TorchController:
             self._differentiates = True
         return TorchLinearisation(self.module, (), x).output.detach()
 
-    @property
     def is_known(self) -> bool:
-        """Whether the module is a chain of the engine's own layers, of which all is known."""
+        """Whether the module is a chain of the engine's layers or a program, in a pass that begins: all is known."""
+        self._ready = self.at_once or self.examination.passes >= PASSES
         return self.planned() is not None or self.dense() is not None
+
+    def check_program(self, x0: torch.Tensor, controls: torch.Tensor, always: bool) -> None:
+        """Raise `NotRepeatable` if the module is run as a program and is another one now; looked at now and then."""
+        planned = self.planned()
+        if planned is None or not isinstance(planned.plan, Program):
+            return
+        self._runs += 1
+        if always or self._runs & (self._runs - 1) == 0:
+            check_program(self.module, x0, controls)
 
     def examine(self, x0: torch.Tensor, controls: int, steps: int, always: bool = False) -> Found:
         """Return what the controls depend on and how they are differentiated, before some steps from x0 (batch, D)."""
@@ -179,11 +198,12 @@ class TorchController:
         return self._program_fingerprint()
 
     def _program_fingerprint(self) -> tuple | None:
-        if not self._on_cpu() or not hasattr(self.system, "functions") or not can_be_program(self.module):
+        if not self._ready or self._reads > MOST_READS or not self._on_cpu() or not hasattr(self.system, "functions"):
             return None
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        held = tuple((id(t), t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors)
-        return state_of(self.module), held, tuple(number_of_hooks(p) for p in self.module.parameters())
+        if are_hooks_everywhere():
+            return None
+        parameters = tuple((p.data_ptr(), p.shape, number_of_hooks(p)) for p in self.module.parameters())
+        return state_of(self.module), parameters, tuple(b.data_ptr() for b in self.module.buffers())
 
     def _chain_fingerprint(self) -> tuple | None:
         if not is_sequential(self.module):
@@ -215,10 +235,8 @@ class TorchController:
 
         Code is made of it where it is used again and again, or where that is asked for.
         """
-        if not self.at_once and self.examination.passes < PASSES:
-            return None
         key = self._program_fingerprint()
-        if key is None or self._reads > MOST_READS:
+        if key is None:
             return None
         if key not in self._programs:
             if len(self._programs) >= PROGRAMS:

@@ -103,6 +103,8 @@ class Unroll(torch.autograd.Function):
         states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
         if found is not None:
             rollout._adapter.examination.end(found)
+        elif not len(masked):
+            rollout._adapter.check_program(x0, controls[0], rollout.check == "always")
         ctx.rollout, ctx.kept, ctx.signature = rollout, kept, rollout._adapter.signature()
         ctx.sources, ctx.found = sources, found
         ctx.save_for_backward(states, controls, rows, masked)

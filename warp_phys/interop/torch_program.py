@@ -17,7 +17,7 @@ import warp as wp
 from warp_phys.errors import NotRepeatable
 from warp_phys.interop.torch_contract import Examination, is_close, state_of
 from warp_phys.interop.torch_dense import as_array
-from warp_phys.interop.torch_plan import PRECISIONS, Planned, are_hooks_everywhere, has_hooks
+from warp_phys.interop.torch_plan import PRECISIONS, Planned, has_hooks
 from warp_phys.layers import Workspace
 from warp_phys.network import Network
 from warp_phys.phases import Seeds, Trajectory
@@ -56,16 +56,16 @@ def read_program(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> Pl
     return reader.read()
 
 
-def can_be_program(module: torch.nn.Module) -> bool:
-    """Whether a module may be read at all: it has no hooks, which a program would not call, and is not wrapped."""
-    if are_hooks_everywhere():
-        return False
+def _refuse(module: torch.nn.Module) -> None:
+    """Raise `Unreadable` for a module that does more than its forward says."""
     for part in module.modules():
-        if has_hooks(part) or isinstance(part, torch.jit.ScriptModule | torch._dynamo.OptimizedModule):
-            return False
-        if type(part).__module__.startswith(("torch.nn.parallel", "torch.distributed")):
-            return False
-    return True
+        kind = type(part)
+        if has_hooks(part):
+            raise Unreadable("it has hooks, which a program would not call")
+        if isinstance(part, torch.jit.ScriptModule | torch._dynamo.OptimizedModule):
+            raise Unreadable("it is compiled already")
+        if kind.__module__.startswith(("torch.nn.parallel", "torch.distributed")):
+            raise Unreadable(f"a {kind.__name__} does more than to compute")
 
 
 def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
@@ -74,6 +74,7 @@ def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
     Raises:
         Unreadable: As `read_program`; or there is none that does.
     """
+    _refuse(module)
     like = next((p for p in module.parameters()), torch.zeros(()))
     if like.dtype not in PRECISIONS:
         raise Unreadable(f"its numbers are {like.dtype}")

@@ -63,8 +63,10 @@ class Rollout:
         steps: Number of time steps T.
         flow: A name, a letter, a `Flow` or a `Combined`.
         device: "cpu", "cuda", "cuda:1", …; that of the controller's parameters if None.
-        backend: "fused" (whole passes in one kernel, for the modules that `torch_plan.read_plan` reads), "general" (any
-            module) or "auto".
+        backend: "fused" (whole passes in one kernel: for chains of the engine's layers, and on a CPU for any module
+            that `torch_program` reads as a row program), "general" (any module) or "auto": fused where it can be,
+            programs from the fourth pass with gradients on, since making code of one takes some seconds. See
+            `why_general`.
         on_divergence: "raise" raises `Diverged`; "mask" freezes the samples that diverge in their last finite state,
             gives them no say in the gradients and names them in `report.diverged`.
         check: How often a controller and a simulator that are not the engine's own are tried out: "auto" (at the first,
@@ -168,7 +170,7 @@ class Rollout:
             return f"{type(self.system).__name__} is no System, whose physics kernels contain"
         if self.device.type == "cuda" or self._backend == "general":
             return f"the backend is {self._backend!r}, on {self.device.type}"
-        return self._adapter.why_general or "the module has hooks, or is compiled or wrapped"
+        return self._adapter.why_general or "the module has not been used often enough to be compiled"
 
     @property
     def backend(self) -> str:
@@ -214,11 +216,11 @@ class Rollout:
 
     def _look(self, x0: torch.Tensor, rows: torch.Tensor | None) -> tuple[Found | None, Sources]:
         """Return what a look at the controller finds before a pass from x0, and all that the pass depends on."""
-        found, own = None, ()
-        if not self._adapter.is_known or hasattr(self.system, "leaves"):
+        found, own, is_known = None, (), self._adapter.is_known()
+        if not is_known or hasattr(self.system, "leaves"):
             with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
                 self._check_place()
-                if not self._adapter.is_known:
+                if not is_known:
                     size, always = self.system.control_size, self.check == "always"
                     found = self._adapter.examine(x0, size, self.steps, always)
                 if hasattr(self.system, "leaves"):
