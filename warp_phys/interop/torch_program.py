@@ -93,6 +93,10 @@ def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
     read = read_program(module, system.state_size, like)
     if read.plan.outputs != system.control_size:
         raise Unreadable(f"it returns {read.plan.outputs} numbers")
+    held = {id(tensor) for tensor in read.tensors}
+    unused = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    if unused:
+        raise Unreadable(f"it does not use its parameter {unused[0]}, which then has no gradient")
     if state_of(module) != before:
         raise Unreadable("calls change it")
     _check_numbers(read, found, system)

@@ -53,11 +53,11 @@ OPERATIONS: dict[str, Operation] = {
         ("((a >= V{{}} + {0}) & (a <= V{{}} + {1})) ? d : V{{}}",),
     ),
     "maximum": Operation(
-        "a > b ? a : b",
+        "((a > b) | (a != a)) ? a : b",
         ("a > b ? d : a < b ? V{{}} : d * {0}", "b > a ? d : b < a ? V{{}} : d * {0}"),
     ),
     "minimum": Operation(
-        "a < b ? a : b",
+        "((a < b) | (a != a)) ? a : b",
         ("a < b ? d : a > b ? V{{}} : d * {0}", "b < a ? d : b > a ? V{{}} : d * {0}"),
     ),
     "stop": Operation("a", ("",)),

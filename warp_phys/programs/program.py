@@ -16,7 +16,6 @@ that come from tensors are read through slots, so that a program stays the same 
 | any of `operations.OPERATIONS` | operands of one size | its own | number by number |
 """
 
-import functools
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -53,103 +52,66 @@ class Dense(NamedTuple):
         return self.positions == 1 and self.outputs <= FEW
 
 
-class Program(NamedTuple):
-    """Nodes, the first one the input, the last one the output. Hashable: kernels are cached by it."""
+class Program:
+    """Nodes, the first one the input, the last one the output. Equal ones have one hash: kernels are cached by it.
 
-    nodes: tuple[Node, ...]
-    slots: tuple[int, ...]
-    """How many numbers the tensor of each slot has."""
+    Args:
+        nodes: The nodes; each takes earlier ones.
+        slots: How many numbers the tensor of each slot has.
+    """
 
-    @property
-    def inputs(self) -> int:
+    def __init__(self, nodes: tuple[Node, ...], slots: tuple[int, ...]):
+        self.nodes, self.slots, self._hash = nodes, slots, hash((nodes, slots))
+        self.inputs = self.channels = nodes[0].size
         """Numbers D of a state."""
-        return self.nodes[0].size
-
-    @property
-    def channels(self) -> int:
-        """The input is read as it comes, see `Plan.channels`."""
-        return self.inputs
-
-    @property
-    def outputs(self) -> int:
+        self.outputs = nodes[-1].size
         """Numbers K of a control."""
-        return self.nodes[-1].size
-
-    @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds of one evaluation of one row, about."""
-        return _layout(self).multiply_adds
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Where each node starts in a row; the last entry is the length of all."""
-        return _layout(self).offsets
-
-    @property
-    def row(self) -> int:
-        """Numbers of a row; those behind the output are room for work."""
-        return _layout(self).row
-
-    @property
-    def packed(self) -> tuple[int, ...]:
-        """Where the numbers of each `reader` start in the packed weights, and in gradients; then the length."""
-        return _layout(self).packed
-
-    @property
-    def transposed(self) -> tuple[int, ...]:
-        """Where the transposed weights of each `reader` start in their array; then the length."""
-        return _layout(self).transposed
-
-    @property
-    def readers(self) -> tuple[int, ...]:
+        self.readers = tuple(i for i, node in enumerate(nodes) if node.operation in ("dense", "load"))
         """The nodes that read slots."""
-        return tuple(i for i, node in enumerate(self.nodes) if node.operation in ("dense", "load"))
-
-    @property
-    def read(self) -> tuple[int, ...]:
+        of_readers = [nodes[i] for i in self.readers]
+        read = [node.numbers[3:5] if node.operation == "dense" else node.numbers[:1] for node in of_readers]
+        self.read: tuple[int, ...] = tuple(slot for slots in read for slot in slots)
         """The slots that they read, in turn; −1 where a dense node has no biases."""
-        read: list[int] = []
-        for i in self.readers:
-            node = self.nodes[i]
-            read += node.numbers[3:5] if node.operation == "dense" else node.numbers[:1]
-        return tuple(read)
-
-    @property
-    def chunk(self) -> int:
+        at, packed, transposed, room, work = [0], [0], [0], 0, 0
+        for node in nodes:
+            size, own, back = node.size, 0, 0
+            work += node.size
+            if node.operation == "dense":
+                dense = Dense(*node.numbers)
+                size = (dense.positions - 1) * dense.outputs + padded(dense.outputs)
+                columns = (dense.outputs * padded(dense.window), dense.window * padded(dense.outputs))
+                own, back = padded(dense.outputs) + columns[not dense.few], 0 if dense.few else columns[0]
+                room = max(room, padded((dense.positions - 1) * dense.window + padded(dense.window)))
+                work += dense.positions * dense.window * dense.outputs
+            elif node.operation == "load":
+                own = padded(node.size)
+            elif node.operation == "product":
+                work += node.size * node.numbers[2]
+            at.append(at[-1] + padded(size))
+            if node.operation in ("dense", "load"):
+                packed.append(packed[-1] + own)
+                transposed.append(transposed[-1] + back)
+        self.offsets = tuple(at)
+        """Where each node starts in a row; the last entry is the length of all."""
+        self.row = at[-1] + room
+        """Numbers of a row; those behind the output are room for work."""
+        self.packed, self.transposed = tuple(packed), tuple(transposed)
+        """Where the numbers of each reader start in the packed weights, and in the transposed ones; then the length."""
+        self.multiply_adds = work
+        """Multiply-adds of one evaluation of one row, about."""
+        self.chunk = max(SAMPLES, min(64, CHUNK_NUMBERS // self.row))
         """Rows that a backward pass takes at a time, if it can choose."""
-        return max(SAMPLES, min(64, CHUNK_NUMBERS // self.row))
 
+    def __hash__(self) -> int:
+        return self._hash
 
-class _Layout(NamedTuple):
-    offsets: tuple[int, ...]
-    row: int
-    packed: tuple[int, ...]
-    transposed: tuple[int, ...]
-    multiply_adds: int
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Program) and (self.nodes, self.slots) == (other.nodes, other.slots)
 
-
-@functools.cache
-def _layout(program: Program) -> _Layout:
-    at, packed, transposed, room, work = [0], [0], [0], 0, 0
-    for node in program.nodes:
-        size, own, back = node.size, 0, 0
-        work += node.size
-        if node.operation == "dense":
-            dense = Dense(*node.numbers)
-            size = (dense.positions - 1) * dense.outputs + padded(dense.outputs)
-            columns = (dense.outputs * padded(dense.window), dense.window * padded(dense.outputs))
-            own, back = padded(dense.outputs) + columns[not dense.few], 0 if dense.few else columns[0]
-            room = max(room, padded((dense.positions - 1) * dense.window + padded(dense.window)))
-            work += dense.positions * dense.window * dense.outputs
-        elif node.operation == "load":
-            own = padded(node.size)
-        elif node.operation == "product":
-            work += node.size * node.numbers[2]
-        at.append(at[-1] + padded(size))
-        if node.operation in ("dense", "load"):
-            packed.append(packed[-1] + own)
-            transposed.append(transposed[-1] + back)
-    return _Layout(tuple(at), at[-1] + room, tuple(packed), tuple(transposed), work)
+    def __repr__(self) -> str:
+        return f"Program({len(self.nodes)} nodes, {self._hash:x})"
 
 
 class Builder:
