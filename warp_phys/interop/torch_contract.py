@@ -250,8 +250,11 @@ def _is_row_by_row(found: Found) -> bool:
     return all(is_close(a, b) for a, b in zip(adjoints, found.here.adjoints(seed), strict=True))
 
 
-def state_of(module: torch.nn.Module) -> tuple:
-    """Return what calls of a module, or its user, may change besides numbers of parameters: cheap to compare."""
+def state_of(module: torch.nn.Module, outside: bool = False) -> tuple:
+    """Return what calls of a module, or its user, may change besides numbers of parameters: cheap to compare.
+
+    With `outside` also what its functions read that belongs to no module: globals, and what they close over.
+    """
     parts: list[Any] = []
     for part in module.modules():
         own = vars(part)
@@ -266,9 +269,8 @@ def state_of(module: torch.nn.Module) -> tuple:
             parts += (id(p), p.requires_grad)
         for buffer in part.buffers(recurse=False):
             parts.append(_mark(buffer))
-        outside = _read_outside(getattr(part.forward, "__func__", None))
         if outside:
-            parts += [_mark(value()) for value in outside]
+            parts += [_mark(value()) for value in _read_outside(getattr(part.forward, "__func__", None))]
     return tuple(parts)
 
 

@@ -203,7 +203,7 @@ class TorchController:
         if are_hooks_everywhere():
             return None
         parameters = tuple((p.data_ptr(), p.shape, number_of_hooks(p)) for p in self.module.parameters())
-        return state_of(self.module), parameters, tuple(b.data_ptr() for b in self.module.buffers())
+        return state_of(self.module, outside=True), parameters, tuple(b.data_ptr() for b in self.module.buffers())
 
     def _chain_fingerprint(self) -> tuple | None:
         if not is_sequential(self.module):

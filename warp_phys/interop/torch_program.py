@@ -78,7 +78,7 @@ def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
     like = next((p for p in module.parameters()), torch.zeros(()))
     if like.dtype not in PRECISIONS:
         raise Unreadable(f"its numbers are {like.dtype}")
-    before = state_of(module)
+    before = state_of(module, outside=True)
     x = torch.as_tensor(system.sample(TRIED, seed=0, dtype=str(like.dtype).removeprefix("torch.")))
     try:
         found = Examination(module).begin(
@@ -97,7 +97,7 @@ def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
     unused = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     if unused:
         raise Unreadable(f"it does not use its parameter {unused[0]}, which then has no gradient")
-    if state_of(module) != before:
+    if state_of(module, outside=True) != before:
         raise Unreadable("calls change it")
     _check_numbers(read, found, system)
     return read
