@@ -90,8 +90,6 @@ def test_forced_fusion_of_what_cannot_be_fused():
     module = torch.nn.Sequential(torch.nn.Linear(10, 4), torch.nn.Dropout(), torch.nn.Linear(4, 1))
     assert Rollout(SYSTEM, module, 5).backend == "general"
     with raises(ValueError, "that is a row program; this one is neither: it cannot be tried out: controller must give"):
-        ValueError, "or that is a row program; this one is neither: it cannot be tried out: controller must give"
-    ):
         Rollout(SYSTEM, module, 5, backend="fused")
 
 
