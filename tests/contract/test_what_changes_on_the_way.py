@@ -1,5 +1,7 @@
 """What shows only at later states, in the history of a tensor, behind a mask or in a pass within another one."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -176,6 +178,28 @@ def test_one_history_behind_two_rollouts():
     assert_same(got, collect(lambda: loss(lambda x0: unroll(Step(SYSTEM), net, x0, gates)), tensors))
 
 
+class Careful(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad.abs().max() > 1e3:
+            raise RuntimeError("gradient exploded")
+        return grad
+
+
+@each_flow
+def test_a_function_that_refuses_large_numbers(flow):
+    class Watched(Net):
+        def forward(self, x):
+            return Careful.apply(super().forward(x))
+
+    net = Watched()
+    assert_same(by_engine(net, leaves(net), start(), flow), by_torch(net, leaves(net), start(), flow))
+
+
 # --- what shows at later states only ----------------------------------------------------------------------------------
 
 
@@ -224,7 +248,9 @@ WORLD = Experts()
 
 
 @each_flow
-@pytest.mark.parametrize("function", [WORLD, WORLD.forward, lambda x, c: WORLD(x, c)])
+@pytest.mark.parametrize(
+    "function", [WORLD, WORLD.forward, lambda x, c: WORLD(x, c), functools.partial(lambda w, x, c: w(x, c), WORLD)]
+)
 def test_models_of_the_world_that_are_met_later(function, flow):
     net, x0 = Net(), torch.full((4, 4), 0.1).double()
     tensors = [*leaves(net), *leaves(WORLD)]

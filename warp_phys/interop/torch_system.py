@@ -1,6 +1,7 @@
 """A torch function as a simulator: its physics, our flows."""
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -175,8 +176,12 @@ class TorchSystem(ForeignSystem):
 def _modules_of(function: Any) -> list[torch.nn.Module]:
     """Return the modules that a function is, belongs to or refers to by name."""
     found = [function, getattr(function, "__self__", None)]
-    if inspect.isfunction(inspect.unwrap(getattr(function, "__func__", function))):
-        names = inspect.getclosurevars(getattr(function, "__func__", function))
+    if isinstance(function, functools.partial):
+        found += [*function.args, *function.keywords.values()]
+        function = function.func
+    plain = inspect.unwrap(getattr(function, "__func__", function))
+    if inspect.isfunction(plain):
+        names = inspect.getclosurevars(plain)
         found += [*names.nonlocals.values(), *names.globals.values()]
     return [value for value in found if isinstance(value, torch.nn.Module)]
 
