@@ -253,10 +253,13 @@ class Retreat:
         system: The simulator.
         steps: At which steps to compare; None stands for all.
         compare: Whether to compare at all: it waits for the device.
+        but: Samples that are not compared: others stand in for them.
     """
 
-    def __init__(self, system: Simulator, steps: Sequence[int] | None = (), compare: bool = True):
-        self.system, self.steps = system, steps
+    def __init__(
+        self, system: Simulator, steps: Sequence[int] | None = (), compare: bool = True, but: Sequence[int] = ()
+    ):
+        self.system, self.steps, self.but = system, steps, list(but)
         self.compares = compare and not isinstance(system, System)  # which computes from its arguments alone
         self.takes_result = self.compares and "y" in inspect.signature(system.step_vjp).parameters
         self._spare: wp.array | None = None
@@ -271,6 +274,8 @@ class Retreat:
             self.product(f, x, c, arguments, {})
             return
         try:
+            if self.but:
+                y = self._with_own(x, c, y)
             if self.takes_result:
                 self.product(f, x, c, arguments, {"y": y})
                 return
@@ -284,10 +289,19 @@ class Retreat:
         self.system.step_vjp(x, c, *arguments, **options)
 
     def _compare(self, x: wp.array, c: wp.array, y: wp.array) -> None:
+        check_repeated(type(self.system).__name__, self._step(x, c, y).numpy(), y.numpy())
+
+    def _step(self, x: wp.array, c: wp.array, like: wp.array) -> wp.array:
         if self._spare is None:
-            self._spare = wp.empty_like(y)
+            self._spare = wp.empty_like(like)
         self.system.step(x, c, self._spare)
-        check_repeated(type(self.system).__name__, self._spare.numpy(), y.numpy())
+        return self._spare
+
+    def _with_own(self, x: wp.array, c: wp.array, y: wp.array) -> wp.array:
+        """Return the next states with those that the simulator finds now for the samples that are not compared."""
+        values = y.numpy().copy()
+        values[self.but] = self._step(x, c, y).numpy()[self.but]
+        return wp.array(values, dtype=y.dtype, device=y.device)
 
 
 class _Pass:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from warp_phys.errors import NotRepeatable
 from warp_phys.flow import Combined, Flow
-from warp_phys.interop.torch_leaves import leaves_of
+from warp_phys.interop.torch_leaves import Cuts, leaves_of, nodes_of
 from warp_phys.interop.torch_linearisation import TorchLinearisation, relative_tolerance
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -44,6 +44,11 @@ class Found:
         self.module, self.state = module, state_of(module)
         self.here = TorchLinearisation(module, (), x0)
         """The module at x0."""
+        self.cuts: Cuts | None = None
+        """What takes the place of tensors that have a history from before the call."""
+        if self.here.reaches_back and not _is_compiled(module):
+            self.cuts = self.here.find_cuts()
+            self.here = TorchLinearisation(module, (), x0, self.cuts)
         known = {id(parameter) for parameter in parameters}
         others = [leaf for leaf in self._leaves(self.here) if id(leaf) not in known]
         self.leaves = self.here.leaves = [*parameters, *others]
@@ -56,19 +61,19 @@ class Found:
     def _leaves(linear: TorchLinearisation) -> list[torch.Tensor]:
         return [leaf for leaf in leaves_of(linear.output) if leaf is not linear.x]
 
-    def check_again(self) -> None:
+    def check_again(self, otherwise: str = "controller depends on another tensor at each call") -> None:
         """Raise `NotRepeatable` unless the module still gives the same controls and derivatives at x0."""
-        again = TorchLinearisation(self.module, self.leaves, self.here.x)
+        again = self.at(self.here.x)
         check_equal(again.output.detach(), self.here.output.detach(), "controls")
         if {id(leaf) for leaf in self._leaves(again)} - {id(leaf) for leaf in self.leaves}:
-            raise NotRepeatable(f"controller depends on another tensor at each call. {ADVICE}")
+            raise NotRepeatable(f"{otherwise}. {ADVICE}")
         for new, old in zip(again.adjoints(self.seed), self.here.adjoints(self.seed), strict=True):
             check_equal(new, old, "derivatives")
 
     def check_unchanged(self) -> None:
         """Raise `NotRepeatable` if the module has changed since the forward pass in a way that its derivatives show."""
         if state_of(self.module) != self.state:
-            self.check_again()
+            self.check_again("controller depends on another tensor now than in the forward pass")
 
     @property
     def multiply_adds(self) -> int:
@@ -77,7 +82,11 @@ class Found:
 
     def linearise(self, x: wp.array, workspace: Any, kept: Any = None) -> TorchLinearisation:
         """Return the module linearised at the rows x (N, D), with respect to all of its leaves."""
-        return TorchLinearisation(self.module, self.leaves, wp.to_torch(x))
+        return self.at(wp.to_torch(x))
+
+    def at(self, x: torch.Tensor) -> TorchLinearisation:
+        """Return the same at a tensor of rows."""
+        return TorchLinearisation(self.module, self.leaves, x, self.cuts)
 
 
 class Examination:
@@ -88,6 +97,8 @@ class Examination:
         self._state: tuple | None = None
         self.whole = False
         """Whether backward passes take a step of the whole batch at a time."""
+        self.coupled = False
+        """Whether a backward pass has found rows that depend on each other where those of x0 do not."""
         self.others = False
         """Whether the controls depend on leaves that are no trained parameters."""
 
@@ -114,7 +125,7 @@ class Examination:
                 for _ in range(steps):
                     found.check_again()
                     elsewhere.check_again()
-        found.whole, self.others = self.whole, len(found.leaves) > len(parameters)
+        found.whole, self.others = self.whole or self.coupled, len(found.leaves) > len(parameters)
         return found
 
     def end(self, found: Found) -> None:
@@ -184,7 +195,12 @@ def _moved(x: torch.Tensor) -> torch.Tensor:
 
 def _needs_whole_steps(found: Found) -> bool:
     """Whether a module that repeats itself can only be differentiated by a step of the whole batch at a time."""
-    return _hooks_on_gradients(found) or not _is_linear(found) or not _is_row_by_row(found)
+    if found.here.reaches_back and not _is_linear(found):
+        raise ValueError(
+            "controller hands a tensor that has a history straight to an autograd.Function or to compiled code, and "
+            "the backward pass is not linear: hand on a copy made in its forward, tensor.clone()"
+        )
+    return _hooks_on_gradients(found) or _hides_function(found) or not _is_linear(found) or not _is_row_by_row(found)
 
 
 def _hooks_on_gradients(found: Found) -> bool:
@@ -192,12 +208,24 @@ def _hooks_on_gradients(found: Found) -> bool:
     modules = list(found.module.modules())
     if any(module._backward_hooks or module._backward_pre_hooks for module in modules):
         return True
-    if any(isinstance(module, torch.jit.ScriptModule | torch._dynamo.OptimizedModule) for module in modules):
-        return False  # whatever these have cannot be watched
+    if _is_compiled(found.module):
+        return False  # whatever is inside cannot be watched
     watch = _HookWatch()
     with watch:
         TorchLinearisation(found.module, (), found.here.x)
     return watch.seen
+
+
+def _hides_function(found: Found) -> bool:
+    """Whether an `autograd.Function` of somebody's may have been handed nothing but zeros, as behind a zero weight."""
+    if all(adjoint.any() for adjoint in found.here.adjoints(found.seed)[1:]):
+        return False
+    return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes_of(found.here.output))
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    """Whether there is something about a module that torch has compiled."""
+    return any(isinstance(m, torch.jit.ScriptModule | torch._dynamo.OptimizedModule) for m in module.modules())
 
 
 class _HookWatch(TorchFunctionMode):
@@ -212,6 +240,13 @@ class _HookWatch(TorchFunctionMode):
 
 def _is_linear(found: Found) -> bool:
     """Whether the backward pass is linear in the adjoint, over many orders of magnitude, and keeps to its rows."""
+    try:
+        return _scales_and_adds(found)
+    except Exception:
+        return False  # it may refuse to go on with large numbers
+
+
+def _scales_and_adds(found: Found) -> bool:
     here, seed = found.here, found.seed
     own, far = here.adjoints(seed), 2.0 ** (40 if seed.dtype == torch.float32 else 160)  # powers of two do not round
     for factor in (-far, -1.0 / far):
@@ -234,7 +269,7 @@ def _is_row_by_row(found: Found) -> bool:
     others = _moved(x[:7]).repeat(7, 1)[:7]
     rows, own = torch.cat([others[:3], x, others[3:]]), slice(3, 3 + len(x))
     try:
-        among = TorchLinearisation(found.module, found.leaves, rows)
+        among = found.at(rows)
     except Exception:
         return False  # a module may be made for one batch size
     if among.output.shape != (len(rows), *found.here.output.shape[1:]):
@@ -331,24 +366,30 @@ def _mark(value: Any, depth: int = 3) -> Any:  # noqa: PLR0911, a kind each
     return id(value)
 
 
+class RowsCoupled(Exception):
+    """The controls of a step of the whole batch are others than those of its rows among rows of other steps."""
+
+
 class PassCheck:
     """What a backward pass asks of a controller, chunk by chunk: the forward pass's controls, and what trains them.
 
     A controller may well leave its parameters alone at some states, but not at all.
     """
 
-    def __init__(self, found: Found | None = None):
+    def __init__(self, found: Found | None = None, masked: torch.Tensor | None = None):
         self._found, self._is_known, self._reached = found, False, set[int]()
+        self._masked = masked if masked is not None and len(masked) else None
 
     def __call__(self, linear: Any, stored: wp.array) -> None:
         """Look at a chunk, see `phases.backward`.
 
         Raises:
             NotRepeatable: The controls are not those of the forward pass, or depend on something else.
+            RowsCoupled: They are not, and may be if the rows of a step are by themselves.
         """
         if not isinstance(linear, TorchLinearisation):
             return  # the engine's own layers
-        _check_controls(linear, wp.to_torch(stored))
+        self._compare(linear, wp.to_torch(stored))
         if not self._is_known and self._found is not None:
             self._found.check_unchanged()
         self._is_known = self._is_known or bool(linear.leaves)
@@ -357,6 +398,23 @@ class PassCheck:
             if reached - {id(leaf) for leaf in linear.leaves} and self._found is not None:
                 raise NotRepeatable(f"controller depends on another tensor now than in the forward pass. {ADVICE}")
             self._reached |= reached
+
+    def _compare(self, linear: TorchLinearisation, before: torch.Tensor) -> None:
+        whole = self._found is not None and self._found.whole
+        if whole and self._masked is not None:  # the state that stands in for theirs may have another control
+            before = before.clone()
+            before[self._masked] = linear.output.detach()[self._masked]
+        try:
+            _check_controls(linear, before)
+        except NotRepeatable as error:
+            if self._found is not None and not whole:
+                raise RowsCoupled from None
+            if self._masked is None:
+                raise
+            raise NotRepeatable(
+                f"{error}. Or its rows depend on each other: then samples that diverge cannot be masked, since the "
+                "controls of the others depend on them; use on_divergence='raise'"
+            ) from None
 
     def includes(self, leaf: torch.Tensor) -> bool:
         """Whether the controls depend on a leaf; those of layers that autograd does not run all count.
@@ -382,7 +440,7 @@ def _check_controls(linear: TorchLinearisation, before: torch.Tensor) -> None:
     error = (now - before).abs().max()
     # controls may be small differences of large numbers: how far rounding moves them, the module itself can say
     eps = torch.finfo(before.dtype).eps
-    near = TorchLinearisation(linear.module, (), linear.x.detach() * (1.0 + eps)).output.detach()
+    near = TorchLinearisation(linear.module, (), linear.x.detach() * (1.0 + eps), linear.cuts).output.detach()
     moved = (near - now).abs().max()
     if not error <= 256.0 * moved:
         raise NotRepeatable(

@@ -1,19 +1,20 @@
 """A torch module as a function of the states: evaluated, and linearised by autograd."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 import warp as wp
 
-from warp_phys.interop.torch_leaves import inner_grad
+from warp_phys.interop.torch_leaves import Cuts, inner_grad, plainly_saved, reaches_back, within
 
 
 def controls_of(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return the controls (N, K) at the states x (N, D).
 
     Raises:
-        TypeError: The module returns something else than a tensor.
-        ValueError: The module has changed x.
+        TypeError: The module returns something else than a tensor, or other numbers than x holds.
+        ValueError: The module has changed x, or returns no row for each row.
     """
     before = None if x.is_inference() else x._version  # an inference tensor counts no versions
     output = module(x)
@@ -21,6 +22,10 @@ def controls_of(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"controller must return the controls alone, a torch.Tensor, got {type(output).__name__}")
     if before is not None and x._version != before:
         raise ValueError("controller must not change its input in place, which is the trajectory itself: use x.clone()")
+    if output.ndim != 2 or len(output) != len(x):
+        raise ValueError(f"controller must return shape ({len(x)}, K), a row per state, got {tuple(output.shape)}")
+    if output.dtype != x.dtype:
+        raise TypeError(f"controller must return {x.dtype} as the states hold, got {output.dtype}: convert it")
     return output
 
 
@@ -35,10 +40,12 @@ class TorchLinearisation:
     `leaves` are what it is differentiated by besides the rows: the parameters, and what else the controls depend on.
     """
 
-    def __init__(self, module: torch.nn.Module, leaves: Sequence[torch.Tensor], x: torch.Tensor):
+    def __init__(
+        self, module: torch.nn.Module, leaves: Sequence[torch.Tensor], x: torch.Tensor, cuts: Cuts | None = None
+    ):
         with torch.inference_mode(False), torch.enable_grad():
             x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-        self.module, self.leaves, self.x = module, leaves, x
+        self.module, self.leaves, self.x, self.cuts = module, leaves, x, cuts
         self.output = self._evaluate()
         self._serves_once = False
 
@@ -84,7 +91,7 @@ class TorchLinearisation:
         if not self.output.requires_grad:
             return [torch.zeros_like(source) for source in sources]
         found = self._product(sources, mu)
-        return [torch.zeros_like(s) if a is None else a for s, a in zip(sources, found, strict=True)]
+        return [torch.zeros_like(s) if a is None else dense(a) for s, a in zip(sources, found, strict=True)]
 
     def _pull(self, mu: torch.Tensor, out: torch.Tensor) -> None:
         if not self.output.requires_grad:  # a controller that does not look at its input
@@ -94,8 +101,23 @@ class TorchLinearisation:
         out.zero_() if adj is None else out.copy_(adj)
 
     def _evaluate(self) -> torch.Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            return controls_of(self.module, self.x.clone())  # a leaf cannot be changed in place, to be told so
+        with torch.inference_mode(False), torch.enable_grad(), plainly_saved():
+            x = self.x.clone()  # a leaf cannot be changed in place, to be told so
+            first: int = x.grad_fn._sequence_nr()  # type: ignore[union-attr]
+            with contextlib.nullcontext() if self.cuts is None else self.cuts:
+                output = controls_of(self.module, x)
+        self.reaches_back = reaches_back(output, first)
+        """Whether the controls depend on operations from before the call."""
+        return output
+
+    def find_cuts(self) -> Cuts:
+        """Return what takes the place of such operations' results."""
+        cuts = Cuts()
+        with torch.inference_mode(False), torch.enable_grad(), plainly_saved():
+            x = self.x.clone()
+            with cuts.looking(x.grad_fn._sequence_nr()):  # type: ignore[union-attr]
+                self.module(x)
+        return cuts
 
     def _product(self, inputs: Sequence[torch.Tensor], mu: torch.Tensor) -> Sequence[torch.Tensor | None]:
         """Return (∂N/∂inputs)ᵀ mu; None for an input that the controls do not depend on.
@@ -107,12 +129,14 @@ class TorchLinearisation:
             self.output = self._evaluate()
         else:
             try:
-                return inner_grad(self.output, inputs, mu)
+                with within():
+                    return inner_grad(self.output, inputs, mu)
             except RuntimeError as error:
                 if "donated buffers" not in str(error):
                     raise
             self._serves_once = True
-        return inner_grad(self.output, inputs, mu, retain_graph=False)
+        with within():
+            return inner_grad(self.output, inputs, mu, retain_graph=False)
 
 
 def add_parts(gradient: torch.Tensor, parts: Sequence[torch.Tensor | None], leaves: Sequence[torch.Tensor]) -> None:
@@ -121,5 +145,10 @@ def add_parts(gradient: torch.Tensor, parts: Sequence[torch.Tensor | None], leav
     for part, leaf in zip(parts, leaves, strict=True):
         stop = start + leaf.numel()
         if part is not None:
-            gradient[start:stop] += part.reshape(-1)
+            gradient[start:stop] += dense(part).reshape(-1)
         start = stop
+
+
+def dense(gradient: torch.Tensor) -> torch.Tensor:
+    """Return a gradient with all of its zeros: that of an embedding may be sparse."""
+    return gradient.to_dense() if gradient.is_sparse else gradient

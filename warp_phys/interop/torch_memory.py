@@ -130,6 +130,12 @@ def value_and_grad(
         loss = rollout.value_and_grad(x0, when, control_cost)
     finally:
         rollout.flow = flow
+    if rollout._beside:
+        raise ValueError(
+            f"controller and system must depend on the controller's own parameters alone for the flow {flow.name!r}, "
+            "which keeps an average for each of them: give what else there is requires_grad_(False), or make it "
+            "parameters of the controller"
+        )
     if mean is None:
         return loss
     report, trainable = rollout.report, rollout._adapter.trainable

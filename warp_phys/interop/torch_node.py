@@ -2,14 +2,14 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from warp_phys.errors import Diverged
 from warp_phys.flow import Combined, Flow
-from warp_phys.interop.torch_leaves import inner_grad, leaves_of
+from warp_phys.interop.torch_leaves import Cuts, inner_grad, is_within, leaves_of
 from warp_phys.interop.torch_loss import refuse_second_derivative
 
 
@@ -26,19 +26,47 @@ class Sources:
         controller: Sequence[torch.Tensor],
         system: Sequence[torch.Tensor] = (),
         histories: Sequence[torch.Tensor | None] = (None, None),
+        cuts: Mapping[int, torch.Tensor] | None = None,
+        combined: bool = False,
     ):
         self.controller, self.system = list(controller), list(system)
         self.histories = [(h, leaves_of(h)) if h is not None and h.requires_grad else None for h in histories]
         self.apart = any(self.histories)
         """Whether x0 and the physical parameters reach the node through their leaves."""
+        self.cuts = dict(cuts or {})
+        """The tensors that some of the leaves stand for, by the leaves' identity, see `torch_leaves.Cuts`."""
+        self.cuts_of_system: Cuts | None = None
+        self._behind = [leaves_of(tensor) for tensor in self.cuts.values()]
+        self.combined = combined
+        """Whether the histories of those tensors are followed for each flow, too."""
         others = [leaf for history in self.histories if history for leaf in history[1]]
-        self._elsewhere = {id(leaf) for leaf in (*self.system, *others)}
+        others += [leaf for leaves in self._behind for leaf in leaves if combined]
+        self._elsewhere = {id(leaf) for leaf in others}
         self.leaves = list({id(leaf): leaf for leaf in (*self.controller, *self.system, *others)}.values())
         """All leaves, each once, those of the controller first."""
         self._parts, self.size = {}, 0
         for leaf in self.leaves:
             self._parts[id(leaf)] = slice(self.size, self.size + leaf.numel())
             self.size += leaf.numel()
+        numbers = [leaf for leaf in self.leaves if leaf.is_complex()]
+        if numbers:
+            raise ValueError(
+                f"what is trained must be real numbers, got a tensor of {numbers[0].dtype}, shape "
+                f"{tuple(numbers[0].shape)}: keep real and imaginary parts as real numbers, see torch.view_as_complex"
+            )
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        """What autograd shall hand the leaves' gradients to: the leaves, or the tensors that they stand for."""
+        if self.combined:
+            return self.leaves
+        return [self.cuts.get(id(leaf), leaf) for leaf in self.leaves]
+
+    @property
+    def origins(self) -> list[torch.Tensor]:
+        """All leaves that get a gradient in the end."""
+        own = [leaf for leaf in self.leaves if id(leaf) not in self.cuts]
+        return [*own, *(leaf for leaves in self._behind for leaf in leaves)]
 
     def check(self) -> None:
         """Raise a ValueError if the gradient of a history is asked for, of which there is none."""
@@ -48,14 +76,19 @@ class Sources:
                     f"{name} must not retain its gradient with a combined flow, which combines at the leaves that "
                     f"{name} depends on: detach it, or ask for the linear flows, each in a backward pass of its own"
                 )
+        if self.combined and any(tensor.retains_grad for tensor in self.cuts.values()):
+            raise ValueError(
+                "a tensor that the rollout depends on must not retain its gradient with a combined flow, which "
+                "combines at the leaves behind it: ask for the linear flows, each in a backward pass of its own"
+            )
 
     @property
     def has_others(self) -> bool:
         """Whether there are leaves that the controller has nothing to do with, or not alone."""
-        return bool(self._elsewhere)
+        return bool(self._elsewhere or self.system) or (self.combined and bool(self.cuts))
 
     def elsewhere(self, leaf: torch.Tensor) -> bool:
-        """Whether the trajectory depends on a leaf in another way than through the controller."""
+        """Whether the trajectory depends on a leaf in another way than through controller or simulator."""
         return id(leaf) in self._elsewhere
 
     def add(
@@ -77,6 +110,24 @@ class Sources:
                 continue
             with _as_one_flow(flow):
                 self.add(update, leaves, inner_grad(tensor, leaves, adjoint))
+        for (leaf, tensor), leaves in zip(self.cuts.items() if self.combined else (), self._behind, strict=False):
+            adjoint = update[self._parts[leaf]].view(tensor.shape)
+            with _as_one_flow(flow):
+                self.add(update, leaves, inner_grad(tensor, leaves, adjoint.clone()))
+
+
+def refuse_reentrant(*tensors: torch.Tensor) -> None:
+    """Raise a ValueError where a checkpoint has cut what a combined flow must follow: a leaf, made in a backward pass.
+
+    Other checkpoints compute again too, but only what autograd has saved.
+    """
+    if torch._C._current_graph_task_id() == -1 or not any(tensor.is_leaf for tensor in tensors):
+        return
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        raise ValueError(
+            "a rollout by a combined flow cannot be computed again within a backward pass, where nothing leads from "
+            "its x0 or parameters to what they come from: torch.utils.checkpoint.checkpoint(…, use_reentrant=False)"
+        )
 
 
 _ONE = threading.local()
@@ -110,9 +161,9 @@ class Unroll(torch.autograd.Function):
         ctx.save_for_backward(states, controls, rows, masked)
         # not saved, but kept: behind hooks of saved tensors, as a checkpoint's, others would come, and of any version
         frozen = [p for p in rollout.controller.parameters() if not p.requires_grad]
-        ctx.versions = [(p, p._version) for p in (*leaves, *frozen)]
+        ctx.versions = [(p, p._version) for p in (*leaves, *frozen, *sources.cuts.values())]
         # a history that is followed to its leaves is not autograd's; what else has one may become combined too late
-        ctx.has_history = any(t is not None and t.requires_grad and not t.is_leaf for t in (x0, rows))
+        ctx.has_history = any(t is not None and t.requires_grad and not t.is_leaf for t in (x0, rows, *leaves))
         return states, controls
 
     @staticmethod
@@ -136,8 +187,13 @@ class Unroll(torch.autograd.Function):
         combined = isinstance(rollout.flow, Combined)
         if combined and ctx.has_history:
             raise RuntimeError(
-                "the flow has become a combined one since the forward pass, whose x0 or parameters have a history: "
-                "call the rollout again"
+                "the flow has become a combined one since the forward pass, where x0, parameters or something that the "
+                "controller depends on has a history: call the rollout again"
+            )
+        if combined and is_within():
+            raise ValueError(
+                "a rollout within a controller or a simulator must have a linear flow: a combined one would be "
+                "combined at every step of the rollout around it"
             )
         sources.check()
         want_x0, want_rows = ctx.needs_input_grad[3:5]

@@ -1,7 +1,7 @@
 """Rollouts of torch modules whose backward pass is a flow of one's choice, attached to autograd."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,20 +13,21 @@ from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refu
 from warp_phys.interop.report import Report
 from warp_phys.interop.sums import combined_changes, has_own_hooks, split
 from warp_phys.interop.torch_compiled import name_of_rollout
-from warp_phys.interop.torch_contract import Found, PassCheck, refuse_averaging
+from warp_phys.interop.torch_contract import Found, PassCheck, RowsCoupled, refuse_averaging
 from warp_phys.interop.torch_controller import TorchController, precision_and_device
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_direct import DirectPass, is_finite
+from warp_phys.interop.torch_leaves import Cuts
 from warp_phys.interop.torch_loss import (
     refuse_inference,
     refuse_transforms,
     rows_of_parameters,
     torch_stream,
 )
-from warp_phys.interop.torch_node import Sources, Unroll, freeze_diverged, owned, without
+from warp_phys.interop.torch_node import Sources, Unroll, freeze_diverged, owned, refuse_reentrant, without
 from warp_phys.interop.torch_ops import name_of
 from warp_phys.layers import Workspace
-from warp_phys.phases import Retreat, Seeds, Trajectory, backward, flow_gates, forward
+from warp_phys.phases import Adjoints, Controller, Retreat, Seeds, Trajectory, backward, flow_gates, forward
 from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
 from warp_phys.systems.base import Simulator, System
 from warp_phys.systems.losses import check_loss, chosen_times
@@ -38,14 +39,17 @@ DIRECT_PASSES = 8
 class _Retreat(Retreat):
     """A simulator's way back that also finds the updates of what the simulator depends on, in flat tensors per flow."""
 
-    def __init__(self, system: Any, steps: Any, leaves: Sequence[torch.Tensor], updates: torch.Tensor):
-        super().__init__(system, steps)
-        self._leaves, self._updates = leaves, updates
+    def __init__(self, system: Any, steps: Any, masked: torch.Tensor, sources: Sources, updates: torch.Tensor):
+        super().__init__(system, steps, but=masked.tolist())
+        self._sources, self._updates = sources, updates
+        self.reached: set[int] = set()
+        """The leaves, by identity, that next states do depend on."""
 
     def product(self, f: int, x: wp.array, c: wp.array, arguments: tuple, options: dict[str, Any]) -> None:
         """Call `step_vjp` for flow f."""
-        if self._leaves:
-            options = {**options, "leaves": self._leaves, "gradient": self._updates[f]}
+        if hasattr(self.system, "leaves"):
+            own, more = self._sources, {"gradient": self._updates[f], "reached": self.reached}
+            options = {**options, "leaves": own.system, "cuts": own.cuts_of_system, **more}
         super().product(f, x, c, arguments, options)
 
 
@@ -104,6 +108,7 @@ class Rollout:
         self.reduce = reduce
         self.check = check_choice("check", check, ("auto", "always"))
         self._passes = 0
+        self._beside = False
         check_sizes(system, controller)
         self._adapter = TorchController(controller, system.state_size, system, at_once=backend == "fused")
         # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
@@ -210,23 +215,31 @@ class Rollout:
             return self._forward(x0, rows, keep=False)[:2], ()
         refuse_memory(self._flow)
         refuse_averaging(self.controller, self._flow, self.reduce)
+        if sources.combined:
+            refuse_reentrant(*given)
         if sources.apart:
             x0, rows = x0.detach(), None if rows is None else rows.detach()
-        return Unroll.apply(self, sources, found, x0, rows, *sources.leaves), sources.leaves
+        return Unroll.apply(self, sources, found, x0, rows, *sources.inputs), sources.origins
 
     def _look(self, x0: torch.Tensor, rows: torch.Tensor | None) -> tuple[Found | None, Sources]:
         """Return what a look at the controller finds before a pass from x0, and all that the pass depends on."""
-        found, own, is_known = None, (), self._adapter.is_known()
+        found, own, cuts, of_system, is_known = None, (), {}, None, self._adapter.is_known()
         if not is_known or hasattr(self.system, "leaves"):
             with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
                 self._check_place()
                 if not is_known:
                     size, always = self.system.control_size, self.check == "always"
                     found = self._adapter.examine(x0, size, self.steps, always)
+                    cuts = {} if found.cuts is None else found.cuts.of(found.leaves)
                 if hasattr(self.system, "leaves"):
-                    own = self.system.leaves(x0, x0.new_zeros((len(x0), self.system.control_size)))
+                    of_system = Cuts()
+                    own = self.system.leaves(x0, x0.new_zeros((len(x0), self.system.control_size)), of_system)
+                    cuts = {**cuts, **of_system.of(own)}
         controller = self._adapter.trainable if found is None else found.leaves
-        sources = Sources(controller, own, (x0, rows) if isinstance(self._flow, Combined) else (None, None))
+        combined = isinstance(self._flow, Combined)
+        sources = Sources(controller, own, (x0, rows) if combined else (None, None), cuts, combined)
+        self._beside = len(sources.leaves) > len(self._adapter.trainable)
+        sources.cuts_of_system = of_system if of_system is not None and of_system.pairs else None
         sources.check()
         return found, sources
 
@@ -430,15 +443,10 @@ class Rollout:
         want_rows = want_rows or sources.histories[1] is not None
         with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
             arrays = [as_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
-            gates, gates_array = self._gates_of(flows, len(controls))
             trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]), kept)
-            check, steps = PassCheck(found), self._compared_steps(len(controls))
-            controller: Any = self._adapter if found is None else found
-            adjoints = backward(
-                self.system, controller, trajectory, Seeds(arrays[2], arrays[3]), gates,
-                gates_array, list(updates[:, :of_controller]), workspace, want_rows, check=check,
-                fused=found is None and self.backend == "fused", whole=found is not None and found.whole,
-                simulator=_Retreat(self.system, steps, sources.system, of_system),
+            adjoints, check, simulator = self._run_backward(
+                flows, trajectory, Seeds(arrays[2], arrays[3]), masked, sources, found,
+                (updates[:, :of_controller], of_system), workspace, want_rows,
             )  # fmt: skip
             if must_train and self.reduce is None:  # with it another rank may know of what there is to train
                 check.finish()
@@ -458,13 +466,52 @@ class Rollout:
             changes = self._updates(updates[used], sources.leaves)
             count = len(sources.controller)
             self.report = Report(flows, updates[:, :of_controller], tuple(changes[:count]), tuple(masked.tolist()))
-        reached = [
-            self.reduce is not None or sources.elsewhere(leaf) or check.includes(leaf) for leaf in sources.leaves
-        ]
+        through = {id(leaf) for leaf in sources.controller if check.includes(leaf)} | simulator.reached
+        reached = [self.reduce is not None or sources.elsewhere(leaf) or id(leaf) in through for leaf in sources.leaves]
+        if sources.combined:  # autograd has nothing to do with what stands for a tensor
+            reached = [r and id(leaf) not in sources.cuts for r, leaf in zip(reached, sources.leaves, strict=True)]
         grads = [change if depends else None for change, depends in zip(changes, reached, strict=True)]
         if adj_rows is not None:
             adj_rows = combine(flow, adj_rows[used])
         return combine(flow, adj_x0[used]), adj_rows, grads
+
+    def _run_backward(
+        self,
+        flows: tuple[Flow, ...],
+        trajectory: Trajectory,
+        seeds: Seeds,
+        masked: torch.Tensor,
+        sources: Sources,
+        found: Found | None,
+        updates: tuple[torch.Tensor, torch.Tensor],
+        workspace: Workspace,
+        want_rows: bool,
+    ) -> tuple[Adjoints, PassCheck, _Retreat]:
+        """Run the flows backward, once more step by step where rows turn out to be coupled, as they may not be at x0.
+
+        Returns:
+            The adjoints; what has looked at controller and simulator. `updates`, of controller and system, are written.
+        """
+        gates, gates_array = self._gates_of(flows, len(trajectory.controls))
+        steps, controller = self._compared_steps(len(gates[0])), found or self._adapter
+        coupled = False
+        while True:
+            check, simulator = PassCheck(found, masked), _Retreat(self.system, steps, masked, sources, updates[1])
+            try:
+                adjoints = backward(
+                    self.system, cast(Controller, controller), trajectory, seeds, gates, gates_array, list(updates[0]),
+                    workspace, want_rows, check=check, fused=found is None and self.backend == "fused",
+                    whole=found is not None and found.whole, simulator=simulator,
+                )  # fmt: skip
+            except RowsCoupled:
+                assert found is not None
+                found.whole = coupled = True
+                for update in updates:
+                    update.zero_()
+                continue
+            if coupled:
+                self._adapter.examination.coupled = True
+            return adjoints, check, simulator
 
     def _compared_steps(self, steps: int) -> Sequence[int] | None:
         """Return at which steps a simulator is asked whether it has changed since the forward pass; None for all."""

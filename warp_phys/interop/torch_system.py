@@ -1,6 +1,8 @@
 """A torch function as a simulator: its physics, our flows."""
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +10,9 @@ import torch
 import warp as wp
 
 from warp_phys.checks import check_repeated, differing_rows
+from warp_phys.errors import NotRepeatable
 from warp_phys.interop.foreign import ForeignSystem, check_result, not_finite_message
-from warp_phys.interop.torch_leaves import inner_grad, leaves_of
+from warp_phys.interop.torch_leaves import Cuts, inner_grad, leaves_of, plainly_saved, reaches_back, within
 from warp_phys.interop.torch_linearisation import add_parts
 
 
@@ -55,6 +58,8 @@ class TorchSystem(ForeignSystem):
         y: wp.array | None = None,
         leaves: Sequence[torch.Tensor] = (),
         gradient: torch.Tensor | None = None,
+        cuts: Cuts | None = None,
+        reached: set[int] | None = None,
     ) -> None:
         """Write adj_x = (∂S/∂x)ᵀ adj_y and adj_c = (∂S/∂c)ᵀ adj_y.
 
@@ -69,6 +74,8 @@ class TorchSystem(ForeignSystem):
             y: The next states that the forward pass found; they are compared with what the function gives now.
             leaves: What else to differentiate by, see `leaves`.
             gradient: A flat tensor to which Σ (∂S/∂leaves)ᵀ adj_y is added.
+            cuts: What `leaves` has filled.
+            reached: To it the identities of those leaves are added that the next states do depend on.
 
         Raises:
             ValueError: The function is not differentiable, or its vector-Jacobian product is not finite though all
@@ -78,9 +85,12 @@ class TorchSystem(ForeignSystem):
         self._check_inputs(x, c, adj_y, "adj_y")
         with _on_stream_of(x), torch.inference_mode(False), torch.enable_grad():
             inputs = [wp.to_torch(array, requires_grad=False).detach().requires_grad_() for array in (x, c)]
-            result = self._evaluate(*inputs)
+            with plainly_saved(), cuts or contextlib.nullcontext():
+                result = self._evaluate(*inputs)
             if y is not None:
                 self._compare(inputs, result.detach(), wp.to_torch(y, requires_grad=False))
+            if y is not None and gradient is not None:
+                _check_leaves(result, [*inputs, *leaves])
             if not result.requires_grad:
                 raise ValueError(
                     "function must be differentiable: what it returns has no graph back to its arguments; detach(), "
@@ -90,6 +100,8 @@ class TorchSystem(ForeignSystem):
             by_x, by_c, *parts = _product(result, [*inputs, *leaves], adj)
             if gradient is not None:
                 add_parts(gradient, parts, leaves)
+            if reached is not None:
+                reached.update(id(leaf) for leaf, part in zip(leaves, parts, strict=True) if part is not None)
             for name, array, product in (("x", adj_x, by_x), ("c", adj_c, by_c)):
                 target = wp.to_torch(array, requires_grad=False)
                 if product is None:
@@ -99,12 +111,25 @@ class TorchSystem(ForeignSystem):
                 if not torch.isfinite(target.sum()):
                     _explain(name, target, result, adj)
 
-    def leaves(self, x: torch.Tensor, c: torch.Tensor) -> list[torch.Tensor]:
-        """Return the leaves of autograd's graph that the next states depend on besides x (batch, D), c (batch, K)."""
-        with torch.inference_mode(False), torch.enable_grad():
+    def leaves(self, x: torch.Tensor, c: torch.Tensor, cuts: Cuts | None = None) -> list[torch.Tensor]:
+        """Return the leaves of autograd's graph that the next states may depend on besides x (batch, D), c (batch, K).
+
+        They are those at x and c, and the trained parameters of modules that the function is, or refers to: at other
+        states it may use others of them. Empty `cuts` take up the tensors that have a history.
+        """
+        with torch.inference_mode(False), torch.enable_grad(), plainly_saved():
             inputs = [tensor.detach().requires_grad_() for tensor in (x, c)]
-            result = self._evaluate(*(tensor.clone() for tensor in inputs))
-        return [leaf for leaf in leaves_of(result) if all(leaf is not own for own in inputs)]
+            copies = [tensor.clone() for tensor in inputs]
+            result, first = self._evaluate(*copies), copies[0].grad_fn._sequence_nr()  # type: ignore[union-attr]
+            if cuts is not None and reaches_back(result, first):
+                copies = [tensor.clone() for tensor in inputs]
+                with cuts.looking(copies[0].grad_fn._sequence_nr()):  # type: ignore[union-attr]
+                    self._evaluate(*copies)
+                with cuts:
+                    result = self._evaluate(*copies)
+        found = [leaf for leaf in leaves_of(result) if all(leaf is not own for own in inputs)]
+        found += [p for module in _modules_of(self.function) for p in module.parameters() if p.requires_grad]
+        return list({id(leaf): leaf for leaf in found}.values())
 
     def _compare(self, inputs: Sequence[torch.Tensor], now: torch.Tensor, before: torch.Tensor) -> None:
         """Raise `NotRepeatable` if the function gives other states than in the forward pass."""
@@ -148,14 +173,40 @@ class TorchSystem(ForeignSystem):
         return costs
 
 
+def _modules_of(function: Any) -> list[torch.nn.Module]:
+    """Return the modules that a function is, belongs to or refers to by name."""
+    found = [function, getattr(function, "__self__", None)]
+    if isinstance(function, functools.partial):
+        found += [*function.args, *function.keywords.values()]
+        function = function.func
+    plain = inspect.unwrap(getattr(function, "__func__", function))
+    if inspect.isfunction(plain):
+        names = inspect.getclosurevars(plain)
+        found += [*names.nonlocals.values(), *names.globals.values()]
+    return [value for value in found if isinstance(value, torch.nn.Module)]
+
+
+def _check_leaves(result: torch.Tensor, known: Sequence[torch.Tensor]) -> None:
+    """Raise `NotRepeatable` if the next states depend on a leaf that is not known."""
+    ids = {id(leaf) for leaf in known}
+    others = [tuple(leaf.shape) for leaf in leaves_of(result) if id(leaf) not in ids]
+    if others:
+        raise NotRepeatable(
+            f"the step of function depends on a tensor of shape {others[0]} that it does not depend on at x0: make the "
+            "function a torch.nn.Module that has it as a parameter, or detach it"
+        )
+
+
 def _product(result: torch.Tensor, inputs: Sequence[torch.Tensor], adj: torch.Tensor) -> tuple:
     """Return (∂result/∂inputs)ᵀ adj."""
     try:
-        return inner_grad(result, inputs, adj)  # steps may share a part of their graphs
+        with within():
+            return inner_grad(result, inputs, adj)  # steps may share a part of their graphs
     except RuntimeError as error:
         if "donated buffers" not in str(error):
             raise
-    return inner_grad(result, inputs, adj, retain_graph=False)
+    with within():
+        return inner_grad(result, inputs, adj, retain_graph=False)
 
 
 def _on_stream_of(x: wp.array) -> contextlib.AbstractContextManager:

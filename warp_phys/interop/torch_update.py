@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -299,9 +299,14 @@ class Update:
     def _step_by_step(self, x0: torch.Tensor) -> torch.Tensor:
         with beside(self._own_stream()) if self._graph_of_torchs else contextlib.nullcontext():
             loss = value_and_grad(self.rollout, self._mean(), x0, *self._loss)
-            clip_gradients(gradients_of(self.rollout.controller.parameters()), *self._clipping)
+            clip_gradients(gradients_of(self._clipped()), *self._clipping)
             self.optimiser.step()
         return loss
+
+    def _clipped(self) -> Iterable[torch.Tensor]:
+        """Return whose gradients are clipped: the controller's parameters, and what else the optimiser moves."""
+        moved = (p for group in self.optimiser.param_groups for p in group["params"])
+        return {id(p): p for p in (*self.rollout.controller.parameters(), *moved)}.values()
 
     def _end(self, direct: DirectPass) -> End | None:
         """Return the recorded end of an update with the optimiser's numbers as they are now, or None."""
