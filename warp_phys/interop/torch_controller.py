@@ -9,7 +9,7 @@ import warp as wp
 
 from warp_phys.block_network import BlockNetwork
 from warp_phys.block_plan import kept_starts
-from warp_phys.interop.sums import number_of_hooks
+from warp_phys.interop.sums import has_own_hooks, number_of_hooks
 from warp_phys.interop.torch_contract import (
     Examination,
     Found,
@@ -19,6 +19,7 @@ from warp_phys.interop.torch_contract import (
     state_of,
 )
 from warp_phys.interop.torch_dense import OF_VALUE, DenseLinearisation, as_array
+from warp_phys.interop.torch_leaves import plainly_saved
 from warp_phys.interop.torch_linearisation import TorchLinearisation, controls_of
 from warp_phys.interop.torch_plan import (
     ACTIVATIONS,
@@ -118,6 +119,11 @@ class TorchController:
         self._ready = self.at_once or self.examination.passes >= PASSES
         return self.planned() is not None or self.dense() is not None
 
+    def program_key(self) -> tuple | None:
+        """Return what tells a program from what is read of the module later; None where it is run as none."""
+        planned = self.planned()
+        return self._program_fingerprint() if planned is not None and isinstance(planned.plan, Program) else None
+
     def check_program(self, x0: torch.Tensor, controls: torch.Tensor, always: bool) -> None:
         """Raise `NotRepeatable` if the module is run as a program and is another one now; looked at now and then."""
         planned = self.planned()
@@ -202,7 +208,7 @@ class TorchController:
             return None
         if are_hooks_everywhere():
             return None
-        parameters = tuple((p.data_ptr(), p.shape, number_of_hooks(p)) for p in self.module.parameters())
+        parameters = tuple((p.data_ptr(), p.shape, has_own_hooks(p)) for p in self.module.parameters())
         return state_of(self.module, outside=True), parameters, tuple(b.data_ptr() for b in self.module.buffers())
 
     def _chain_fingerprint(self) -> tuple | None:
@@ -243,7 +249,8 @@ class TorchController:
                 self._programs.pop(next(iter(self._programs)))
             self._reads += 1
             try:
-                self._programs[key] = read_and_check(self.module, self.system)
+                with plainly_saved():
+                    self._programs[key] = read_and_check(self.module, self.system)
                 self.why_general = None
             except Unreadable as reason:
                 self._programs[key], self.why_general = None, str(reason)

@@ -158,6 +158,7 @@ class Unroll(torch.autograd.Function):
             rollout._adapter.check_program(x0, controls[0], rollout.check == "always")
         ctx.rollout, ctx.kept, ctx.signature = rollout, kept, rollout._adapter.signature()
         ctx.sources, ctx.found = sources, found
+        ctx.program = rollout._adapter.program_key() if found is None else None
         ctx.save_for_backward(states, controls, rows, masked)
         # not saved, but kept: behind hooks of saved tensors, as a checkpoint's, others would come, and of any version
         frozen = [p for p in rollout.controller.parameters() if not p.requires_grad]
@@ -177,7 +178,8 @@ class Unroll(torch.autograd.Function):
                 "a parameter of the controller has been modified in place since the forward pass: call the rollout "
                 "again before the backward pass"
             )
-        if rollout._adapter.signature() != ctx.signature:
+        is_another = ctx.program is not None and rollout._adapter.program_key() != ctx.program
+        if is_another or rollout._adapter.signature() != ctx.signature:
             raise RuntimeError(
                 "the controller has changed since the forward pass (layers, frozen parameters, or their memory): "
                 "call the rollout again before the backward pass"
