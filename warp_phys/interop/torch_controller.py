@@ -94,9 +94,9 @@ class TorchController:
         """Whether the module is a chain of the engine's own layers, of which all is known."""
         return self.planned() is not None or self.dense() is not None
 
-    def examine(self, x0: torch.Tensor, steps: int, always: bool = False) -> Found:
+    def examine(self, x0: torch.Tensor, steps: int, always: bool = False, cut: bool = True) -> Found:
         """Return what the controls depend on and how they are differentiated, before some steps from x0 (batch, D)."""
-        return self.examination.begin(self.trainable, x0, steps, always)
+        return self.examination.begin(self.trainable, x0, steps, always, cut)
 
     def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> TorchLinearisation | DenseLinearisation:
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""

@@ -208,14 +208,14 @@ class Rollout:
             x0, rows = x0.detach(), None if rows is None else rows.detach()
         return Unroll.apply(self, sources, found, x0, rows, *sources.inputs), sources.origins
 
-    def _look(self, x0: torch.Tensor, rows: torch.Tensor | None) -> tuple[Found | None, Sources]:
+    def _look(self, x0: torch.Tensor, rows: torch.Tensor | None, cut: bool = True) -> tuple[Found | None, Sources]:
         """Return what a look at the controller finds before a pass from x0, and all that the pass depends on."""
         found, own, cuts, of_system = None, (), {}, None
         if not self._adapter.is_known or hasattr(self.system, "leaves"):
             with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
                 self._check_place()
                 if not self._adapter.is_known:
-                    found = self._adapter.examine(x0, self.steps, self.check == "always")
+                    found = self._adapter.examine(x0, self.steps, self.check == "always", cut)
                     cuts = {} if found.cuts is None else found.cuts.of(found.leaves)
                 if hasattr(self.system, "leaves"):
                     of_system = Cuts()
