@@ -4,6 +4,8 @@ import functools
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from tests.contract.by_torch import (
@@ -157,6 +159,17 @@ def test_ways_to_use_what_has_a_history(kind, flow):
 
     tensors = [*leaves(net), *leaves(encoder)]
     assert_same(by_engine(told, tensors, start(), flow), by_torch(told, tensors, start(), flow))
+
+
+@pytest.mark.parametrize("flow", ["R", "C"])
+def test_cached_weights_in_compiled_code(flow):
+    net = NN.Sequential(weight_norm(NN.Linear(4, 8)), NN.Tanh(), NN.Linear(8, 1)).double()
+    torch._dynamo.reset()
+    rollout = Rollout(SYSTEM, net, STEPS, flow)
+    objective = torch.compile(lambda x0: a_loss(*rollout(x0)), fullgraph=True, backend="aot_eager")
+    with parametrize.cached():
+        got = collect(lambda: objective(start()), leaves(net))
+    assert_same(got, by_torch(net, leaves(net), start(), flow))
 
 
 def test_a_history_that_goes_straight_into_a_function():

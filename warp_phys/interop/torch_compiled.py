@@ -43,7 +43,7 @@ def unroll(
     found = None
     if any(p.requires_grad for p in rollout.controller.parameters()):
         with autograd_inside():
-            found, sources = rollout._look(rollout.initial_states(x0), None)
+            found, sources = rollout._look(rollout.initial_states(x0), None, cut=False)
         if rollout._adapter.examination.others or sources.system:
             raise ValueError(
                 "in compiled code controller and system must depend on no tensors that require gradients besides the "
@@ -85,7 +85,7 @@ def _unroll_vjp(
     masked, seeds = torch.nonzero(mask).flatten(), (adj_states, adj_controls)
     trainable = rollout._adapter.trainable  # the parameters themselves: the sums of M and R belong to them
     with autograd_inside():
-        found, _ = rollout._look(states[0], None)
+        found, _ = rollout._look(states[0], None, cut=False)
         adj_x0, adj_rows, grads = rollout._backward(
             states, controls, rows, masked, None, Sources(trainable), seeds, want_rows, found=found
         )

@@ -37,7 +37,7 @@ ADVICE = (
 class Found:
     """What a forward pass found out about its controller: how its backward pass goes, and what that must meet again."""
 
-    def __init__(self, module: torch.nn.Module, parameters: Sequence[torch.Tensor], x0: torch.Tensor):
+    def __init__(self, module: torch.nn.Module, parameters: Sequence[torch.Tensor], x0: torch.Tensor, cut: bool = True):
         for part in module.modules():
             if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.training and part.track_running_stats:
                 raise ValueError("controller must not normalise over the batch in training: use controller.eval()")
@@ -46,7 +46,7 @@ class Found:
         """The module at x0."""
         self.cuts: Cuts | None = None
         """What takes the place of tensors that have a history from before the call."""
-        if self.here.reaches_back and not _is_compiled(module):
+        if cut and self.here.reaches_back and not _is_compiled(module):
             self.cuts = self.here.find_cuts()
             self.here = TorchLinearisation(module, (), x0, self.cuts)
         known = {id(parameter) for parameter in parameters}
@@ -103,15 +103,23 @@ class Examination:
         """Whether the controls depend on leaves that are no trained parameters."""
 
     def begin(
-        self, parameters: Sequence[torch.Tensor], x0: torch.Tensor, controls: int, steps: int, always: bool
+        self,
+        parameters: Sequence[torch.Tensor],
+        x0: torch.Tensor,
+        controls: int,
+        steps: int,
+        always: bool,
+        cut: bool = True,
     ) -> Found:
         """Look at the module, which returns so many controls, before some steps from x0, shape (batch, D).
+
+        Without `cut`, what has a history is differentiated down to the leaves behind it, at every step.
 
         Raises:
             NotRepeatable: It gives other controls, or other derivatives, at each call.
             TypeError, ValueError: What it returns are no controls.
         """
-        found = Found(self.module, parameters, x0)
+        found = Found(self.module, parameters, x0, cut)
         check_shape(found.here.output, (len(x0), controls))
         self.passes += 1
         regular = always or self.passes & (self.passes - 1) == 0
@@ -121,7 +129,7 @@ class Examination:
             found.check_again()
             if regular and state_of(self.module) != found.state:
                 # whoever keeps something from call to call may use it at one call in many, or at other states
-                elsewhere = Found(self.module, found.leaves, _moved(x0))
+                elsewhere = Found(self.module, found.leaves, _moved(x0), cut)
                 for _ in range(steps):
                     found.check_again()
                     elsewhere.check_again()

@@ -133,9 +133,9 @@ class TorchController:
         if always or self._runs & (self._runs - 1) == 0:
             check_program(self.module, x0, controls)
 
-    def examine(self, x0: torch.Tensor, controls: int, steps: int, always: bool = False) -> Found:
+    def examine(self, x0: torch.Tensor, controls: int, steps: int, always: bool = False, cut: bool = True) -> Found:
         """Return what the controls depend on and how they are differentiated, before some steps from x0 (batch, D)."""
-        return self.examination.begin(self.trainable, x0, controls, steps, always)
+        return self.examination.begin(self.trainable, x0, controls, steps, always, cut)
 
     def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> TorchLinearisation | DenseLinearisation:
         """Return the module linearised at the rows x (N, D); `workspace` is not needed."""

@@ -221,7 +221,7 @@ class Rollout:
             x0, rows = x0.detach(), None if rows is None else rows.detach()
         return Unroll.apply(self, sources, found, x0, rows, *sources.inputs), sources.origins
 
-    def _look(self, x0: torch.Tensor, rows: torch.Tensor | None) -> tuple[Found | None, Sources]:
+    def _look(self, x0: torch.Tensor, rows: torch.Tensor | None, cut: bool = True) -> tuple[Found | None, Sources]:
         """Return what a look at the controller finds before a pass from x0, and all that the pass depends on."""
         found, own, cuts, of_system, is_known = None, (), {}, None, self._adapter.is_known()
         if not is_known or hasattr(self.system, "leaves"):
@@ -229,7 +229,7 @@ class Rollout:
                 self._check_place()
                 if not is_known:
                     size, always = self.system.control_size, self.check == "always"
-                    found = self._adapter.examine(x0, size, self.steps, always)
+                    found = self._adapter.examine(x0, size, self.steps, always, cut)
                     cuts = {} if found.cuts is None else found.cuts.of(found.leaves)
                 if hasattr(self.system, "leaves"):
                     of_system = Cuts()
