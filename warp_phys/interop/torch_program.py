@@ -120,9 +120,8 @@ def _check_numbers(read: Planned, found: Any, system: Any) -> None:
     updates = {id(leaf): torch.zeros_like(leaf) for leaf in found.leaves}
     targets = [updates[id(t)].data_ptr() if id(t) in updates else 0 for t in read.tensors]
     network.unpack(packed, [targets])
-    pairs = [(controls[0], found.here.output.detach()), (lam[0], None)]
     expected = found.here.adjoints(seed)
-    pairs = [pairs[0], *zip([lam[0], *updates.values()], expected, strict=True)]
+    pairs = [(controls[0], found.here.output.detach()), *zip([lam[0], *updates.values()], expected, strict=True)]
     scale = torch.stack([e.abs().max() for e in expected if e.numel()]).max()
     for i, (got, wanted) in enumerate(pairs):
         if not is_close(got, wanted, scale if i else None):
