@@ -120,9 +120,14 @@ def fastest(contestant: str, case: Case, settings: Settings) -> Entry:
     Raises:
         Failed: None could be started.
     """
+    return fastest_of(contestant, candidates(contestant, case), case, settings)
+
+
+def fastest_of(contestant: str, programs: Sequence[Candidate], case: Case, settings: Settings) -> Entry:
+    """Do the same with candidates that are given."""
     entries: list[Entry] = []
     reason = ""
-    for candidate in candidates(contestant, case):
+    for candidate in programs:
         try:
             entries.append(start(contestant, candidate, case, settings))
         except Failed as error:
