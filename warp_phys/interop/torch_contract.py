@@ -296,7 +296,8 @@ def _is_row_by_row(found: Found) -> bool:
 def state_of(module: torch.nn.Module, outside: bool = False) -> tuple:
     """Return what calls of a module, or its user, may change besides numbers of parameters: cheap to compare.
 
-    With `outside` also what its functions read that belongs to no module: globals, and what they close over.
+    With `outside`, which is for programs, also what its functions read that belongs to no module (globals, and what
+    they close over), but no numbers of buffers.
     """
     parts: list[Any] = []
     for part in module.modules():
@@ -311,7 +312,8 @@ def state_of(module: torch.nn.Module, outside: bool = False) -> tuple:
         for p in part.parameters(recurse=False):
             parts += (id(p), p.requires_grad)
         for buffer in part.buffers(recurse=False):
-            parts.append(_mark(buffer))
+            is_read = outside and buffer.is_floating_point()  # by kernels, in each pass
+            parts.append((id(buffer), buffer.shape) if is_read else _mark(buffer))
         if outside:
             parts += [_mark(value()) for value in _read_outside(getattr(part.forward, "__func__", None))]
     return tuple(parts)

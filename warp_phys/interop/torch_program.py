@@ -52,8 +52,13 @@ def read_program(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> Pl
         Unreadable: It is none; the message says in one sentence what stands in the way.
     """
     exported = _export(module, torch.zeros((5, inputs), dtype=like.dtype, device=like.device))
-    reader = _Reader(exported, module, inputs, like.dtype)
-    return reader.read()
+    try:
+        return _Reader(exported, module, inputs, like.dtype).read()
+    except Unreadable:
+        raise
+    except Exception as error:  # an operation with arguments that its rule does not know
+        first = str(error).strip().partition("\n")[0]
+        raise Unreadable(f"it cannot be read: {first[:160]}") from None
 
 
 def _refuse(module: torch.nn.Module) -> None:
@@ -99,7 +104,12 @@ def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
         raise Unreadable(f"it does not use its parameter {unused[0]}, which then has no gradient")
     if state_of(module, outside=True) != before:
         raise Unreadable("calls change it")
-    _check_numbers(read, found, system)
+    try:
+        _check_numbers(read, found, system)
+    except Unreadable:
+        raise
+    except Exception as error:
+        raise Unreadable(f"no code can be made of it: {str(error).strip()[:160]}") from None
     return read
 
 
@@ -167,7 +177,10 @@ class _Reader:
             raise Unreadable("it does not return one tensor alone")
         if output[0].ndim != 2:
             raise Unreadable(f"what it returns has {output[0].ndim} dimensions")
-        program = self.build.finish(self.build.gather(self._entries(output[0])))
+        entries, sample = self._of_samples(output[0])
+        if sample is not None and not (sample == torch.arange(1, BATCH + 1)[:, None]).all():
+            raise Unreadable("it returns its rows in another order")
+        program = self.build.finish(self.build.gather(entries))
         tensors = [None if slot < 0 else self.tensors[slot] for slot in program.read]
         if not any(program.nodes[i].operation == "dense" for i in program.readers):
             raise Unreadable("it has no dense layer, so that there is nothing to gain")
@@ -210,10 +223,6 @@ class _Reader:
         return (node * PLACES + torch.arange(tensor.numel())).reshape(tensor.shape)
 
     # --- places
-
-    def _entries(self, code: torch.Tensor) -> list[tuple[int, int]]:
-        """Return (node, place) of the numbers of each sample, in the order in which they stand; of one sample."""
-        return self._of_samples(code)[0]
 
     def _of_samples(self, code: torch.Tensor) -> tuple[list[tuple[int, int]], torch.Tensor | None]:
         """Return the entries of the first sample, and for each place of `code` its sample; None for no samples.
@@ -407,8 +416,8 @@ def _rsub(reader: _Reader, a: Any, b: Any, alpha: float = 1) -> Any:
 
 
 def _power(reader: _Reader, a: Any, n: Any) -> Any:
-    if isinstance(n, torch.Tensor) or not isinstance(a, torch.Tensor):
-        raise Unreadable("it raises to a power that is computed")
+    if isinstance(n, torch.Tensor) or not isinstance(a, torch.Tensor) or n == 0:
+        raise Unreadable("it raises to a power that is computed, or zero")
     if n == 1:
         return a
     special = {2: "square", 0.5: "root", -1: "reciprocal", -0.5: "reciprocal root"}
@@ -418,8 +427,8 @@ def _power(reader: _Reader, a: Any, n: Any) -> Any:
 def _clamp(reader: _Reader, a: Any, least: Any = None, most: Any = None) -> Any:
     if isinstance(least, torch.Tensor) or isinstance(most, torch.Tensor):
         if least is not None:
-            a = reader.elementwise("maximum", [a, least], 1.0)
-        return a if most is None else reader.elementwise("minimum", [a, most], 1.0)
+            a = reader.elementwise("maximum", [a, least], 1.0, 0.0)
+        return a if most is None else reader.elementwise("minimum", [a, most], 1.0, 0.0)
     return reader.elementwise("clamp", [a], -math.inf if least is None else least, math.inf if most is None else most)
 
 
@@ -596,11 +605,11 @@ RULES: dict[str, Callable] = {
     "sign": _unary("sign"), "elu": _elu, "gelu": _gelu, "mish": _mish,
     "leaky_relu": lambda r, a, slope=0.01: r.elementwise("leaky relu", [a], slope),
     "softplus": lambda r, a, beta=1, threshold=20: r.elementwise("softplus", [a], beta, threshold),
-    "hardtanh": lambda r, a, low=-1, high=1: _clamp(r, a, low, high),
+    "hardtanh": lambda r, a, low=-1, high=1: r.elementwise("hardtanh", [a], low, high),
     "clamp": _clamp, "clamp_min": _clamp,
     "clamp_max": lambda r, a, high: _clamp(r, a, None, high),
-    "maximum": lambda r, a, b: r.elementwise("maximum", [a, b], 0.5),
-    "minimum": lambda r, a, b: r.elementwise("minimum", [a, b], 0.5),
+    "maximum": lambda r, a, b: r.elementwise("maximum", [a, b], 0.5, 0.5),
+    "minimum": lambda r, a, b: r.elementwise("minimum", [a, b], 0.5, 0.5),
     "gt": _compare("greater"), "ge": _compare("greater or equal"), "lt": _compare("greater", True),
     "le": _compare("greater or equal", True), "eq": _compare("equal"), "where": _where,
     "mean": _mean, "sum": _sum, "softmax": _softmax, "_softmax": lambda r, a, dim, _half: _softmax(r, a, dim),

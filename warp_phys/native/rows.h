@@ -2,15 +2,20 @@
 
 namespace warp_phys {
 
-template <typename V, typename F> static inline V each(V x, F function) {
+template <typename V, typename F> static __attribute__((noinline)) V each(V x, F function) {
     for (int i = 0; i < int(sizeof(V) / sizeof(x[0])); ++i) x[i] = function(x[i]);
     return x;
 }
 
+// The vectors' own e^z ends at e^-87 and e^88: beyond 60 it is taken in two factors, so that it goes on to 0 and infinity.
 static inline vector<float> exponential_of(vector<float> z) {
+    const vector<float> none{}, part = none + 30.0f;
+    const vector<float> shift = z > 60.0f ? part : z < -60.0f ? -part : none;
+    const vector<float> factor = z > 60.0f ? none + 1.06864746e13f : z < -60.0f ? none + 9.35762297e-14f : none + 1.0f;
     vector<float> value, unused;
-    exponential(z, value, unused);
-    return value;
+    exponential(z - shift, value, unused);
+    value = value * factor;
+    return z > 89.0f ? none + __builtin_inff() : value;
 }
 static inline vector<double> exponential_of(vector<double> z) {
     return each(z, [](double x) { return ::exp(x); });
@@ -45,10 +50,44 @@ static inline float arctangent_of(float x) { return ::atanf(x); }
 static inline double arctangent_of(double x) { return ::atan(x); }
 template <typename V> static inline V arctangent(V x) { return each(x, [](auto a) { return arctangent_of(a); }); }
 
+#define WARP_PHYS_EACH(name, function) \
+    static inline float name##_of(float x) { return ::function##f(x); } \
+    static inline double name##_of(double x) { return ::function(x); } \
+    template <typename V> static inline V name(V x) { return each(x, [](auto a) { return name##_of(a); }); }
+WARP_PHYS_EACH(arcsine, asin)
+WARP_PHYS_EACH(arccosine, acos)
+WARP_PHYS_EACH(hyperbolic_sine, sinh)
+WARP_PHYS_EACH(hyperbolic_cosine, cosh)
+#undef WARP_PHYS_EACH
+
+static inline float angle_at(float y, float x) { return ::atan2f(y, x); }
+static inline double angle_at(double y, double x) { return ::atan2(y, x); }
+template <typename V> static inline V angle_of(V y, V x) {
+    for (int i = 0; i < int(sizeof(V) / sizeof(y[0])); ++i) y[i] = angle_at(y[i], x[i]);
+    return y;
+}
+
+// As in torch: what is no number stays so, and of limits that cross the upper one counts.
+template <typename V, typename T> static inline V clamped(V a, T low, T high) {
+    a = a < V{} + low ? V{} + low : a;
+    return a > V{} + high ? V{} + high : a;
+}
+template <typename V> static inline V larger(V a, V b) { return ((a > b) | (a != a)) ? a : b; }
+template <typename V> static inline V smaller(V a, V b) { return ((a < b) | (a != a)) ? a : b; }
+
+// e^z - 1 and log(1 + x), good for small numbers too.
+template <typename V> static inline V exponential_less_one(V z) { return tanh_of(z / 2) * (exponential_of(z) + 1); }
+template <typename V> static inline V logarithm_of_one_more(V x) {
+#pragma clang fp reassociate(off) contract(off)
+    const V more = 1 + x;
+    const V value = more == V{} + 1 ? x : logarithm(more) * (x / (more - 1));
+    return x > V{} + 1 ? logarithm(more) : value;
+}
+
 // log(1 + e^z) without overflow
 template <typename V> static inline V softplus_of(V z) {
     const V size = z < V{} ? z : -z;
-    return (z > V{} ? z : V{}) + logarithm(1 + exponential_of(size));
+    return (z > V{} ? z : V{}) + logarithm_of_one_more(exponential_of(size));
 }
 
 template <typename V> static inline V one_where(decltype(V{} < V{}) which) { return which ? V{} + 1 : V{}; }

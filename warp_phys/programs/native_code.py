@@ -15,6 +15,13 @@ FEWEST = 4
 """Fewest numbers side by side that are copied by a loop rather than by a table."""
 
 
+ROLLED = "\n#pragma clang loop unroll(disable)\n"
+"""In front of loops over a node: unrolled, a hundred of them would take a compiler half a minute."""
+
+APART = "[&]() __attribute__((noinline)) {"
+"""Opens a function of a node's own, for the same reason; `}();` closes it."""
+
+
 def literal(number: float) -> str:
     """Return a number in C++."""
     if number != number:  # noqa: PLR0124
@@ -56,9 +63,9 @@ def _copies(numbers: Sequence[tuple[int, int]], at: Sequence[int], to: int, back
         if length < FEWEST:
             table += [(target + k, source + k) for k in range(length)]
         elif back:
-            lines.append(f"for (int k = 0; k < {length}; ++k) adj[{source} + k] += adj[{to + target} + k];")
+            lines.append(f"{ROLLED}for (int k = 0; k < {length}; ++k) adj[{source} + k] += adj[{to + target} + k];")
         else:
-            lines.append(f"for (int k = 0; k < {length}; ++k) r[{to + target} + k] = r[{source} + k];")
+            lines.append(f"{ROLLED}for (int k = 0; k < {length}; ++k) r[{to + target} + k] = r[{source} + k];")
     if len(table) <= FEWEST:
         for target, source in table:
             lines.append(f"adj[{source}] += adj[{to + target}];" if back else f"r[{to + target}] = r[{source}];")
@@ -66,7 +73,7 @@ def _copies(numbers: Sequence[tuple[int, int]], at: Sequence[int], to: int, back
         sources, targets = (", ".join(str(pair[i]) for pair in table) for i in (1, 0))
         lines += [f"{{ static const int from[] = {{{sources}}}, into[] = {{{targets}}};"]
         body = f"adj[from[k]] += adj[{to} + into[k]]" if back else f"r[{to} + into[k]] = r[from[k]]"
-        lines.append(f"for (int k = 0; k < {len(table)}; ++k) {body}; }}")
+        lines.append(f"{ROLLED}for (int k = 0; k < {len(table)}; ++k) {body}; }}")
     return lines
 
 
@@ -102,7 +109,7 @@ def evaluate_lines(program: Program, scalar: str) -> list[str]:
                 lines.append(f"{each_row} clear_tail<T, {node.size}>(r + {own}); }}")
         elif operation != "input":
             source = f"packed.data + {program.packed[reader]}" if operation == "load" else ""
-            lines += [each_row, *_value(program, i, source), "}"]
+            lines += [APART, each_row, *_value(program, i, source), "}}();"]
         reader += operation in ("dense", "load")
     return lines
 
@@ -133,7 +140,9 @@ def _value(program: Program, i: int, source: str) -> list[str]:
         return [f"{call}({a}, {m * inner}, {inner}, 1, {b}, {inner * n}, {n}, 1, r + {own});", tail]
     value = OPERATIONS[node.operation].value.format(*map(literal, node.numbers))
     operands = _operands(node, at, "r")
-    loop = f"for (int k = 0; k < {padded(size)}; k += L) {{ {operands} store(r + {own} + k, V{{}} + ({value})); }}"
+    loop = (
+        f"{ROLLED}for (int k = 0; k < {padded(size)}; k += L) {{ {operands} store(r + {own} + k, V{{}} + ({value})); }}"
+    )
     return [loop, tail if size % 16 else ""]
 
 
@@ -172,7 +181,7 @@ def pull_lines(program: Program, scalar: str) -> list[str]:
         # what leads back to the input alone is asked for only where its adjoint is
         guard = "" if node.operation == "dense" or any(trained[j] for j in wanted) else "if (to_input) "
         if node.operation != "dense":
-            lines += [guard + each_row, *_adjoint(program, i), "}"]
+            lines += [guard + APART, each_row, *_adjoint(program, i), "}}();"]
             continue
         dense, own, x = Dense(*node.numbers), at[i], node.inputs[0]
         if dense.activation != "identity":
@@ -218,7 +227,7 @@ def _adjoint(program: Program, i: int) -> list[str]:
         ]
     operation, numbers = OPERATIONS[node.operation], [literal(number) for number in node.numbers]
     lines = [
-        f"for (int k = 0; k < {padded(node.size)}; k += L) {{",
+        f"{ROLLED}for (int k = 0; k < {padded(node.size)}; k += L) {{",
         _operands(node, at, "r"),
         f"[[maybe_unused]] const V y = load(r + {own} + k), d = load(adj + {own} + k);",
     ]

@@ -13,7 +13,7 @@ class Operation(NamedTuple):
     value: str
     """The value, an expression."""
     adjoints: tuple[str, ...]
-    """For each operand what is added to its adjoint; an empty text for nothing."""
+    """For each operand what is added to its adjoint; an empty text where torch has no graph."""
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -33,8 +33,15 @@ OPERATIONS: dict[str, Operation] = {
     "cosine": Operation("cosine(a)", ("-d * sine(a)",)),
     "tangent": Operation("tangent(a)", ("d * (1 + y * y)",)),
     "arctangent": Operation("arctangent(a)", ("d / (1 + a * a)",)),
+    "angle": Operation("angle_of(a, b)", ("d * b / (a * a + b * b)", "-d * a / (a * a + b * b)")),
+    "arcsine": Operation("arcsine(a)", ("d / root(1 - a * a)",)),
+    "arccosine": Operation("arccosine(a)", ("-d / root(1 - a * a)",)),
+    "hyperbolic sine": Operation("hyperbolic_sine(a)", ("d * hyperbolic_cosine(a)",)),
+    "hyperbolic cosine": Operation("hyperbolic_cosine(a)", ("d * hyperbolic_sine(a)",)),
     "exponential": Operation("exponential_of(a)", ("d * y",)),
+    "exponential less one": Operation("exponential_less_one(a)", ("d * (y + 1)",)),
     "logarithm": Operation("logarithm(a)", ("d / a",)),
+    "logarithm of one more": Operation("logarithm_of_one_more(a)", ("d / (1 + a)",)),
     "error function": Operation("error_function(a)", ("d * {0} * exponential_of(-a * a)",)),
     "tanh": Operation("tanh_of(a)", ("d * (1 - y * y)",)),
     "sigmoid": Operation("logistic(a)", ("d * y * (1 - y)",)),
@@ -47,18 +54,22 @@ OPERATIONS: dict[str, Operation] = {
         ("a * {0} > V{{}} + {1} ? d : d * logistic(a * {0})",),
     ),
     "absolute": Operation("a < V{{}} ? -a : a", ("a > V{{}} ? d : a < V{{}} ? -d : V{{}}",)),
-    "sign": Operation("one_where<V>(a > V{{}}) - one_where<V>(a < V{{}})", ("",)),
+    "sign": Operation("one_where<V>(a > V{{}}) - one_where<V>(a < V{{}})", ("V{{}}",)),
     "clamp": Operation(
-        "a < V{{}} + {0} ? V{{}} + {0} : a > V{{}} + {1} ? V{{}} + {1} : a",
+        "clamped(a, {0}, {1})",
         ("((a >= V{{}} + {0}) & (a <= V{{}} + {1})) ? d : V{{}}",),
     ),
+    "hardtanh": Operation(
+        "clamped(a, {0}, {1})",
+        ("((a > V{{}} + {0}) & (a < V{{}} + {1})) ? d : V{{}}",),
+    ),
     "maximum": Operation(
-        "((a > b) | (a != a)) ? a : b",
-        ("a > b ? d : a < b ? V{{}} : d * {0}", "b > a ? d : b < a ? V{{}} : d * {0}"),
+        "larger(a, b)",
+        ("a > b ? d : a < b ? V{{}} : d * {0}", "b > a ? d : b < a ? V{{}} : d * {1}"),
     ),
     "minimum": Operation(
-        "((a < b) | (a != a)) ? a : b",
-        ("a < b ? d : a > b ? V{{}} : d * {0}", "b < a ? d : b > a ? V{{}} : d * {0}"),
+        "smaller(a, b)",
+        ("a < b ? d : a > b ? V{{}} : d * {0}", "b < a ? d : b > a ? V{{}} : d * {1}"),
     ),
     "stop": Operation("a", ("",)),
     "greater": Operation("one_where<V>(a > b)", ("", "")),
