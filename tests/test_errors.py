@@ -102,7 +102,7 @@ def test_controller_with_a_wrong_output_shape():
         def forward(self, x):
             return self.net(x)[:, 0]
 
-    with raises(ValueError, "controller must return shape (8, 1), got (8,)"):
+    with raises(ValueError, "controller must return shape (8, K), a row per state, got (8,)"):
         Rollout(SYSTEM, Squeezed(), 5)(SYSTEM.sample(8))
 
 
