@@ -1,0 +1,1 @@
+"""Row programs: every operation, whole modules, changes between calls, whole updates."""
