@@ -56,7 +56,7 @@ class TorchController:
         self.why_general: str | None = None
         """Why the module is neither a chain of the engine's layers nor a row program, in one sentence."""
         self._programs: dict[tuple, Any] = {}
-        self._reads, self._ready, self._runs = 0, at_once, 0
+        self._reads, self._ready, self._runs, self._is_program = 0, at_once, 0, False
         self.by_hand = True
         """Whether dense layers are linearised by hand rather than by autograd; the numbers are the same."""
         self._dense: Dense | None = None
@@ -74,7 +74,7 @@ class TorchController:
         empty = {**dict.fromkeys(("_dense", "_key", "_linears", "_network", "_blocks")), "_planned": (None, None)}
         own = {"examination": Examination(self.module), "_differentiates": self._differentiates}
         own |= {"system": self.system, "at_once": self.at_once, "why_general": None, "_programs": {}}
-        own |= {"_reads": 0, "_ready": self.at_once, "_runs": 0}
+        own |= {"_reads": 0, "_ready": self.at_once, "_runs": 0, "_is_program": False}
         return {"module": self.module, "inputs": self.inputs, "by_hand": self.by_hand, **own, **empty}
 
     def signature(self) -> tuple:
@@ -117,17 +117,17 @@ class TorchController:
     def is_known(self) -> bool:
         """Whether the module is a chain of the engine's layers or a program, in a pass that begins: all is known."""
         self._ready = self.at_once or self.examination.passes >= PASSES
-        return self.planned() is not None or self.dense() is not None
+        planned = self.planned()
+        self._is_program = planned is not None and isinstance(planned.plan, Program)
+        return planned is not None or self.dense() is not None
 
     def program_key(self) -> tuple | None:
         """Return what tells a program from what is read of the module later; None where it is run as none."""
-        planned = self.planned()
-        return self._program_fingerprint() if planned is not None and isinstance(planned.plan, Program) else None
+        return self._program_fingerprint() if self._is_program else None
 
     def check_program(self, x0: torch.Tensor, controls: torch.Tensor, always: bool) -> None:
         """Raise `NotRepeatable` if the module is run as a program and is another one now; looked at now and then."""
-        planned = self.planned()
-        if planned is None or not isinstance(planned.plan, Program):
+        if not self._is_program:
             return
         self._runs += 1
         if always or self._runs & (self._runs - 1) == 0:

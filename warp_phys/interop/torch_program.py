@@ -93,6 +93,12 @@ def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
         raise Unreadable(f"it cannot be tried out: {error}") from None
     if found.whole:
         raise Unreadable("its rows cannot be differentiated apart, or hooks see its gradients")
+    try:
+        alone = found.at(x[:1]).output.detach()
+    except Exception:
+        raise Unreadable("it does not take one row alone") from None
+    if not is_close(alone, found.here.output[:1].detach()):
+        raise Unreadable("one row alone goes another way")
     if len(found.leaves) > sum(p.requires_grad for p in module.parameters()):
         raise Unreadable("it depends on tensors that are no parameters of it")
     read = read_program(module, system.state_size, like)
