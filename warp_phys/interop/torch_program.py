@@ -104,7 +104,7 @@ def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
     read = read_program(module, system.state_size, like)
     if read.plan.outputs != system.control_size:
         raise Unreadable(f"it returns {read.plan.outputs} numbers")
-    held = {id(tensor) for tensor in read.tensors}
+    held = {id(tensor) for tensor, reached in zip(read.tensors, read.plan.reached(), strict=True) if reached}
     unused = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     if unused:
         raise Unreadable(f"it does not use its parameter {unused[0]}, which then has no gradient")
@@ -286,6 +286,7 @@ class _Reader:
         base = name.partition(".")[0]
         if base in ("view", "_unsafe_view"):  # strides of places are not those of numbers
             return arguments[0].reshape(arguments[1])
+        self._check_type(node, base)
         if base in LAYOUT:
             return target(*arguments, **options)
         if base in SAME:
@@ -294,6 +295,15 @@ class _Reader:
         if rule is None:
             raise Unreadable(f"it uses {name}, which is no operation of row programs")
         return rule(self, *arguments, **options)
+
+    def _check_type(self, node: Any, base: str) -> None:
+        """Raise `Unreadable` where numbers would be rounded, or truth values counted, by torch's rules for types."""
+        values = node.meta.get("val")
+        for value in values if isinstance(values, (tuple, list)) else [values]:
+            if not isinstance(value, torch.Tensor) or value.dtype == self.dtype or base in LAYOUT | SAME:
+                continue
+            if value.dtype != torch.bool or base not in TRUTH:
+                raise Unreadable(f"its {base} gives numbers of type {value.dtype}")
 
     def elementwise(self, operation: str, operands: Sequence[Any], *numbers: float) -> torch.Tensor:
         """Return the places of an operation on operands that are broadcast: tensors of places, or numbers."""
@@ -597,6 +607,9 @@ LAYOUT = set(
     "split split_with_sizes chunk unbind flip roll narrow repeat repeat_interleave tile cat stack numpy_T mT".split()
 )
 """Operations that move numbers, as torch itself does."""
+
+TRUTH = {"gt", "ge", "lt", "le", "eq", "where"}
+"""Operations that may give truth values."""
 
 SAME = {"clone", "contiguous", "alias", "lift_fresh_copy"}
 """Operations that give back their argument, as far as numbers go."""

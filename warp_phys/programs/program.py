@@ -102,6 +102,17 @@ class Program:
         self.chunk = max(SAMPLES, min(64, CHUNK_NUMBERS // self.row))
         """Rows that a backward pass takes at a time, if it can choose."""
 
+    def reached(self) -> tuple[bool, ...]:
+        """Return, for each entry of `read`, whether adjoints of the output lead to it."""
+        found = [False] * (len(self.nodes) - 1) + [True]
+        for i, node in reversed(list(enumerate(self.nodes))):
+            if found[i] and node.operation != "largest":
+                adjoints = OPERATIONS[node.operation].adjoints if node.operation in OPERATIONS else None
+                for k, j in enumerate(node.inputs):
+                    found[j] = found[j] or adjoints is None or adjoints[k] != ""
+        counts = [2 if self.nodes[i].operation == "dense" else 1 for i in self.readers]
+        return tuple(found[i] for i, count in zip(self.readers, counts, strict=True) for _ in range(count))
+
     def __hash__(self) -> int:
         return self._hash
 
