@@ -229,9 +229,8 @@ def backward(
         system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check, whole, simulator
     )
     adj_p = pass_.parameter_adjoints(batch, real, device)
-    size = (
-        CHUNK_ROWS if isinstance(system, System) and not whole else batch
-    )  # a simulator may have just so many samples
+    # a simulator may have just so many samples
+    size = CHUNK_ROWS if isinstance(system, System) and not whole else batch
     for low in range(0, batch, size):
         block = slice(low, min(low + size, batch))
         # one if the samples come in blocks: then rows are contiguous
@@ -388,10 +387,11 @@ class _Pass:
         launch = functools.partial(wp.launch, device=device, record_tape=False)
         for n in reversed(range(len(steps))):
             x, c, at = local.states[n], local.controls[n], steps.start + n
+            y = following[n]
             for f in range(flows):
                 adj_structs = None if extra is None else as_structs(extra, self.system.types(real).Parameters)
                 arguments = () if local.parameters is None else (local.parameters, adj_structs)
-                self.simulator(at, f, x, c, following[n], (lam[f], dx[f], dc[f], *arguments))
+                self.simulator(at, f, x, c, y, (lam[f], dx[f], dc[f], *arguments))
                 if extra is not None:
                     launch(row_kernels.add_rows_kernel(real), dim=extra.shape, inputs=[extra, adj_p[f]])
                 sums = [dc[f], seeds.controls[n], mu[f, n]]

@@ -1,5 +1,6 @@
 """The same in code that torch compiles, and where torch averages over ranks."""
 
+import gc
 import os
 import socket
 
@@ -18,6 +19,7 @@ from tests.contract.test_controllers_that_change import (
     Value,
     _unzeroed,
 )
+from tests.contract.test_fused_programs import Policy
 from tests.contract.test_hooks_and_histories import Conditioned, Own
 from warp_phys.errors import NotRepeatable
 from warp_phys.interop.torch import Rollout
@@ -52,6 +54,29 @@ def test_compiled_hooks_on_parameters():
 def test_compiled_controllers_that_change(kind):
     with pytest.raises(NotRepeatable):
         compiled(Rollout(SYSTEM, kind(), STEPS))(start()).backward()
+
+
+@pytest.mark.parametrize("change", [True, False])
+@pytest.mark.parametrize("is_chain", [True, False])
+def test_compiled_controllers_of_which_code_was_made(is_chain, change):
+    """Row programs and chains of layers that are other ones in the backward pass."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LeakyReLU(0.1), torch.nn.Linear(4, 1)).double()
+    policy = net if is_chain else Policy()
+    rollout = Rollout(SYSTEM, policy, STEPS, backend="fused")
+    loss = compiled(rollout)(start())
+    if change:
+        net[1].negative_slope, policy.goal = 0.5, -1.0
+        with pytest.raises(NotRepeatable, match="controller gives other controls now"):
+            loss.backward()
+    else:
+        assert_same(collect(lambda: loss, leaves(policy)), by_torch(policy, leaves(policy), start(), "C"))
+
+
+def test_compiled_rollouts_that_are_gone():
+    loss = compiled(Rollout(SYSTEM, Centred(), STEPS))(start())
+    gc.collect()
+    with pytest.raises(RuntimeError, match="the rollout in compiled code is no more"):
+        loss.backward()
 
 
 def test_compiled_tensors_with_a_history():

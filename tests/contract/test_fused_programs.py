@@ -67,6 +67,33 @@ def test_changes_between_forward_and_backward():
         loss.backward()
 
 
+def test_numbers_are_those_of_the_module_under_autocast():
+    """A rollout computes in its own precision, and so does what looks at the module meanwhile."""
+    net = Policy().float()
+    rollout, x0 = fused(net, check="always"), start().float()
+    a_loss(*rollout(x0)).backward()
+    plain = [p.grad.clone() for p in leaves(net)]
+    net.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        states, controls = rollout(x0)
+    a_loss(states, controls).backward()
+    assert_same([p.grad for p in leaves(net)], plain, 1e-6)
+
+
+def test_each_state_of_a_module_has_its_own_reason():
+    net = Policy()
+    rollout = Rollout(SYSTEM, net, STEPS)
+    for _ in range(5):
+        a_loss(*rollout(start())).backward()
+    for _ in range(2):
+        assert rollout.backend == "fused" and rollout.why_general is None
+        handle = net.a.register_forward_hook(lambda part, inputs, output: 2 * output)
+        rollout(start())
+        assert rollout.backend == "general" and "hooks" in rollout.why_general
+        handle.remove()
+        rollout(start())
+
+
 def test_passes_in_any_order_add_up():
     net, halves = Policy(), (start(4, 1), start(4, 2))
     rollout = fused(net)
@@ -89,7 +116,7 @@ def test_what_cannot_be_seen_is_tried_out(monkeypatch):
     rollout = fused(Hidden(), check="always")
     a_loss(*rollout(start())).backward()
     monkeypatch.setenv("A_GAIN", "2")
-    with pytest.raises(NotRepeatable, match="other controls now than the program that was read of it"):
+    with pytest.raises(NotRepeatable, match="other controls now than the pass that ran what was read of it"):
         rollout(start())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import warp as wp
 
+from warp_phys.checks import repeated_message
 from warp_phys.errors import NotRepeatable
 from warp_phys.interop.extras import require
 from warp_phys.interop.foreign import ForeignSystem, check_result, not_finite_message
@@ -148,13 +149,7 @@ class JaxSystem(ForeignSystem):
         differs = (again != before) & ~(np.isnan(again) & np.isnan(before))
         if differs.any():
             samples = np.flatnonzero(differs.any(axis=1)).tolist()
-            shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-            most = np.abs(again - before)[differs].max()
-            raise NotRepeatable(
-                f"what function returned again differs from the forward pass by {most:g} for samples {shown}: it must "
-                "compute from its arguments alone, without random numbers and without anything that changes between "
-                "the passes; hand what changes through the states or the controls"
-            )
+            raise NotRepeatable(repeated_message("function", float(np.abs(again - before)[differs].max()), samples))
 
     def _costs(self, states: Any, times: Sequence[int]) -> Any:
         torch = sys.modules.get("torch")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from warp_phys.interop.torch_contract import check_repeated_controls
 from warp_phys.interop.torch_loss import costs_at, costs_vjp
 from warp_phys.interop.torch_node import Sources
 from warp_phys.interop.torch_ops import autograd_inside, system_of
@@ -23,6 +24,13 @@ def name_of_rollout(rollout: Any) -> str:
     name = f"rollout {next(_NUMBERS)}"
     _ROLLOUTS[name] = rollout
     return name
+
+
+def _rollout_of(name: str) -> Any:
+    rollout = _ROLLOUTS.get(name)
+    if rollout is None:
+        raise RuntimeError("the rollout in compiled code is no more: keep it until the backward pass is done")
+    return rollout
 
 
 @torch.library.custom_op("warp_phys::unroll", mutates_args=())
@@ -39,9 +47,9 @@ def unroll(
     The parameters are those of its controller, trained and frozen: they are arguments so that torch knows what the
     result depends on, and notices a change between forward and backward.
     """
-    rollout, x0 = _ROLLOUTS[name], x0.detach()
-    found = None
-    if any(p.requires_grad for p in rollout.controller.parameters()):
+    rollout, x0 = _rollout_of(name), x0.detach()
+    found, trains = None, any(p.requires_grad for p in rollout.controller.parameters())
+    if trains:
         with autograd_inside():
             found, sources = rollout._look(rollout.initial_states(x0), None, cut=False)
         if rollout._adapter.examination.others or sources.system:
@@ -51,9 +59,9 @@ def unroll(
                 "compiled code"
             )
     states, controls, masked, _ = rollout._forward(rollout.initial_states(x0), rows, keep=False)
-    if found is not None:
+    if trains:
         with autograd_inside():
-            rollout._adapter.examination.end(found)
+            rollout._look_after(found, x0, controls, masked)
     mask = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
     mask[masked] = True
     return states, controls, mask
@@ -61,7 +69,7 @@ def unroll(
 
 @unroll.register_fake
 def _(x0, rows, parameters, frozen, steps, name):
-    system = _ROLLOUTS[name].system
+    system = _rollout_of(name).system
     states = x0.new_empty((steps + 1, x0.shape[0], system.state_size))
     controls = x0.new_empty((steps, x0.shape[0], system.control_size))
     return states, controls, x0.new_empty((x0.shape[0],), dtype=torch.bool)
@@ -81,11 +89,14 @@ def _unroll_vjp(
     name: str,
 ) -> list[torch.Tensor]:
     """Return the adjoints of x0 and of the rows (empty if not wanted), and the update of each parameter."""
-    rollout = _ROLLOUTS[name]
+    rollout = _rollout_of(name)
     masked, seeds = torch.nonzero(mask).flatten(), (adj_states, adj_controls)
     trainable = rollout._adapter.trainable  # the parameters themselves: the sums of M and R belong to them
     with autograd_inside():
         found, _ = rollout._look(states[0], None, cut=False)
+        if found is None:  # and no node of autograd's has kept what the forward pass ran
+            with torch.autocast(states.device.type, enabled=False):
+                check_repeated_controls(rollout.controller, states[0, ~mask], controls[0, ~mask])
         adj_x0, adj_rows, grads = rollout._backward(
             states, controls, rows, masked, None, Sources(trainable), seeds, want_rows, found=found
         )

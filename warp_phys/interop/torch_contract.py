@@ -24,8 +24,7 @@ from warp_phys.errors import NotRepeatable
 from warp_phys.flow import Combined, Flow
 from warp_phys.interop.torch_leaves import Cuts, leaves_of, nodes_of
 from warp_phys.interop.torch_linearisation import TorchLinearisation, relative_tolerance
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from warp_phys.interop.torch_plan import HOOKS
 
 ADVICE = (
     "A controller's controls are a function of the state and of its parameters alone. What it remembers from call to "
@@ -46,7 +45,7 @@ class Found:
         """The module at x0."""
         self.cuts: Cuts | None = None
         """What takes the place of tensors that have a history from before the call."""
-        if cut and self.here.reaches_back and not _is_compiled(module):
+        if cut and self.here.reaches_back and not is_compiled(module):
             self.cuts = self.here.find_cuts()
             self.here = TorchLinearisation(module, (), x0, self.cuts)
         known = {id(parameter) for parameter in parameters}
@@ -148,13 +147,14 @@ class Examination:
             found.state = state_of(self.module)
 
 
-def check_program(module: torch.nn.Module, x0: torch.Tensor, controls: torch.Tensor) -> None:
-    """Raise `NotRepeatable` if a module gives other controls at x0 than the program that was read of it."""
+def check_repeated_controls(module: torch.nn.Module, x0: torch.Tensor, controls: torch.Tensor) -> None:
+    """Raise `NotRepeatable` if a module gives other controls at x0 than a pass that ran what was read of it."""
     now = TorchLinearisation(module, (), x0).output.detach()
     if not is_close(now, controls):
         raise NotRepeatable(
-            "controller gives other controls now than the program that was read of it: something that it reads outside "
-            "of itself has changed. Make that an attribute or a buffer of the module, or use backend='general'"
+            "controller gives other controls now than the pass that ran what was read of it: something that it "
+            "depends on has changed. Until the backward pass is done nothing may; make what it reads outside of itself "
+            "an attribute or a buffer of the module, or use backend='general'"
         )
 
 
@@ -216,7 +216,7 @@ def _hooks_on_gradients(found: Found) -> bool:
     modules = list(found.module.modules())
     if any(module._backward_hooks or module._backward_pre_hooks for module in modules):
         return True
-    if _is_compiled(found.module):
+    if is_compiled(found.module):
         return False  # whatever is inside cannot be watched
     watch = _HookWatch()
     with watch:
@@ -231,7 +231,7 @@ def _hides_function(found: Found) -> bool:
     return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes_of(found.here.output))
 
 
-def _is_compiled(module: torch.nn.Module) -> bool:
+def is_compiled(module: torch.nn.Module) -> bool:
     """Whether there is something about a module that torch has compiled."""
     return any(isinstance(m, torch.jit.ScriptModule | torch._dynamo.OptimizedModule) for m in module.modules())
 

@@ -13,7 +13,7 @@ from warp_phys.interop.sums import has_own_hooks, number_of_hooks
 from warp_phys.interop.torch_contract import (
     Examination,
     Found,
-    check_program,
+    check_repeated_controls,
     check_shape,
     refuse_lazy,
     state_of,
@@ -53,9 +53,8 @@ class TorchController:
 
     def __init__(self, module: torch.nn.Module, inputs: int, system: Any = None, at_once: bool = False):
         self.module, self.inputs, self.system, self.at_once = module, inputs, system, at_once
-        self.why_general: str | None = None
-        """Why the module is neither a chain of the engine's layers nor a row program, in one sentence."""
-        self._programs: dict[tuple, Any] = {}
+        self._programs: dict[tuple, Planned | str] = {}
+        """The module as a row program, or why it is none, by its state."""
         self._reads, self._ready, self._runs, self._is_program = 0, at_once, 0, False
         self.by_hand = True
         """Whether dense layers are linearised by hand rather than by autograd; the numbers are the same."""
@@ -73,7 +72,7 @@ class TorchController:
         """Leave out what points into memory."""
         empty = {**dict.fromkeys(("_dense", "_key", "_linears", "_network", "_blocks")), "_planned": (None, None)}
         own = {"examination": Examination(self.module), "_differentiates": self._differentiates}
-        own |= {"system": self.system, "at_once": self.at_once, "why_general": None, "_programs": {}}
+        own |= {"system": self.system, "at_once": self.at_once, "_programs": {}}
         own |= {"_reads": 0, "_ready": self.at_once, "_runs": 0, "_is_program": False}
         return {"module": self.module, "inputs": self.inputs, "by_hand": self.by_hand, **own, **empty}
 
@@ -131,7 +130,7 @@ class TorchController:
             return
         self._runs += 1
         if always or self._runs & (self._runs - 1) == 0:
-            check_program(self.module, x0, controls)
+            check_repeated_controls(self.module, x0, controls)
 
     def examine(self, x0: torch.Tensor, controls: int, steps: int, always: bool = False, cut: bool = True) -> Found:
         """Return what the controls depend on and how they are differentiated, before some steps from x0 (batch, D)."""
@@ -251,10 +250,21 @@ class TorchController:
             try:
                 with plainly_saved():
                     self._programs[key] = read_and_check(self.module, self.system)
-                self.why_general = None
             except Unreadable as reason:
-                self._programs[key], self.why_general = None, str(reason)
-        return self._programs[key]
+                self._programs[key] = str(reason)
+        found = self._programs[key]
+        return None if isinstance(found, str) else found
+
+    @property
+    def why_general(self) -> str | None:
+        """Why the module is neither a chain of the engine's layers nor a row program, in one sentence, if known."""
+        if self._reads > MOST_READS:
+            return "it has changed too often to be read as a row program each time"
+        if are_hooks_everywhere():
+            return "there are hooks on all modules of the process, which a program would not call"
+        key = self._program_fingerprint()
+        found = None if key is None else self._programs.get(key)
+        return found if isinstance(found, str) else None
 
     def _on_cpu(self) -> bool:
         parameter = next(self.module.parameters(), None)

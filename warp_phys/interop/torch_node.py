@@ -152,10 +152,7 @@ class Unroll(torch.autograd.Function):
         """Unroll; return states and controls."""
         ctx.set_materialize_grads(False)
         states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
-        if found is not None:
-            rollout._adapter.examination.end(found)
-        elif not len(masked):
-            rollout._adapter.check_program(x0, controls[0], rollout.check == "always")
+        rollout._look_after(found, x0, controls, masked)
         ctx.rollout, ctx.kept, ctx.signature = rollout, kept, rollout._adapter.signature()
         ctx.sources, ctx.found = sources, found
         ctx.program = rollout._adapter.program_key() if found is None else None

@@ -159,8 +159,8 @@ def read_plan(module: torch.nn.Module, inputs: int) -> Planned | None:
     return Planned(Plan(inputs, reader.order, tuple(reader.layers)), tuple(reader.tensors))
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 
 def is_sequential(module: torch.nn.Module) -> bool:
@@ -174,7 +174,7 @@ def is_sequential(module: torch.nn.Module) -> bool:
 
 def has_hooks(module: torch.nn.Module | None) -> bool:
     """Whether a module does more than its class says: hooks, or a `forward` of its own."""
-    return module is None or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
+    return module is None or "forward" in vars(module) or any(getattr(module, name) for name in HOOKS)
 
 
 def has_more(layer: torch.nn.Module) -> bool:

@@ -15,7 +15,7 @@ import torch
 import warp as wp
 
 from warp_phys.errors import NotRepeatable
-from warp_phys.interop.torch_contract import Examination, is_close, state_of
+from warp_phys.interop.torch_contract import Examination, is_close, is_compiled, state_of
 from warp_phys.interop.torch_dense import as_array
 from warp_phys.interop.torch_plan import PRECISIONS, Planned, has_hooks
 from warp_phys.layers import Workspace
@@ -63,12 +63,12 @@ def read_program(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> Pl
 
 def _refuse(module: torch.nn.Module) -> None:
     """Raise `Unreadable` for a module that does more than its forward says."""
+    if is_compiled(module):
+        raise Unreadable("it is compiled already")
     for part in module.modules():
         kind = type(part)
         if has_hooks(part):
             raise Unreadable("it has hooks, which a program would not call")
-        if isinstance(part, torch.jit.ScriptModule | torch._dynamo.OptimizedModule):
-            raise Unreadable("it is compiled already")
         if kind.__module__.startswith(("torch.nn.parallel", "torch.distributed")):
             raise Unreadable(f"a {kind.__name__} does more than to compute")
 
@@ -286,7 +286,6 @@ class _Reader:
         base = name.partition(".")[0]
         if base in ("view", "_unsafe_view"):  # strides of places are not those of numbers
             return arguments[0].reshape(arguments[1])
-        self._check_type(node, base)
         if base in LAYOUT:
             return target(*arguments, **options)
         if base in SAME:
@@ -294,13 +293,14 @@ class _Reader:
         rule = RULES.get(base)
         if rule is None:
             raise Unreadable(f"it uses {name}, which is no operation of row programs")
+        self._check_type(node, base)
         return rule(self, *arguments, **options)
 
     def _check_type(self, node: Any, base: str) -> None:
         """Raise `Unreadable` where numbers would be rounded, or truth values counted, by torch's rules for types."""
         values = node.meta.get("val")
         for value in values if isinstance(values, (tuple, list)) else [values]:
-            if not isinstance(value, torch.Tensor) or value.dtype == self.dtype or base in LAYOUT | SAME:
+            if not isinstance(value, torch.Tensor) or value.dtype == self.dtype:
                 continue
             if value.dtype != torch.bool or base not in TRUTH:
                 raise Unreadable(f"its {base} gives numbers of type {value.dtype}")

@@ -243,6 +243,14 @@ class Rollout:
         sources.check()
         return found, sources
 
+    def _look_after(self, found: Found | None, x0: torch.Tensor, controls: torch.Tensor, masked: torch.Tensor) -> None:
+        """Look at the controller after the forward pass that `found` was found for; raise if it has changed."""
+        with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
+            if found is not None:
+                self._adapter.examination.end(found)
+            elif not len(masked):
+                self._adapter.check_program(x0, controls[0], self.check == "always")
+
     def _as_operator(self, x0: Any, parameters: Mapping[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Do the same as one opaque node of a graph that torch compiles; x0 is checked when that runs."""
         if not isinstance(x0, torch.Tensor):
