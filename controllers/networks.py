@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from warp_phys.interop.torch_grid import FromGrid, ToGrid
+from warp_phys.interop.torch.grid import FromGrid, ToGrid
 
 ACTIVATIONS: dict[str, type[torch.nn.Module]] = {
     "tanh": torch.nn.Tanh,

@@ -27,7 +27,7 @@ from demos.diagnostics_picture import draw
 from demos.landscape_picture import save
 from demos.outputs import PICTURES, check_file
 from demos.weather_numbers import Scenario, train
-from warp_phys.diagnostics import Diagnosis
+from warp_phys.diagnose.diagnostics import Diagnosis
 from warp_phys.interop.torch import diagnose
 from warp_phys.systems import CartPole
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from demos.colours import colour
-from warp_phys.diagnostics import Diagnosis
+from warp_phys.diagnose.diagnostics import Diagnosis
 from warp_phys.flow import REGULAR, Combined
 
 DASHED = (0, (4, 2))

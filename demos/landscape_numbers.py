@@ -10,9 +10,9 @@ import torch
 
 from controllers.settings import check_setting
 from demos.outputs import PICTURES, check_file
-from warp_phys import plane
+from warp_phys.diagnose import plane
+from warp_phys.diagnose.landscape import FlowLike, Landscape
 from warp_phys.flow import resolve
-from warp_phys.landscape import FlowLike, Landscape
 from warp_phys.systems import Polynomial
 
 FLOWS = ("R", "M", "S", "C")

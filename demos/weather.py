@@ -22,7 +22,7 @@ from demos.frame import Demo
 from demos.views import run
 from demos.weather_numbers import FLOWS, SCENARIOS, Forecast, Settings, growth
 from demos.widgets import button, choice, slider
-from warp_phys.diagnostics import row_norms
+from warp_phys.diagnose.diagnostics import row_norms
 from warp_phys.flow import resolve
 
 LOWEST, HIGHEST = 0.1, 20.0

@@ -9,8 +9,8 @@ import torch
 
 from controllers.networks import make_network
 from controllers.settings import check_setting
-from warp_phys.diagnostics import largest_singular_value, row_norms
-from warp_phys.feedback import StepJacobians, retrace
+from warp_phys.diagnose.diagnostics import largest_singular_value, row_norms
+from warp_phys.diagnose.feedback import StepJacobians, retrace
 from warp_phys.flow import MODIFIED, REGULAR, STOPPED, combine, linear_parts, resolve
 from warp_phys.interop.torch import Rollout, jacobians, pointwise_cost
 from warp_phys.systems import CartPole, Quantum, System

@@ -14,11 +14,14 @@ import warp as wp
 import warp_phys
 from controllers import MLP, GridCNN
 from tests.springs import Springs
-from warp_phys import CartPole, Dense, Quantum, Repulsion, block_plan, kernels, phases
-from warp_phys.arrays import CACHE_LINE
-from warp_phys.block_network import BlockNetwork
+from warp_phys import CartPole, Dense, Quantum, Repulsion
+from warp_phys.core import kernels
+from warp_phys.core.arrays import CACHE_LINE
+from warp_phys.engine import phases
 from warp_phys.interop.torch import Rollout
-from warp_phys.plan import Layer, Plan, dense_plan
+from warp_phys.programs import block_plan
+from warp_phys.programs.block_network import BlockNetwork
+from warp_phys.programs.plan import Layer, Plan, dense_plan
 
 EXACT = {
     "identity": lambda z: z,

@@ -285,7 +285,9 @@ def test_pure_warp():
         Dense((10, 4, 1), parameters=[controller.parameters[i] for i in (0, 3, 2, 1)])
     with raises(ValueError, "activation must be one of 'tanh'"):
         Dense((10, 4, 1), "softmax", device="cpu")
-    with raises(TypeError, "controller must have evaluator (see warp_phys.phases.WarpController), Sequential has not"):
+    with raises(
+        TypeError, "controller must have evaluator (see warp_phys.engine.phases.WarpController), Sequential has not"
+    ):
         WarpRollout(SYSTEM, net(), 5)
     with raises(ValueError, "controller has state_size 10"):
         WarpRollout(CartPole(poles=1), controller, 5)

@@ -6,8 +6,9 @@ import torch
 import warp as wp
 
 from tests.toy import TwoControls
-from warp_phys import CartPole, Dense, phases
-from warp_phys.activations import ACTIVATIONS, activation
+from warp_phys import CartPole, Dense
+from warp_phys.engine import phases
+from warp_phys.programs.activations import ACTIVATIONS, activation
 
 TORCH = {
     "tanh": torch.tanh,

@@ -8,11 +8,11 @@ import torch
 import warp as wp
 
 from tests.springs import Springs
-from warp_phys import native_kernels, update_kernels
+from warp_phys.engine.phases import Seeds, Trajectory
 from warp_phys.flow import agree, geometric, minmod
-from warp_phys.network import Network, address_array, run
-from warp_phys.phases import Seeds, Trajectory
-from warp_phys.plan import PAD, Layer, Plan
+from warp_phys.programs import native_kernels, update_kernels
+from warp_phys.programs.network import Network, address_array, run
+from warp_phys.programs.plan import PAD, Layer, Plan
 
 EXACT = {
     "identity": lambda z: z,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from warp_phys import plane
+from warp_phys.diagnose import plane
 
 
 def _points(count=50, reach=3.0, seed=0):

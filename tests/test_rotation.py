@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from warp_phys.landscape import Landscape
-from warp_phys.plane import rotation_share
-from warp_phys.rotation import draw_probes, estimate, probe
+from warp_phys.diagnose.landscape import Landscape
+from warp_phys.diagnose.plane import rotation_share
+from warp_phys.diagnose.rotation import draw_probes, estimate, probe
 
 SIZE = 40
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import warp as wp
 
-from warp_phys.arrays import numpy_type, real_type
+from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.systems import System, SystemFunctions
 from warp_phys.systems.integrators import integrate
 

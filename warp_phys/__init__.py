@@ -1,10 +1,10 @@
 """warp_phys: a differentiable physics engine on NVIDIA Warp whose backward pass stays usable over long horizons."""
 
-from warp_phys.adjoint import gate
-from warp_phys.audit import audit
+from warp_phys.core.gate import gate
+from warp_phys.diagnose.audit import audit
+from warp_phys.engine.layers import Dense
 from warp_phys.errors import Diverged
 from warp_phys.flow import COMBINED, CONTROLLER, MODIFIED, REGULAR, STOPPED, Combined, Flow, agree, geometric, minmod
-from warp_phys.layers import Dense
 from warp_phys.rollout import Rollout
 from warp_phys.systems import SYSTEMS, CartPole, Polynomial, Quantum, Repulsion, Simulator, System
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from warp_phys.checks import check_number
+from warp_phys.core.checks import check_number
 from warp_phys.errors import check_count
 
 Gate = float | tuple[float, ...]

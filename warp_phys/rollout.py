@@ -7,14 +7,23 @@ from typing import Any
 import numpy as np
 import warp as wp
 
-from warp_phys import row_kernels
-from warp_phys.adjoint import active_tape, paused
-from warp_phys.arrays import alias, check_array, numpy_type, parameter_numbers, shape_message
-from warp_phys.checks import check_instance
+from warp_phys.core.arrays import alias, check_array, numpy_type, parameter_numbers, shape_message
+from warp_phys.core.checks import check_instance
+from warp_phys.core.gate import active_tape, paused
+from warp_phys.engine import row_kernels
+from warp_phys.engine.layers import Workspace
+from warp_phys.engine.phases import (
+    Controller,
+    Retreat,
+    Seeds,
+    Trajectory,
+    WarpController,
+    backward,
+    flow_gates,
+    forward,
+)
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import COMBINED, Combined, Flow, agree, linear_parts, refuse_memory, resolve
-from warp_phys.layers import Workspace
-from warp_phys.phases import Controller, Retreat, Seeds, Trajectory, WarpController, backward, flow_gates, forward
 from warp_phys.systems.base import Simulator, System
 
 BACKENDS = ("auto", "fused", "general")
@@ -331,8 +340,8 @@ def _check_controller(controller: Any) -> None:
     lacking = [verb for verb in ("evaluator", "linearise", "fits", "gradients") if not hasattr(controller, verb)]
     if lacking:
         raise TypeError(
-            f"controller must have {lacking[0]} (see warp_phys.phases.WarpController), {type(controller).__name__} has "
-            "not; for a torch.nn.Module use warp_phys.interop.torch.Rollout"
+            f"controller must have {lacking[0]} (see warp_phys.engine.phases.WarpController), "
+            f"{type(controller).__name__} has not; for a torch.nn.Module use warp_phys.interop.torch.Rollout"
         )
 
 

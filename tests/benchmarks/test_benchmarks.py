@@ -23,7 +23,7 @@ from tests.benchmarks.settings import SCALINGS, Settings
 from tests.benchmarks.statistics import exponent, median, paired_ratio, quartiles, relative_difference
 from tests.benchmarks.tables import COLUMNS, HEADER, Row, csv_table, markdown_row, number, results_table
 from tests.benchmarks.turns import Entry, disagreement, make_rows, take_turns
-from warp_phys.interop.torch_plan import read_plan
+from warp_phys.interop.torch.chain import read_plan
 from warp_phys.systems import SYSTEMS
 
 SMALL = {"cartpole": {"poles": 1}, "repulsion": {"drivers": 1, "evaders": 2}, "quantum": {"points": 16}}

@@ -8,10 +8,10 @@ import warp as wp
 from tests.contract.by_torch import FLOWS, STEPS, SYSTEM, assert_same, by_engine, by_torch, collect, leaves, start
 from warp_phys import CartPole
 from warp_phys import Rollout as WarpRollout
+from warp_phys.engine.layers import Dense
 from warp_phys.errors import NotRepeatable
 from warp_phys.interop.torch import Rollout, Step
-from warp_phys.interop.torch_system import TorchSystem
-from warp_phys.layers import Dense
+from warp_phys.interop.torch.system import TorchSystem
 
 NN = torch.nn
 

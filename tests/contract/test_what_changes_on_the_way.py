@@ -24,7 +24,7 @@ from tests.rollout.reference import unroll
 from warp_phys.errors import NotRepeatable
 from warp_phys.flow import Combined, linear_parts, resolve
 from warp_phys.interop.torch import Rollout, Step, Update
-from warp_phys.interop.torch_system import TorchSystem
+from warp_phys.interop.torch.system import TorchSystem
 
 NN = torch.nn
 each_flow = pytest.mark.parametrize("flow", FLOWS)

@@ -17,9 +17,9 @@ from demos.diagnostics_picture import draw
 from demos.frame import Stage
 from demos.weather_numbers import FLOWS, Forecast, Scenario, Settings, growth, train
 from warp_phys import CartPole
+from warp_phys.diagnose.rotation import Rotation
 from warp_phys.flow import resolve
 from warp_phys.interop.torch import Rollout, diagnose
-from warp_phys.rotation import Rotation
 
 SMALL = Scenario("a cart", CartPole(poles=1, dt=0.05), 20, "final", 1, 24)
 

@@ -12,8 +12,8 @@ from PIL import Image
 from demos import landscape
 from demos.__main__ import list_demos
 from demos.landscape_numbers import FLOWS, Settings, Start, compute, find_paths, summarise
+from warp_phys.diagnose.landscape import Landscape
 from warp_phys.flow import resolve
-from warp_phys.landscape import Landscape
 
 SMALL = ["--cells", "40", "--iterations", "12"]
 

@@ -5,25 +5,18 @@ from pathlib import Path
 import pytest
 import warp as wp
 
+import warp_phys
 from controllers import GridCNN
 from tests.toy import TwoControls
-from warp_phys import (
-    CartPole,
-    Polynomial,
-    Quantum,
-    Repulsion,
-    block_kernels,
-    dense_kernels,
-    gate_kernels,
-    kernels,
-    landscape_kernels,
-    native_kernels,
-    row_kernels,
-)
-from warp_phys.activations import ACTIVATIONS
-from warp_phys.interop import newton_kernels  # noqa: F401, built by its name
-from warp_phys.interop.torch_plan import read_plan
-from warp_phys.plan import dense_plan
+from warp_phys import CartPole, Polynomial, Quantum, Repulsion
+from warp_phys.core import gate_kernels, kernels
+from warp_phys.diagnose import landscape_kernels
+from warp_phys.engine import dense_kernels, row_kernels
+from warp_phys.interop.newton import kernels as newton_kernels  # noqa: F401, built by its name
+from warp_phys.interop.torch.chain import read_plan
+from warp_phys.programs import block_kernels, native_kernels
+from warp_phys.programs.activations import ACTIVATIONS
+from warp_phys.programs.plan import dense_plan
 
 ARCHITECTURES = [80, 90]
 REALS = [wp.float32, wp.float64]
@@ -112,7 +105,7 @@ def test_kernel_compiles_for_cuda(name, make, tmp_path):
 
 
 def test_newton_kernels_compile_for_cuda(tmp_path):
-    wp.compile_aot_module("warp_phys.interop.newton_kernels", arch=ARCHITECTURES, module_dir=tmp_path)
+    wp.compile_aot_module("warp_phys.interop.newton.kernels", arch=ARCHITECTURES, module_dir=tmp_path)
     built = sorted(file.name for file in tmp_path.iterdir() if file.suffix in (".ptx", ".cubin"))
     assert len(built) == len(ARCHITECTURES)
 
@@ -120,19 +113,20 @@ def test_newton_kernels_compile_for_cuda(tmp_path):
 def test_the_list_is_complete():
     """A kernel factory that is missing above fails here, and so does a module of kernels."""
     modules = [block_kernels, dense_kernels, gate_kernels, kernels, landscape_kernels, row_kernels]
-    names = {path.stem for path in Path(kernels.__file__).parent.glob("*kernels.py")}
+    rooms = [path for path in Path(warp_phys.__file__).parent.iterdir() if path.is_dir() and path.name != "interop"]
+    names = {path.stem for room in rooms for path in room.glob("*kernels.py")}
     assert {m.__name__.split(".")[-1] for m in modules} == names - FOR_A_CPU_ONLY
     factories = {f"{m.__name__}.{name}" for m in modules for name in vars(m) if name.endswith("_kernel")}
     listed = {f"{f.__module__}.{f.__name__}" for f in (*OF_A_SYSTEM, *OF_A_PRECISION)}
     one_by_one = {
-        "warp_phys.block_kernels.pack_kernel",
-        "warp_phys.block_kernels.unroll_kernel",
-        "warp_phys.gate_kernels.gate_kernel",
-        "warp_phys.dense_kernels.dense_kernel",
-        "warp_phys.dense_kernels.dense_with_slope_kernel",
-        "warp_phys.dense_kernels.activate_kernel",
-        "warp_phys.row_kernels.combine_kernel",
-        "warp_phys.landscape_kernels.unroll_kernel",
+        "warp_phys.programs.block_kernels.pack_kernel",
+        "warp_phys.programs.block_kernels.unroll_kernel",
+        "warp_phys.core.gate_kernels.gate_kernel",
+        "warp_phys.engine.dense_kernels.dense_kernel",
+        "warp_phys.engine.dense_kernels.dense_with_slope_kernel",
+        "warp_phys.engine.dense_kernels.activate_kernel",
+        "warp_phys.engine.row_kernels.combine_kernel",
+        "warp_phys.diagnose.landscape_kernels.unroll_kernel",
     }
     assert factories == listed | one_by_one
 

@@ -11,10 +11,11 @@ import torch
 import warp as wp
 
 from tests.springs import Springs
-from warp_phys import MODIFIED, REGULAR, CartPole, Dense, Flow, Polynomial, Quantum, row_buffers
+from warp_phys import MODIFIED, REGULAR, CartPole, Dense, Flow, Polynomial, Quantum
 from warp_phys import Rollout as WarpRollout
 from warp_phys.interop.torch import Rollout
-from warp_phys.interop.torch_grid import FromGrid, ToGrid
+from warp_phys.interop.torch.grid import FromGrid, ToGrid
+from warp_phys.programs import row_buffers
 
 NN = torch.nn
 STEPS = 21  # more than the 8 time steps of a chunk of 8 samples, and no multiple of them

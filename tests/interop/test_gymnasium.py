@@ -19,7 +19,7 @@ from gymnasium.wrappers import TimeLimit
 from tests.springs import Springs
 from warp_phys import SYSTEMS, CartPole, Polynomial, Repulsion
 from warp_phys.interop.gymnasium import TASKS, SystemEnv, SystemVectorEnv
-from warp_phys.interop.gymnasium_torch import DifferentiableVectorEnv
+from warp_phys.interop.gymnasium.differentiable import DifferentiableVectorEnv
 
 MODES = list(AutoresetMode)
 SMALL = {"warp_phys/Quantum-v0": {"points": 4}}
@@ -290,7 +290,7 @@ def test_without_gymnasium(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "gymnasium" or "interop.gymnasium" in name]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gymnasium", None)
-    for name in ("gymnasium", "gymnasium_torch"):
+    for name in ("gymnasium", "gymnasium.differentiable"):
         with pytest.raises(ImportError, match=r'pip install "warp_phys\[gymnasium\]"'):
             importlib.import_module(f"warp_phys.interop.{name}")
 

@@ -10,7 +10,7 @@ from tests.rollout.reference import relative
 from tests.springs import Springs
 from warp_phys import CartPole, Flow, Polynomial, Repulsion, agree
 from warp_phys.interop.gymnasium import SystemVectorEnv
-from warp_phys.interop.gymnasium_torch import DifferentiableVectorEnv
+from warp_phys.interop.gymnasium.differentiable import DifferentiableVectorEnv
 from warp_phys.interop.torch import Rollout
 
 STEPS, BATCH = 60, 4

@@ -10,7 +10,7 @@ from controllers import MLP
 from tests.rollout.reference import relative
 from tests.springs import Springs
 from warp_phys import CartPole, Flow, agree
-from warp_phys.interop.gymnasium_torch import DifferentiableVectorEnv
+from warp_phys.interop.gymnasium.differentiable import DifferentiableVectorEnv
 from warp_phys.interop.torch import Rollout
 
 STEPS, BATCH = 12, 3

@@ -10,8 +10,8 @@ from gymnasium.wrappers import vector
 from controllers import MLP
 from tests.rollout.reference import relative
 from warp_phys.interop.gymnasium import SystemEnv, SystemVectorEnv
-from warp_phys.interop.gymnasium_attached import Attached
-from warp_phys.interop.gymnasium_torch import DifferentiableVectorEnv
+from warp_phys.interop.gymnasium.attached import Attached
+from warp_phys.interop.gymnasium.differentiable import DifferentiableVectorEnv
 
 BATCH, LIMIT = 3, 5
 REFUSED = "would cut the gradient of this environment's observations and rewards: compute with torch instead"

@@ -15,8 +15,8 @@ from tests.toy import TwoControls  # noqa: E402
 from warp_phys import COMBINED, MODIFIED, REGULAR, CartPole, Combined, Diverged, Flow, Polynomial, agree  # noqa: E402
 from warp_phys.flow import linear_parts, resolve  # noqa: E402
 from warp_phys.interop import jax as bridge  # noqa: E402
-from warp_phys.interop.jax_system import JaxSystem  # noqa: E402
-from warp_phys.interop.torch_system import TorchSystem  # noqa: E402
+from warp_phys.interop.jax.system import JaxSystem  # noqa: E402
+from warp_phys.interop.torch.system import TorchSystem  # noqa: E402
 
 jnp = jax.numpy
 SYSTEM, STEPS, COST = CartPole(poles=2), 55, 0.1

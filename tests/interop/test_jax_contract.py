@@ -17,8 +17,8 @@ from warp_phys import CartPole, Combined, Flow, agree  # noqa: E402
 from warp_phys.errors import NotRepeatable  # noqa: E402
 from warp_phys.flow import geometric, linear_parts, resolve  # noqa: E402
 from warp_phys.interop import jax as bridge  # noqa: E402
-from warp_phys.interop import jax_trace  # noqa: E402
-from warp_phys.interop.jax_system import JaxSystem  # noqa: E402
+from warp_phys.interop.jax import trace as jax_trace  # noqa: E402
+from warp_phys.interop.jax.system import JaxSystem  # noqa: E402
 from warp_phys.interop.torch import Rollout  # noqa: E402
 
 jnp = jax.numpy

@@ -15,7 +15,7 @@ from tests.interop.foreign_rollouts import SYSTEM, all_of_an_update, initial_sta
 from tests.rollout import reference  # noqa: E402
 from warp_phys import Diverged  # noqa: E402
 from warp_phys.interop.extras import require  # noqa: E402
-from warp_phys.interop.jax_system import JaxSystem  # noqa: E402
+from warp_phys.interop.jax.system import JaxSystem  # noqa: E402
 from warp_phys.interop.torch import Rollout  # noqa: E402
 
 jnp = jax.numpy

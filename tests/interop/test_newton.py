@@ -349,6 +349,6 @@ def test_contacts_of_limbs(make, device, monkeypatch):
     settings = {"horizons": (1,), "kick": 0.3, "differences": 0.03 / 4.0 ** np.arange(6)}
     # Newton places contacts by unit quaternions: the length of one is no direction that a body can move in
     assert set(audit(system, x, **settings).components("state")) <= {"root qw [-]"}
-    monkeypatch.setattr("warp_phys.interop.newton_substeps.OVERWRITES", "\0")
+    monkeypatch.setattr("warp_phys.interop.newton.substeps.OVERWRITES", "\0")
     report = audit(NewtonSystem.from_builder(ant(), 1, device=device, graph=False, **options), x, **settings)
     assert {f"hip_{i} [rad]" for i in (1, 2, 3, 4)} <= set(report.components("state"))

@@ -11,7 +11,7 @@ newton = pytest.importorskip("newton")
 
 from tests.interop.newton_models import arrays, ball, cartpole  # noqa: E402
 from warp_phys.interop.newton import NewtonSystem  # noqa: E402
-from warp_phys.interop.newton_rows import read_layout, world_count  # noqa: E402
+from warp_phys.interop.newton.layout import read_layout, world_count  # noqa: E402
 
 
 def scene(*builders, requires_grad=True):

@@ -13,10 +13,11 @@ import warp as wp
 
 from tests.rollout.reference import gradient, relative, unroll
 from tests.toy import TwoControls
-from warp_phys import CartPole, Diverged, Flow, phases
+from warp_phys import CartPole, Diverged, Flow
+from warp_phys.engine import phases
 from warp_phys.flow import resolve
-from warp_phys.interop import torch_rollout as bridge
 from warp_phys.interop.torch import Rollout
+from warp_phys.interop.torch import rollout as bridge
 
 STEPS = 60
 SYSTEM = CartPole(poles=2, dt=0.05)

@@ -13,11 +13,11 @@ from tests.rollout import reference
 from tests.springs import Springs
 from tests.toy import TwoControls
 from warp_phys import CartPole, Diverged, Flow, Polynomial, Quantum, Repulsion
-from warp_phys.feedback import retrace
+from warp_phys.diagnose.feedback import retrace
+from warp_phys.diagnose.landscape import Landscape
+from warp_phys.diagnose.plane import rotation_share
 from warp_phys.flow import resolve
 from warp_phys.interop.torch import Rollout, diagnose, jacobians, pointwise_cost, rotation
-from warp_phys.landscape import Landscape
-from warp_phys.plane import rotation_share
 from warp_phys.systems import System
 
 STEPS = 12

@@ -10,11 +10,11 @@ import torch
 from tests.springs import Springs
 from warp_phys import STOPPED, Combined, Dense, Diverged, Flow, Polynomial, agree
 from warp_phys import Rollout as WarpRollout
+from warp_phys.diagnose.landscape import Landscape
 from warp_phys.flow import combine, resolve
 from warp_phys.interop.torch import Rollout, Update, diagnose
-from warp_phys.interop.torch_graph import WholeUpdate
-from warp_phys.interop.torch_memory import combine_remembering
-from warp_phys.landscape import Landscape
+from warp_phys.interop.torch.graph import WholeUpdate
+from warp_phys.interop.torch.memory import combine_remembering
 
 NN = torch.nn
 STEPS, BATCH = 12, 5

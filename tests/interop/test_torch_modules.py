@@ -9,7 +9,8 @@ import torch
 
 from tests.interop.test_torch import STEPS, SYSTEM, flat, network, start, update
 from tests.rollout import reference
-from warp_phys import Diverged, phases
+from warp_phys import Diverged
+from warp_phys.engine import phases
 from warp_phys.flow import resolve
 from warp_phys.interop.torch import Rollout
 from warp_phys.systems import CartPole

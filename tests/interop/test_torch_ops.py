@@ -10,7 +10,7 @@ import torch
 from tests.rollout import reference
 from warp_phys import CartPole, Diverged
 from warp_phys.interop.torch import Rollout, Step
-from warp_phys.interop.torch_system import TorchSystem
+from warp_phys.interop.torch.system import TorchSystem
 
 SYSTEM = CartPole(poles=2)
 MASSES = [0.1, 0.2, 0.3, 0.15]

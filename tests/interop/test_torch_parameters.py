@@ -6,7 +6,7 @@ import torch
 from tests.interop.test_torch import STEPS, SYSTEM, flat, network, start, update
 from warp_phys import Combined
 from warp_phys.interop.torch import Rollout, Update
-from warp_phys.interop.torch_graph import key_of
+from warp_phys.interop.torch.graph import key_of
 
 each_backend = pytest.mark.parametrize("backend", ["fused", "general"])
 

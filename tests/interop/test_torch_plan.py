@@ -5,9 +5,9 @@ import torch
 
 from tests.springs import Springs
 from warp_phys.interop.torch import Rollout
-from warp_phys.interop.torch_grid import FromGrid, ToGrid
-from warp_phys.interop.torch_plan import WIDEST, read_plan
-from warp_phys.plan import Layer, Plan
+from warp_phys.interop.torch.chain import WIDEST, read_plan
+from warp_phys.interop.torch.grid import FromGrid, ToGrid
+from warp_phys.programs.plan import Layer, Plan
 
 NN = torch.nn
 SYSTEM = Springs(size=24, pushes=2)

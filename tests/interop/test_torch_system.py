@@ -13,7 +13,7 @@ from tests.interop.foreign_rollouts import SYSTEM, all_of_an_update, initial_sta
 from tests.rollout import reference
 from warp_phys import CartPole, Diverged
 from warp_phys.interop.torch import Rollout
-from warp_phys.interop.torch_system import TorchSystem
+from warp_phys.interop.torch.system import TorchSystem
 
 
 def _step(x, c):

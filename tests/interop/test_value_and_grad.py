@@ -7,8 +7,8 @@ import torch
 from tests.springs import Springs
 from tests.toy import TwoControls
 from warp_phys import STOPPED, CartPole, Combined, Diverged, Flow, Polynomial, Quantum, Repulsion
-from warp_phys.interop import torch_rollout as bridge
 from warp_phys.interop.torch import Rollout
+from warp_phys.interop.torch import rollout as bridge
 from warp_phys.systems.losses import chosen_array
 
 NN = torch.nn

@@ -5,10 +5,10 @@ import functools
 import torch
 import warp as wp
 
-from warp_phys import native_kernels as native
-from warp_phys.interop.torch_dense import as_array
-from warp_phys.network import address_array
-from warp_phys.plan import SAMPLES
+from warp_phys.interop.torch.dense import as_array
+from warp_phys.programs import native_kernels as native
+from warp_phys.programs.network import address_array
+from warp_phys.programs.plan import SAMPLES
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.programs.running import relative, run_program
-from warp_phys.interop.torch_program import read_program
+from warp_phys.interop.torch.program import read_program
 from warp_phys.programs.operations import OPERATIONS
 
 SIZE = 19

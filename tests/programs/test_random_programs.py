@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.programs.running import run_program
-from warp_phys.interop.torch_program import read_program
+from warp_phys.interop.torch.program import read_program
 
 EXPRESSIONS, LONGEST, ROWS = 12, 20, 11
 F = torch.nn.functional

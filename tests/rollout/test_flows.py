@@ -10,7 +10,8 @@ import warp as wp
 from tests.rollout import reference
 from tests.taylor import check_gradient
 from tests.toy import TwoControls
-from warp_phys import COMBINED, CartPole, Combined, Dense, Flow, agree, geometric, minmod, row_kernels
+from warp_phys import COMBINED, CartPole, Combined, Dense, Flow, agree, geometric, minmod
+from warp_phys.engine import row_kernels
 from warp_phys.flow import resolve
 from warp_phys.interop.torch import Rollout
 from warp_phys.rollout import Rollout as WarpRollout

@@ -10,9 +10,9 @@ import warp as wp
 from tests.springs import Springs
 from tests.toy import TwoControls
 from warp_phys import CartPole, Dense, Diverged, Rollout, gate
-from warp_phys.arrays import parameter_numbers
+from warp_phys.core.arrays import parameter_numbers
+from warp_phys.core.gate_kernels import gate_kernel
 from warp_phys.flow import resolve
-from warp_phys.gate_kernels import gate_kernel
 
 STEPS = 20
 SYSTEMS = [CartPole(poles=2, dt=0.04), CartPole(poles=18, dt=0.04), TwoControls()]

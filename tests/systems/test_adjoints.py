@@ -6,7 +6,7 @@ import warp as wp
 
 from tests.problems import PROBLEMS
 from tests.taylor import check_gradient
-from warp_phys.arrays import parameter_numbers
+from warp_phys.core.arrays import parameter_numbers
 
 pytestmark = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 

@@ -12,7 +12,7 @@ import warp as wp
 from tests.problems import Problem
 from tests.toy import TwoControls
 from warp_phys import CartPole
-from warp_phys.arrays import parameter_numbers
+from warp_phys.core.arrays import parameter_numbers
 
 ROOT = Path(__file__).parents[2]
 PROBLEMS = [Problem(CartPole(poles=1)), Problem(TwoControls(), kick=0.5)]

@@ -8,10 +8,11 @@ import warp as wp
 from tests.rollout import reference
 from tests.systems.test_polynomial import Quadratic
 from tests.taylor import check_gradient, slope
-from warp_phys import Combined, Flow, Polynomial, agree, minmod, plane
+from warp_phys import Combined, Flow, Polynomial, agree, minmod
+from warp_phys.diagnose import plane
+from warp_phys.diagnose.landscape import Landscape
 from warp_phys.flow import resolve
 from warp_phys.interop.torch import Rollout
-from warp_phys.landscape import Landscape
 
 FLOWS = [
     "regular",

@@ -7,8 +7,10 @@ import pytest
 import warp as wp
 
 from tests.springs import Springs
-from warp_phys import CartPole, Quantum, Repulsion, native_blocks, native_kernels
-from warp_phys.plan import SAMPLES
+from warp_phys import CartPole, Quantum, Repulsion
+from warp_phys.core import native_physics as native_blocks
+from warp_phys.programs import native_kernels
+from warp_phys.programs.plan import SAMPLES
 
 BATCH = 21  # two blocks and a part of one
 FLOWS = 2

@@ -7,8 +7,8 @@ from typing import Any
 
 import warp as wp
 
-from warp_phys.adjoint import active_tape
-from warp_phys.arrays import check_array, shape_message
+from warp_phys.core.arrays import check_array, shape_message
+from warp_phys.core.gate import active_tape
 from warp_phys.errors import check_count
 from warp_phys.systems.losses import check_trajectory, chosen_times
 

@@ -7,8 +7,8 @@ Every body works on `count` rows that stand together, node by node: products of 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from warp_phys.plan import padded
 from warp_phys.programs.operations import FUSED, OPERATIONS
+from warp_phys.programs.plan import padded
 from warp_phys.programs.program import Dense, Node, Program
 
 FEWEST = 4

@@ -19,8 +19,8 @@ that come from tensors are read through slots, so that a program stays the same 
 from collections import Counter
 from typing import Any, NamedTuple
 
-from warp_phys.plan import CHUNK_NUMBERS, FEW, SAMPLES, padded
 from warp_phys.programs.operations import FUSED, OPERATIONS
+from warp_phys.programs.plan import CHUNK_NUMBERS, FEW, SAMPLES, padded
 
 
 class Node(NamedTuple):

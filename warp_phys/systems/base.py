@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 import warp as wp
 
-from warp_phys import kernels
-from warp_phys.arrays import as_structs, check_array, for_all_streams, numpy_type, parameter_rows, real_type
-from warp_phys.checks import range_of
-from warp_phys.rows import row_functions
+from warp_phys.core import kernels
+from warp_phys.core.arrays import as_structs, check_array, for_all_streams, numpy_type, parameter_rows, real_type
+from warp_phys.core.checks import range_of
+from warp_phys.core.rows import row_functions
 from warp_phys.systems import losses
 
 Parameters = Mapping[str, Any]

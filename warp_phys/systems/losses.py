@@ -1,18 +1,23 @@
 """The loss of a trajectory, from a system's pointwise cost."""
 
 import functools
+import importlib
 import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import warp as wp
 
-from warp_phys import kernels
-from warp_phys.arrays import for_all_streams, real_type, shape_message
-from warp_phys.checks import check_number
+from warp_phys.core import kernels
+from warp_phys.core.arrays import for_all_streams, real_type, shape_message
+from warp_phys.core.checks import check_number
 from warp_phys.errors import check_choice
+
+COSTS: dict[str, Callable[..., Any]] = {}
+"""The pointwise cost of other frameworks' arrays; a bridge enters its own when it is imported, since a system imports
+no framework."""
 
 
 def loss(
@@ -29,14 +34,11 @@ def loss(
     costs: Any
     if isinstance(states, wp.array):
         return _warp_loss(system, states, controls, times, control_cost, parameters)
-    if _is_torch(states):
-        from warp_phys.interop.torch_loss import pointwise_cost  # noqa: PLC0415, the caller has imported torch already
-
-        costs = pointwise_cost(system, states, times, parameters)
-    elif _is_jax(states):
-        from warp_phys.interop.jax_loss import pointwise_cost as jax_cost  # noqa: PLC0415, likewise
-
-        costs = jax_cost(system, states, times, parameters)
+    framework = "torch" if _is_torch(states) else "jax" if _is_jax(states) else ""
+    if framework:
+        if framework not in COSTS:
+            importlib.import_module(f"warp_phys.interop.{framework}")
+        costs = COSTS[framework](system, states, times, parameters)
     else:
         controls = None if controls is None else np.asarray(controls)
         costs = _numpy_costs(system, np.asarray(states), times, parameters)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import warp as wp
 
-from warp_phys.arrays import numpy_type, real_type
+from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.errors import check_count
 from warp_phys.systems.base import System, SystemFunctions
 from warp_phys.systems.integrators import integrate
@@ -22,7 +22,8 @@ class Polynomial(System):
     """A number x that the control moves: S(x, c) = x + dt c, with dt = 1 as published.
 
     Its controller in the publication is the polynomial N(x) = θ1 x² + θ2 x, unrolled for four steps: then every update
-    is a vector field in a plane of two parameters, see `warp_phys.landscape`. Any other controller will do as well.
+    is a vector field in a plane of two parameters, see `warp_phys.diagnose.landscape`. Any other controller will do as
+    well.
     All quantities are plain numbers without a unit. State [x], D = 1; control [c], K = 1. Pointwise cost:
     ½ (x − target)².
 

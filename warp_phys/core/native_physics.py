@@ -1,0 +1,108 @@
+"""Physics in C++ for blocks of samples on a CPU: what a system may bring besides its Warp functions, for speed.
+
+The Warp functions stay the definition of a system; the C++ of `native/` says the same for eight samples at a time, one
+in each lane of a vector, and the tests hold one against the other.
+"""
+
+import functools
+from typing import Any
+
+import warp as wp
+
+from warp_phys.core.kernels import weighted_step_function
+from warp_phys.core.rows import row_functions, scalar_name
+
+
+def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: type) -> tuple[Any, Any]:
+    """Return the functions `advance` and `retreat` of a system for a struct of the folder `native`.
+
+    Args:
+        structure: The system; the struct takes its parameters in the order of `parameter_names`.
+        name: Name of the struct; see native/lanes.h for what it must have.
+        sizes: Its template arguments after the number type.
+        real: wp.float32 or wp.float64.
+    """
+    types, names = structure.types(real), structure.parameter_names
+    Parameters, inputs, outputs = types.Parameters, structure.state_size, structure.control_size
+    scalar = scalar_name(real)
+    block = f"warp_phys::Block<{scalar}, warp_phys::{name}<{', '.join([scalar, *map(str, sizes)])}>>"
+    numbers = "\n".join(f"own[{i}][s] = from.{field};" for i, field in enumerate(names))
+    arguments = f"""
+        warp_phys::lanes<{scalar}> own[{len(names)}];
+        for (int s = 0; s < warp_phys::LANES; ++s) {{
+            const int sample = first + (s < count ? s : count - 1);
+            const auto& from = wp::index(p, p.shape[0] == 1 ? 0 : sample % p.shape[0]);
+            {numbers}
+        }}
+        const long long at = (long long)n * states.shape[1] + first;
+        const auto* x = states.data + at * {inputs};
+        const auto* c = controls.data + at * {outputs};
+        auto* y = states.data + (at + states.shape[1]) * {inputs};
+    """
+
+    @wp.func_native(f"{arguments} {block}::advance(count, x, c, own, y);")
+    def advance(
+        states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int
+    ): ...
+
+    @wp.func_native(f"""{arguments}
+        {block}::retreat(
+            count, adj_x.shape[0], x, c, own, y, adj_x.data + (long long)first * {inputs},
+            (long long)adj_x.shape[1] * {inputs}, adj_c.data
+        );""")
+    def retreat(
+        states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int,
+        adj_x: wp.array3d[real], adj_c: wp.array3d[real],
+    ): ...  # fmt: skip
+
+    return advance, retreat
+
+
+@functools.cache
+def advance_function(structure: Any, real: type) -> Any:
+    """Return `advance(states, controls, p, n, first, count)`: states[n + 1] of a block of samples from states[n]."""
+    types, functions = structure.types(real), structure.functions(real)
+    if functions.advance is not None:
+        return functions.advance
+    Parameters, step = types.Parameters, functions.step
+    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
+    load_x, store_x, load_c = x_row.load_at, x_row.store_at, c_row.load_at
+
+    @wp.func
+    def advance(
+        states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int
+    ):
+        for b in range(first, first + count):
+            store_x(states, n + 1, b, step(load_x(states, n, b), load_c(controls, n, b), p[b % p.shape[0]]))
+
+    return advance
+
+
+@functools.cache
+def retreat_function(structure: Any, real: type) -> Any:
+    """Return `retreat(states, controls, p, n, first, count, adj_x, adj_c)`, the adjoint of `advance_function`.
+
+    For every flow f and sample b of the block, adj_x[f, b] becomes (∂S/∂x)ᵀ adj_x[f, b], and adj_c[f, b − first]
+    becomes (∂S/∂c)ᵀ adj_x[f, b]. states[n + 1] may be read: it holds the step's result.
+    """
+    types, functions = structure.types(real), structure.functions(real)
+    if functions.retreat is not None:
+        return functions.retreat
+    Parameters, weighted_step = types.Parameters, weighted_step_function(structure, real)
+    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
+    load_x, store_x, load_c, store_c = x_row.load_at, x_row.store_at, c_row.load_at, c_row.store_at
+
+    @wp.func
+    def retreat(
+        states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int,
+        adj_x: wp.array3d[real], adj_c: wp.array3d[real],
+    ):  # fmt: skip
+        for f in range(adj_x.shape[0]):
+            for b in range(first, first + count):
+                dx, dc, _dp, _dy = wp.grad(weighted_step)(
+                    load_x(states, n, b), load_c(controls, n, b), p[b % p.shape[0]], load_x(adj_x, f, b)
+                )
+                store_x(adj_x, f, b, dx)
+                store_c(adj_c, f, b - first, dc)
+
+    return retreat

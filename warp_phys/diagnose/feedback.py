@@ -1,0 +1,190 @@
+"""What travels back in time: the adjoints of every step by the path they arrive on, and the Jacobians of every step.
+
+Found from a stored trajectory through the two verbs of a `Simulator` and the linearised controller, nothing by
+differences. Results are numpy arrays. `warp_phys.diagnose.diagnostics` makes figures of them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import warp as wp
+
+from warp_phys.core.arrays import numpy_type
+from warp_phys.engine.layers import Workspace
+from warp_phys.engine.phases import CHUNK_ROWS, Controller, Seeds, Trajectory, flow_gates
+from warp_phys.flow import Flow
+from warp_phys.systems.base import Simulator, System
+
+
+class Feedback(NamedTuple):
+    """The adjoints of all steps, λ_n = ∂L/∂x_n + physics_n + controller_n, in the precision of the trajectory."""
+
+    adjoints: np.ndarray
+    """λ_0 … λ_T, shape (flows, steps + 1, batch, D)."""
+    physics: np.ndarray
+    """What reaches λ_n through the simulator, α_n (∂S/∂x)ᵀ λ_{n+1}, shape (flows, steps, batch, D)."""
+    controller: np.ndarray
+    """What reaches λ_n through the controller, β_n (∂N/∂x)ᵀ μ_n, shape (flows, steps, batch, D)."""
+    controls: np.ndarray
+    """μ_0 … μ_{T−1}, shape (flows, steps, batch, K)."""
+
+
+class StepJacobians(NamedTuple):
+    """Jacobians along a trajectory; the first index of each matrix is the component of what is differentiated."""
+
+    physics: np.ndarray
+    """∂S/∂x at a fixed control, shape (steps, samples, D, D)."""
+    control: np.ndarray
+    """∂S/∂c, shape (steps, samples, D, K)."""
+    controller: np.ndarray
+    """J = ∂N/∂x, shape (steps, samples, K, D)."""
+
+    @property
+    def controller_path(self) -> np.ndarray:
+        """(∂S/∂c) J: what a step owes to the controller's looking at the state, shape (steps, samples, D, D)."""
+        return self.control @ self.controller
+
+    @property
+    def closed_loop(self) -> np.ndarray:
+        """∂S/∂x + (∂S/∂c) J, the derivative of x_{n+1} by x_n with the controller in the loop; same shape."""
+        return self.physics + self.controller_path
+
+
+def trace(
+    system: Simulator, controller: Controller, trajectory: Trajectory, seeds: Seeds, flows: Sequence[Flow]
+) -> Feedback:
+    """Return the adjoints of all steps for several flows, step by step.
+
+    Args:
+        system: The simulator.
+        controller: The controller, as `warp_phys.engine.phases` takes it.
+        trajectory: What a forward pass left.
+        seeds: ∂L/∂x_n and ∂L/∂c_n.
+        flows: The flows.
+    """
+    jacobian = controller_jacobians(controller, trajectory)
+    loss_states, loss_controls = seeds.states.numpy(), seeds.controls.numpy()
+    return _recur(lambda n, adj: _pull(system, trajectory, n, adj), jacobian, loss_states, loss_controls, flows)
+
+
+def retrace(
+    jacobians: StepJacobians, loss_states: np.ndarray, loss_controls: np.ndarray | None, flows: Sequence[Flow]
+) -> Feedback:
+    """Return the same from Jacobians that are there already: for another loss, other flows, or a shorter horizon.
+
+    The trajectory up to a step does not depend on the horizon, so the Jacobians of a long one serve all shorter ones.
+
+    Args:
+        jacobians: Jacobians of at least as many steps.
+        loss_states: ∂L/∂x_n, shape (steps + 1, samples, D).
+        loss_controls: ∂L/∂c_n, shape (steps, samples, K); zeros if None.
+        flows: The flows.
+    """
+    if loss_controls is None:
+        shape = (len(loss_states) - 1, loss_states.shape[1], jacobians.control.shape[3])
+        loss_controls = np.zeros(shape, loss_states.dtype)
+
+    def pull(n: int, adj: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = adj[:, :, None, :]
+        return (rows @ jacobians.physics[n])[:, :, 0], (rows @ jacobians.control[n])[:, :, 0]
+
+    return _recur(pull, jacobians.controller, loss_states, loss_controls, flows)
+
+
+def _recur(
+    pull: Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    jacobian: np.ndarray,
+    loss_states: np.ndarray,
+    loss_controls: np.ndarray,
+    flows: Sequence[Flow],
+) -> Feedback:
+    """Run n = T − 1 … 0; `pull` gives (∂S/∂x)ᵀ λ and (∂S/∂c)ᵀ λ at step n for λ of shape (flows, batch, D)."""
+    steps, real = len(loss_controls), loss_states.dtype
+    gates = flow_gates(flows, steps).astype(real)
+    shape = (len(flows), steps, *loss_states.shape[1:])
+    physics, controller = np.zeros(shape, real), np.zeros(shape, real)
+    adjoints, controls = np.zeros((len(flows), *loss_states.shape), real), []
+    adjoints[:, steps] = loss_states[steps]
+    with np.errstate(over="ignore", invalid="ignore"):
+        for n in reversed(range(steps)):
+            dx, dc = pull(n, adjoints[:, n + 1])
+            mu = dc + loss_controls[n]
+            pulled = (mu[:, :, None, :] @ jacobian[n])[:, :, 0]
+            for f, (alpha, beta) in enumerate(gates[:, n]):
+                if alpha != 0.0:  # a gate of zero is a cut: what lies behind it may be infinite
+                    physics[f, n] = alpha * dx[f]
+                if beta != 0.0:
+                    controller[f, n] = beta * pulled[f]
+            adjoints[:, n] = loss_states[n] + physics[:, n] + controller[:, n]
+            controls.append(mu)
+    return Feedback(adjoints, physics, controller, np.stack(controls[::-1], axis=1))
+
+
+def step_jacobians(
+    system: Simulator, controller: Controller, trajectory: Trajectory, samples: int | None = None
+) -> StepJacobians:
+    """Return the Jacobians of every step, for the first samples: one launch over D rows per sample for every step.
+
+    Args:
+        system: The simulator.
+        controller: The controller.
+        trajectory: What a forward pass left.
+        samples: For how many samples of the batch; all if None.
+    """
+    steps, batch, _ = trajectory.controls.shape
+    count = batch if samples is None else min(samples, batch)
+    if isinstance(system, System):  # any other simulator may be made for one batch size
+        trajectory = first_samples(trajectory, count)
+    units = np.eye(system.state_size, dtype=numpy_type(trajectory.states.dtype))
+    units = np.repeat(units[:, None], trajectory.states.shape[1], axis=1)
+    rows = [_pull(system, trajectory, n, units) for n in range(steps)]
+    physics, control = (np.stack([row[i] for row in rows]).swapaxes(1, 2)[:, :count] for i in range(2))
+    return StepJacobians(physics, control, controller_jacobians(controller, trajectory)[:, :count])
+
+
+def first_samples(trajectory: Trajectory, count: int) -> Trajectory:
+    """Return the first samples of a trajectory, as arrays of their own."""
+    if count == trajectory.states.shape[1]:
+        return trajectory
+    states, controls = (array[:, :count].contiguous() for array in trajectory[:2])
+    p = trajectory.parameters
+    return Trajectory(states, controls, p if p is None or len(p) == 1 else p[:count])
+
+
+def controller_jacobians(controller: Controller, trajectory: Trajectory) -> np.ndarray:
+    """Return J = ∂N/∂x at x_0 … x_{T−1}, shape (steps, batch, K, D), in chunks of rows."""
+    states, (steps, batch, controls), size = trajectory.states, trajectory.controls.shape, trajectory.states.shape[2]
+    length, parts = max(1, CHUNK_ROWS // batch), []
+    for first in range(0, steps, length):
+        chunk = states[first : min(first + length, steps)]
+        rows = chunk.shape[0] * batch
+        linear = controller.linearise(chunk.reshape((rows, size)), Workspace())
+        out = wp.zeros((rows, controls, size), dtype=states.dtype, device=states.device)
+        linear.jacobian(out)
+        parts.append(out.numpy().reshape(chunk.shape[0], batch, controls, size))
+    return np.concatenate(parts)
+
+
+def _pull(system: Simulator, trajectory: Trajectory, n: int, adj: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (∂S/∂x)ᵀ adj and (∂S/∂c)ᵀ adj at step n for adjoints (count, batch, D), shapes (count, batch, D or K)."""
+    p = trajectory.parameters
+    if isinstance(system, System) and (p is None or len(p) == 1):
+        return _pull_together(system, trajectory, n, adj)
+    # one batch at a time: its parameters, or the simulator itself, may be made for that size
+    parts = [_pull_together(system, trajectory, n, one[None]) for one in adj]
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def _pull_together(system: Simulator, trajectory: Trajectory, n: int, adj: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    count, batch, size = adj.shape
+    real, device = trajectory.states.dtype, trajectory.states.device
+
+    def rows(values: np.ndarray) -> wp.array:
+        return wp.array(np.ascontiguousarray(values), dtype=real, device=device)
+
+    x, c = (rows(np.tile(array[n].numpy(), (count, 1))) for array in trajectory[:2])
+    adj_x, adj_c = wp.zeros_like(x), wp.zeros_like(c)
+    own = () if trajectory.parameters is None else (trajectory.parameters,)
+    system.step_vjp(x, c, rows(adj.reshape(-1, size)), adj_x, adj_c, *own)
+    return adj_x.numpy().reshape(adj.shape), adj_c.numpy().reshape(count, batch, -1)

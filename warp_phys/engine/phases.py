@@ -1,0 +1,432 @@
+"""The backward pass of an unrolling in three phases, for any number of flows at once.
+
+1. Linearise: the controller's input Jacobians at all rows of a chunk of the trajectory, one batched pass.
+2. Sweep: the adjoints from the last step to the first, for all flows in one launch.
+3. Contract: Σ_n (∂N/∂θ)ᵀ μ_n, one batched vector-Jacobian product per flow.
+
+The trajectory is stored; everything else is recomputed in chunks, from the last time steps to the first, so that memory
+over the horizon is the trajectory alone. `docs/mathematics.md` derives it.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import warp as wp
+
+from warp_phys.core import kernels
+from warp_phys.core.arrays import as_structs
+from warp_phys.core.checks import check_repeated
+from warp_phys.engine import row_kernels
+from warp_phys.engine.layers import Workspace
+from warp_phys.errors import NotRepeatable
+from warp_phys.flow import Flow
+from warp_phys.programs import native_kernels
+from warp_phys.programs.plan import SAMPLES
+from warp_phys.systems.base import Simulator, System
+
+CHUNK_ROWS = 2048
+"""Rows (time steps × samples) that are linearised together: the activations of 100 units take 0.8 MB."""
+
+STEP_COST = 1e7
+"""Multiply-adds that stand for one more call of a controller, an estimate; see `parallel_in_time`."""
+
+
+class Linearisation(Protocol):
+    """A controller linearised at N rows of states."""
+
+    def jacobian(self, out: wp.array) -> None:
+        """Write ∂N/∂x, shape (N, K, D)."""
+
+    def pull(self, mu: wp.array, adj_x: wp.array) -> None:
+        """Write adj_x = (∂N/∂x)ᵀ mu, shapes (N, D) and (N, K)."""
+
+    def contract(self, mu: wp.array, gradients: Sequence[Any]) -> None:
+        """Add Σ (∂N/∂θ)ᵀ mu[f] over the rows of each flow f to gradients[f]; mu has shape (flows, N, K)."""
+
+
+class Controller(Protocol):
+    """What a rollout needs of a controller c = N(x; θ)."""
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one evaluation of one row; decides between ways that give the same numbers."""
+
+    def evaluator(self, states: wp.array, controls: wp.array) -> Callable[[int], None]:
+        """Return a function that writes controls[n] = N(states[n]), shapes (steps + 1, B, D) and (steps, B, K)."""
+
+    def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> Linearisation:
+        """Return the controller linearised at x (N, D); `kept` is what `unroll` returned, if x is all of it."""
+
+    def fits(self, system: Any) -> bool:
+        """Whether `unroll` can run the whole forward unrolling with this system as one kernel."""
+
+    def unroll(self, system: Any, states: wp.array, controls: wp.array, parameters: Any, keep: bool = False) -> Any:
+        """Write states[1:] and controls from states[0]; if `keep`, return what a backward pass could use, or None."""
+
+    def sweeps(self, system: Any) -> bool:
+        """Whether `sweep` can run the whole backward pass with this system as one kernel."""
+
+    def sweep(
+        self, system: Any, trajectory: Any, seeds: Any, gates: wp.array, adj_x: wp.array, gradients: Sequence[Any],
+        workspace: Workspace,
+    ) -> None:  # fmt: skip
+        """Write λ_0 to adj_x (flows, batch, D), and add each flow's update of θ to its entry of gradients."""
+
+
+class WarpController(Controller, Protocol):
+    """What a rollout in pure Warp needs besides: parameters θ as Warp arrays, and arrays for their gradients."""
+
+    @property
+    def parameters(self) -> Sequence[wp.array]:
+        """The parameters."""
+
+    def gradients(self, workspace: Workspace, name: str) -> Sequence[wp.array]:
+        """Return zeroed arrays, one per parameter, as `Linearisation.contract` takes them for one flow."""
+
+
+class Trajectory(NamedTuple):
+    """An unrolling: all that a backward pass needs."""
+
+    states: wp.array
+    """x_0 … x_T, shape (steps + 1, batch, D)."""
+    controls: wp.array
+    """c_0 … c_{T−1}, shape (steps, batch, K)."""
+    parameters: wp.array | None
+    """Physical parameters, a struct array of length 1 or batch; None for a simulator that has none."""
+    kept: Any = None
+    """What the controller kept of its forward pass: at most one chunk's worth, or None."""
+
+
+class Seeds(NamedTuple):
+    """Where a backward pass starts: the explicit derivatives of the loss."""
+
+    states: wp.array
+    """∂L/∂x_n, shape (steps + 1, batch, D)."""
+    controls: wp.array
+    """∂L/∂c_n, shape (steps, batch, K)."""
+
+
+class Adjoints(NamedTuple):
+    """What a backward pass leaves besides the controller's gradients; one entry per flow."""
+
+    x0: wp.array
+    """λ_0, shape (flows, batch, D)."""
+    parameters: wp.array | None
+    """Adjoints of the physical parameters of each sample, shape (flows, batch, number of parameters), or None."""
+
+
+def forward(
+    system: Simulator,
+    controller: Controller,
+    states: wp.array,
+    controls: wp.array,
+    parameters: wp.array | None,
+    fused: bool,
+    keep: bool = False,
+) -> Any:
+    """Unroll: write states[1:] and controls from states[0]; in one kernel if `fused`, else step by step.
+
+    Returns:
+        What the controller kept for a backward pass if `keep` allows it, for `Trajectory.kept`.
+    """
+    if fused:
+        return controller.unroll(system, states, controls, parameters, keep)
+    control, advance = controller.evaluator(states, controls), _stepper(system, states, controls, parameters)
+    for n in range(controls.shape[0]):
+        control(n)
+        advance(n)
+    return None
+
+
+def _stepper(
+    system: Simulator, states: wp.array, controls: wp.array, parameters: wp.array | None
+) -> Callable[[int], None]:
+    """Return a function that takes time step n; on a CPU it is a recorded launch, with little Python in it."""
+    if not isinstance(system, System) or not wp.get_device(states.device).is_cpu:
+        own = () if parameters is None else (parameters,)
+        return lambda n: system.step(states[n], controls[n], states[n + 1], *own)
+    kernel, blocks = native_kernels.step_kernel(system.structure, states.dtype), -(-states.shape[1] // SAMPLES)
+    inputs = [states, controls, parameters, 0]
+    launch = wp.launch(kernel, blocks, inputs, device="cpu", record_tape=False, record_cmd=True)
+
+    def advance(n: int) -> None:
+        launch.set_param_at_index(3, n)
+        launch.launch()
+
+    return advance
+
+
+def flow_gates(flows: Sequence[Flow], steps: int) -> np.ndarray:
+    """Return α and β of all flows and steps, shape (flows, steps, 2)."""
+    return np.stack([flow.gates(steps) for flow in flows])
+
+
+def parallel_in_time(system: Simulator, controller: Controller, trajectory: Trajectory, flows: int) -> bool:
+    """Whether to form the controller's Jacobians, or to pull adjoints through it step by step.
+
+    The Jacobians cost one backward pass per control component over all rows; pulling costs a forward and a backward
+    pass per step and flow, and the time of that many calls. A simulator that is no `System` has no sweep kernel.
+    """
+    if not isinstance(system, System):
+        return False
+    steps, batch, controls = trajectory.controls.shape
+    evaluation = controller.multiply_adds * batch * steps
+    return controls * evaluation <= 2 * flows * (evaluation + steps * STEP_COST)
+
+
+def backward(
+    system: Simulator,
+    controller: Controller,
+    trajectory: Trajectory,
+    seeds: Seeds,
+    gates: np.ndarray,
+    gates_array: wp.array,
+    gradients: Sequence[Any],
+    workspace: Workspace,
+    want_parameters: bool = False,
+    parallel: bool | None = None,
+    check: Any = None,
+    fused: bool = False,
+    whole: bool = False,
+    simulator: "Retreat | None" = None,
+) -> Adjoints:
+    """Run all flows backward; add each flow's update of θ to its entry of `gradients`.
+
+    Args:
+        system: The simulator.
+        controller: The controller.
+        trajectory: What the forward pass left.
+        seeds: ∂L/∂x_n and ∂L/∂c_n.
+        gates: α and β, shape (flows, steps, 2), as numpy: which parts of the work are needed at all.
+        gates_array: The same on the device: the numbers that the sweep uses.
+        gradients: One accumulator per flow, as `Linearisation.contract` takes it.
+        workspace: Keeps the intermediate arrays.
+        want_parameters: Whether to find the adjoints of the physical parameters.
+        parallel: Whether to linearise in parallel; None decides by `parallel_in_time`.
+        check: Called with the linearisation and the stored controls (N, K) of every chunk, if given.
+        whole: Whether to linearise the controller at one step of the whole batch at a time, and to pull each flow's
+            adjoint through it once, for states and parameters together (`pull_and_contract`).
+        simulator: How a simulator that is no `System` is run backward, see `Retreat`; in the simplest way if None.
+        fused: Whether to run everything in one kernel, where the controller can and no physical parameter's adjoint
+            is wanted.
+
+    Returns:
+        The adjoints of x_0 and of the physical parameters.
+    """
+    steps, batch, _ = trajectory.controls.shape
+    flows = len(gates)
+    real, device = trajectory.states.dtype, trajectory.states.device
+    lam = workspace.array("lambda", (flows, batch, trajectory.states.shape[2]), real, device)
+    if fused and not want_parameters and controller.sweeps(system):
+        controller.sweep(system, trajectory, seeds, gates_array, lam, gradients, workspace)
+        return Adjoints(lam, None)
+    for f in range(flows):
+        wp.copy(lam[f], seeds.states[steps])
+    if parallel is None:
+        parallel = not whole and parallel_in_time(system, controller, trajectory, flows)
+    pass_ = _Pass(
+        system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check, whole, simulator
+    )
+    adj_p = pass_.parameter_adjoints(batch, real, device)
+    # a simulator may have just so many samples
+    size = CHUNK_ROWS if isinstance(system, System) and not whole else batch
+    for low in range(0, batch, size):
+        block = slice(low, min(low + size, batch))
+        # one if the samples come in blocks: then rows are contiguous
+        length = 1 if whole else max(1, CHUNK_ROWS // batch)
+        for last in range(steps, 0, -length):
+            pass_.chunk(trajectory, seeds, lam, adj_p, block, range(max(0, last - length), last))
+    return Adjoints(lam, adj_p)
+
+
+class Retreat:
+    """How a simulator is run backward step by step, and whether it is still the one of the forward pass.
+
+    A simulator may compute its step from more than its arguments: a global number, weights that are trained, noise.
+    Where those have changed since the forward pass, its vector-Jacobian product is that of another trajectory. A step
+    is therefore computed again and compared: at `steps`, or at all of them if that costs nothing, since the simulator's
+    `step_vjp` takes the states that it should find as `y`.
+
+    Args:
+        system: The simulator.
+        steps: At which steps to compare; None stands for all.
+        compare: Whether to compare at all: it waits for the device.
+        but: Samples that are not compared: others stand in for them.
+    """
+
+    def __init__(
+        self, system: Simulator, steps: Sequence[int] | None = (), compare: bool = True, but: Sequence[int] = ()
+    ):
+        self.system, self.steps, self.but = system, steps, list(but)
+        self.compares = compare and not isinstance(system, System)  # which computes from its arguments alone
+        self.takes_result = self.compares and "y" in inspect.signature(system.step_vjp).parameters
+        self._spare: wp.array | None = None
+
+    def __call__(self, n: int, f: int, x: wp.array, c: wp.array, y: wp.array, arguments: tuple) -> None:
+        """Call `step_vjp` for step n and flow f, with all of its other arguments.
+
+        Raises:
+            NotRepeatable: The simulator finds other next states than y.
+        """
+        if not self.compares or f > 0 or (not self.takes_result and self.steps is not None and n not in self.steps):
+            self.product(f, x, c, arguments, {})
+            return
+        try:
+            if self.but:
+                y = self._with_own(x, c, y)
+            if self.takes_result:
+                self.product(f, x, c, arguments, {"y": y})
+                return
+            self._compare(x, c, y)
+        except NotRepeatable as error:
+            raise NotRepeatable(f"in time step {n} {error}") from None
+        self.product(f, x, c, arguments, {})
+
+    def product(self, f: int, x: wp.array, c: wp.array, arguments: tuple, options: dict[str, Any]) -> None:
+        """Call `step_vjp` for flow f."""
+        self.system.step_vjp(x, c, *arguments, **options)
+
+    def _compare(self, x: wp.array, c: wp.array, y: wp.array) -> None:
+        check_repeated(type(self.system).__name__, self._step(x, c, y).numpy(), y.numpy())
+
+    def _step(self, x: wp.array, c: wp.array, like: wp.array) -> wp.array:
+        if self._spare is None:
+            self._spare = wp.empty_like(like)
+        self.system.step(x, c, self._spare)
+        return self._spare
+
+    def _with_own(self, x: wp.array, c: wp.array, y: wp.array) -> wp.array:
+        """Return the next states with those that the simulator finds now for the samples that are not compared."""
+        values = y.numpy().copy()
+        values[self.but] = self._step(x, c, y).numpy()[self.but]
+        return wp.array(values, dtype=y.dtype, device=y.device)
+
+
+class _Pass:
+    """One backward pass: what its chunks share."""
+
+    def __init__(
+        self, system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check, whole,
+        simulator,
+    ):  # fmt: skip
+        self.whole, self.simulator = whole, simulator or Retreat(system)
+        self.system, self.controller, self.gradients, self.workspace = system, controller, gradients, workspace
+        self.gates, self.gates_array = gates, gates_array
+        self.want_parameters, self.parallel, self.check = want_parameters, parallel, check
+
+    def parameter_adjoints(self, batch: int, real: type, device: Any) -> wp.array | None:
+        """Return the zeroed accumulator of the physical parameters' adjoints, if they are wanted."""
+        if not self.want_parameters:
+            return None
+        shape = (len(self.gates), batch, len(self.system.parameter_names))
+        adj_p = self.workspace.array("adj_p", shape, real, device)
+        adj_p.zero_()
+        return adj_p
+
+    def chunk(self, trajectory: Trajectory, seeds: Seeds, lam: wp.array, adj_p, block: slice, steps: range) -> None:
+        """Linearise, sweep and contract `steps` of the samples `block`; advance lam, shape (flows, batch, D)."""
+        span = slice(steps.start, steps.stop)
+        # a block that is not the whole batch has one time step a chunk, so its rows are contiguous either way
+        states, controls = _part(trajectory.states, span, block), _part(trajectory.controls, span, block)
+        rows = states.shape[0] * states.shape[1]
+        kept = trajectory.kept if controls is trajectory.controls else None
+        linear = self.controller.linearise(_flat(states, rows), self.workspace, kept)
+        if self.check is not None:
+            self.check(linear, _flat(controls, rows))
+        mu = self._array("mu", (len(self.gates), *controls.shape), controls)
+        p = trajectory.parameters
+        local = Trajectory(states, controls, p if p is None or len(p) == 1 else p[block])
+        local_seeds = Seeds(_part(seeds.states, span, block), _part(seeds.controls, span, block))
+        everyone = slice(0, len(lam))
+        own = _part(lam, everyone, block)
+        own_p = None if adj_p is None else _part(adj_p, everyone, block)
+        if self.parallel:
+            self._sweep(local, local_seeds, linear, own, mu, own_p, steps)
+        else:
+            following = _part(trajectory.states, slice(steps.start + 1, steps.stop + 1), block)
+            self._walk(local, local_seeds, following, linear, own, mu, own_p, steps)
+        if not self.whole:
+            linear.contract(mu.reshape((len(self.gates), rows, mu.shape[3])), self.gradients)
+
+    def _sweep(self, local: Trajectory, seeds: Seeds, linear: Linearisation, lam, mu, adj_p, steps: range) -> None:
+        """Phase 2 in one launch for all flows."""
+        count, batch, size = local.controls.shape
+        real, device, states = lam.dtype, lam.device, local.states
+        needed = self.gates[:, steps.start : steps.stop, 1].any()
+        jacobian = self._array("jacobian", (count, batch, size, states.shape[2]) if needed else (0, 0, 0, 0), states)
+        if needed:
+            linear.jacobian(jacobian.reshape((count * batch, size, states.shape[2])))
+        struct = self.system.types(real).Parameters
+        shape = (len(self.gates), count, batch) if adj_p is not None else (0, 0, 0)
+        per_step = self._array("adj_p per step", (*shape, len(self.system.parameter_names)), states)
+        inputs = [states, local.controls, local.parameters, jacobian, seeds.states, seeds.controls, self.gates_array]
+        inputs += [steps.start, count, lam]
+        outputs = [mu, as_structs(per_step, struct)]
+        kernel = kernels.sweep_kernel(self.system.structure, real)
+        dim = (len(self.gates), batch)
+        wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=device, record_tape=False)
+        if adj_p is not None:
+            kernel, inputs = row_kernels.sum_over_time_kernel(real), [per_step, adj_p]
+            wp.launch(kernel, dim=adj_p.shape, inputs=inputs, device=device, record_tape=False)
+
+    def _walk(
+        self, local: Trajectory, seeds: Seeds, following: wp.array, linear: Linearisation, lam, mu, adj_p, steps: range
+    ) -> None:
+        """Phase 2 step by step, through the two verbs of a `Simulator` and the controller's own pull.
+
+        `following` are the states behind each step, `linear` the controller at all of them.
+        """
+        flows, batch, _ = lam.shape
+        real, device = lam.dtype, lam.device
+        dx, pulled = self._array("dx", lam.shape, lam), self._array("pulled", lam.shape, lam)
+        dc = self._array("dc", (flows, batch, mu.shape[3]), lam)
+        extra = None
+        if adj_p is not None:
+            extra = self._array("adj_p of a step", (batch, adj_p.shape[2]), lam)
+        launch = functools.partial(wp.launch, device=device, record_tape=False)
+        for n in reversed(range(len(steps))):
+            x, c, at = local.states[n], local.controls[n], steps.start + n
+            y = following[n]
+            for f in range(flows):
+                adj_structs = None if extra is None else as_structs(extra, self.system.types(real).Parameters)
+                arguments = () if local.parameters is None else (local.parameters, adj_structs)
+                self.simulator(at, f, x, c, y, (lam[f], dx[f], dc[f], *arguments))
+                if extra is not None:
+                    launch(row_kernels.add_rows_kernel(real), dim=extra.shape, inputs=[extra, adj_p[f]])
+                sums = [dc[f], seeds.controls[n], mu[f, n]]
+                launch(row_kernels.sum_rows_kernel(real), dim=(batch, mu.shape[3]), inputs=sums)
+            self._pull(linear if len(steps) == 1 else None, x, mu[:, n], pulled, self.gates[:, at, 1] != 0.0)
+            inputs = [dx, pulled, seeds.states[n], self.gates_array, at, lam]
+            launch(row_kernels.gate_rows_kernel(real), dim=lam.shape, inputs=inputs)
+
+    def _pull(self, linear: Any, x: wp.array, mu: wp.array, pulled: wp.array, is_open: np.ndarray) -> None:
+        """Pull the adjoints mu (flows, batch, K) of one step's controls through the controller where its gate is open.
+
+        The controller is linearised at x anew, unless `linear` is just that.
+        """
+        if self.whole:
+            linear.pull_and_contract(mu, pulled, self.gradients, is_open.tolist())
+            return
+        for f in np.flatnonzero(is_open).tolist():
+            linear = linear or self.controller.linearise(x, self.workspace)
+            linear.pull(mu[f], pulled[f])
+
+    def _array(self, name: str, shape: Sequence[int], like: wp.array) -> wp.array:
+        return self.workspace.array(name, shape, like.dtype, like.device)
+
+
+def _part(array: wp.array, span: slice, block: slice) -> wp.array:
+    """Return array[span, block]; where that is all of it, the array itself, for a slice costs as much as a launch."""
+    if (span.start, span.stop, block.start, block.stop) == (0, array.shape[0], 0, array.shape[1]):
+        return array
+    return array[span, block]
+
+
+def _flat(array: wp.array, rows: int) -> wp.array:
+    """Return an array (steps, batch, columns) as rows (steps · batch, columns), without a copy."""
+    if array.is_contiguous:
+        return array.reshape((rows, array.shape[-1]))
+    return array[0]  # a single time step of a block of samples

@@ -1,0 +1,369 @@
+"""Any torch module as the controller of a rollout."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeGuard
+
+import torch
+import warp as wp
+
+from warp_phys.engine.layers import Dense, Workspace
+from warp_phys.engine.phases import CHUNK_ROWS
+from warp_phys.interop.torch.chain import (
+    ACTIVATIONS,
+    PRECISIONS,
+    READ,
+    Planned,
+    are_hooks_everywhere,
+    has_hooks,
+    has_more,
+    is_sequential,
+    read_plan,
+)
+from warp_phys.interop.torch.combine import has_own_hooks, number_of_hooks
+from warp_phys.interop.torch.contract import (
+    Examination,
+    Found,
+    check_repeated_controls,
+    check_shape,
+    refuse_lazy,
+    state_of,
+)
+from warp_phys.interop.torch.dense import OF_VALUE, DenseLinearisation, as_array
+from warp_phys.interop.torch.leaves import plainly_saved
+from warp_phys.interop.torch.linearisation import TorchLinearisation, controls_of
+from warp_phys.interop.torch.program import Unreadable, read_and_check
+from warp_phys.programs.block_network import BlockNetwork
+from warp_phys.programs.block_plan import kept_starts
+from warp_phys.programs.network import Network
+from warp_phys.programs.program import Program
+
+PROGRAMS = 4
+"""Row programs that are kept of a module, by its state: training and evaluation, say."""
+
+PASSES = 3
+"""Passes with gradients after which a module is read as a row program: a few seconds that one pass is not worth."""
+
+MOST_READS = 16
+"""A module that has to be read more often than this changes too often to be compiled."""
+
+
+class TorchController:
+    """A `torch.nn.Module` (B, D) → (B, K) behind the `Controller` protocol; arrays are exchanged without copies."""
+
+    def __init__(self, module: torch.nn.Module, inputs: int, system: Any = None, at_once: bool = False):
+        self.module, self.inputs, self.system, self.at_once = module, inputs, system, at_once
+        self._programs: dict[tuple, Planned | str] = {}
+        """The module as a row program, or why it is none, by its state."""
+        self._reads, self._ready, self._runs, self._is_program = 0, at_once, 0, False
+        self.by_hand = True
+        """Whether dense layers are linearised by hand rather than by autograd; the numbers are the same."""
+        self._dense: Dense | None = None
+        self._key: tuple | None = None
+        self._linears: tuple[list[torch.nn.Linear], str] | None = None
+        self._network: Network | None = None
+        self._blocks: BlockNetwork | None = None
+        self._planned: tuple[tuple | None, Planned | None] = None, None
+        self.examination = Examination(module)
+        """What is known of a module that is no chain of the engine's layers."""
+        self._differentiates = False  # whether the module itself uses autograd
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what points into memory."""
+        empty = {**dict.fromkeys(("_dense", "_key", "_linears", "_network", "_blocks")), "_planned": (None, None)}
+        own = {"examination": Examination(self.module), "_differentiates": self._differentiates}
+        own |= {"system": self.system, "at_once": self.at_once, "_programs": {}}
+        own |= {"_reads": 0, "_ready": self.at_once, "_runs": 0, "_is_program": False}
+        return {"module": self.module, "inputs": self.inputs, "by_hand": self.by_hand, **own, **empty}
+
+    def signature(self) -> tuple:
+        """What must not change between a forward pass and its backward pass, values apart."""
+        kinds = tuple(map(type, self.module._modules.values()))
+        return kinds, [(id(p), p.data_ptr(), p.requires_grad) for p in self.module.parameters()]
+
+    @property
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The parameters that require gradients."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Number of parameters: exact for dense layers, a lower bound for convolutions."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    def evaluator(self, states: wp.array, controls: wp.array) -> Callable[[int], None]:
+        """Return a function that writes controls[n] = N(states[n]), shapes (steps + 1, B, D) and (steps, B, K)."""
+        x, c = wp.to_torch(states).unbind(), wp.to_torch(controls).unbind()
+        return lambda n: self._evaluate(x[n], c[n])
+
+    def _evaluate(self, x: torch.Tensor, c: torch.Tensor) -> None:
+        output = self._controls(x)
+        check_shape(output, c.shape)  # copy_ would broadcast it
+        c.copy_(output)
+
+    def _controls(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the controls without a graph, whether or not the module makes one for itself on the way."""
+        if not self._differentiates:
+            try:
+                with torch.no_grad():
+                    return controls_of(self.module, x)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+            self._differentiates = True
+        return TorchLinearisation(self.module, (), x).output.detach()
+
+    def is_known(self) -> bool:
+        """Whether the module is a chain of the engine's layers or a program, in a pass that begins: all is known."""
+        self._ready = self.at_once or self.examination.passes >= PASSES
+        planned = self.planned()
+        self._is_program = planned is not None and isinstance(planned.plan, Program)
+        return planned is not None or self.dense() is not None
+
+    def program_key(self) -> tuple | None:
+        """Return what tells a program from what is read of the module later; None where it is run as none."""
+        return self._program_fingerprint() if self._is_program else None
+
+    def check_program(self, x0: torch.Tensor, controls: torch.Tensor, always: bool) -> None:
+        """Raise `NotRepeatable` if the module is run as a program and is another one now; looked at now and then."""
+        if not self._is_program:
+            return
+        self._runs += 1
+        if always or self._runs & (self._runs - 1) == 0:
+            check_repeated_controls(self.module, x0, controls)
+
+    def examine(self, x0: torch.Tensor, controls: int, steps: int, always: bool = False, cut: bool = True) -> Found:
+        """Return what the controls depend on and how they are differentiated, before some steps from x0 (batch, D)."""
+        return self.examination.begin(self.trainable, x0, controls, steps, always, cut)
+
+    def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> TorchLinearisation | DenseLinearisation:
+        """Return the module linearised at the rows x (N, D); `workspace` is not needed."""
+        if self.by_hand and self.dense() is not None:
+            assert self._linears is not None
+            hidden = kept if isinstance(kept, list) else None
+            return DenseLinearisation(*self._linears, wp.to_torch(x), hidden, self.trainable)
+        return TorchLinearisation(self.module, self.trainable, wp.to_torch(x))
+
+    def fits(self, system: Any) -> bool:
+        """Whether the module is layers that the fused kernels express."""
+        if not hasattr(system, "functions"):
+            return False
+        planned = self.planned()
+        return planned is not None and planned.plan.outputs == system.control_size
+
+    def unroll(
+        self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool = False
+    ) -> Any:
+        """Write states[1:] and controls from states[0] in one kernel.
+
+        Returns:
+            The activations, if `keep` asks for them: on a CPU what `sweep` takes; elsewhere those of the hidden layers
+            that `linearise` can use, shape (rows, outputs) each, if they are no more than a backward pass holds anyway.
+        """
+        if self._on_cpu():
+            return self._packed_network()[0].unroll(system, states, controls, parameters, keep)
+        (network, tensors), dense = self.blocks(), self.dense()
+        rows, kept = controls.shape[0] * controls.shape[1], None
+        starts = [rows * start for start in kept_starts(network.plan)]
+        if keep and 0 < starts[-1] and rows <= CHUNK_ROWS and dense is not None and dense.activation in OF_VALUE:
+            kept = wp.to_torch(controls).new_empty(starts[-1])
+        room = None if kept is None else as_array(kept)
+        network.unroll(addresses_of(tensors), system, states, controls, parameters, room)
+        return None if kept is None else [kept[start:stop].view(rows, -1) for start, stop in pairwise(starts)]
+
+    def sweeps(self, system: Any) -> bool:
+        """Whether `sweep` can run the whole backward pass: where `fits` holds, on a CPU."""
+        return self._on_cpu() and self.fits(system)
+
+    def sweep(
+        self, system: Any, trajectory: Any, seeds: Any, gates: wp.array, adj_x: wp.array, gradients: Sequence[Any],
+        workspace: Workspace,
+    ) -> None:  # fmt: skip
+        """Run all flows backward in one kernel, see `Network.sweep`; add the updates to the flat `gradients`."""
+        network, tensors = self._packed_network()
+        packed = network.sweep(system, trajectory, seeds, gates, adj_x, workspace)
+        network.unpack(packed, self.targets(tensors, gradients))
+
+    def targets(self, tensors: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor]) -> list[list[int]]:
+        """Return where the gradients of weights and biases go in flat tensors, one per flow: addresses, or 0."""
+        starts, start = {}, 0
+        for parameter in self.trainable:
+            starts[id(parameter)] = start * parameter.element_size()
+            start += parameter.numel()
+        return [[g.data_ptr() + starts[id(t)] if id(t) in starts else 0 for t in tensors] for g in gradients]
+
+    def fingerprint(self) -> tuple | None:
+        """What the plan of the module depends on, and the addresses of its parameters; None if there can be no plan.
+
+        Far cheaper than reading the plan again.
+        """
+        own = self._chain_fingerprint()
+        if own is not None and (own != self._planned[0] or self._planned[1] is not None):
+            return own
+        return self._program_fingerprint()
+
+    def _program_fingerprint(self) -> tuple | None:
+        if not self._ready or self._reads > MOST_READS or not self._on_cpu() or not hasattr(self.system, "functions"):
+            return None
+        if are_hooks_everywhere():
+            return None
+        parameters = tuple((p.data_ptr(), p.shape, has_own_hooks(p)) for p in self.module.parameters())
+        return state_of(self.module, outside=True), parameters, tuple(b.data_ptr() for b in self.module.buffers())
+
+    def _chain_fingerprint(self) -> tuple | None:
+        if not is_sequential(self.module):
+            return None
+        parts: list[Any] = [type(self.module)]
+        for layer in self.module._modules.values():
+            if has_hooks(layer):
+                return None
+            assert layer is not None
+            parts += [id(layer), type(layer)]
+            parts += [getattr(layer, name) for name in READ.get(type(layer), ())]
+            for p in layer._parameters.values():
+                if p is not None:
+                    parts += [id(p), p.data_ptr(), p.shape, p.stride(), p.dtype, p.requires_grad, number_of_hooks(p)]
+        return tuple(parts)
+
+    def planned(self) -> Planned | None:
+        """Return what `read_plan` reads; read again only where the fingerprint has changed."""
+        fingerprint = self._chain_fingerprint()
+        if fingerprint is not None:
+            if fingerprint != self._planned[0]:
+                self._planned = fingerprint, read_plan(self.module, self.inputs)
+            if self._planned[1] is not None:
+                return self._planned[1]
+        return self._program()
+
+    def _program(self) -> Planned | None:
+        """Return the module as a row program, read again where something about it has changed.
+
+        Code is made of it where it is used again and again, or where that is asked for.
+        """
+        key = self._program_fingerprint()
+        if key is None:
+            return None
+        if key not in self._programs:
+            if len(self._programs) >= PROGRAMS:
+                self._programs.pop(next(iter(self._programs)))
+            self._reads += 1
+            try:
+                with plainly_saved():
+                    self._programs[key] = read_and_check(self.module, self.system)
+            except Unreadable as reason:
+                self._programs[key] = str(reason)
+        found = self._programs[key]
+        return None if isinstance(found, str) else found
+
+    @property
+    def why_general(self) -> str | None:
+        """Why the module is neither a chain of the engine's layers nor a row program, in one sentence, if known."""
+        if self._reads > MOST_READS:
+            return "it has changed too often to be read as a row program each time"
+        if are_hooks_everywhere():
+            return "there are hooks on all modules of the process, which a program would not call"
+        key = self._program_fingerprint()
+        found = None if key is None else self._programs.get(key)
+        return found if isinstance(found, str) else None
+
+    def _on_cpu(self) -> bool:
+        parameter = next(self.module.parameters(), None)
+        return parameter is None or parameter.device.type == "cpu"
+
+    def _packed_network(self) -> tuple[Network, tuple[torch.Tensor | None, ...]]:
+        """Return the module as a network that has read its weights, and their tensors."""
+        network, tensors = self.network()
+        network.pack(addresses_of(tensors))
+        return network, tensors
+
+    def network(self) -> tuple[Network, tuple[torch.Tensor | None, ...]]:
+        """Return the module as a network, and the tensors of its weights and biases in turn; `fits` must hold."""
+        planned = self.planned()
+        assert planned is not None
+        plan, tensors = planned
+        real = wp.dtype_from_torch(tensors[0].dtype)  # type: ignore[union-attr]
+        wanted, network = (plan, real, torch.get_num_threads()), self._network
+        if network is None or (network.plan, network.real, network.threads) != wanted:
+            network = self._network = Network(*wanted)
+        return network, tensors
+
+    def blocks(self) -> tuple[BlockNetwork, tuple[torch.Tensor | None, ...]]:
+        """Return the same for CUDA."""
+        planned = self.planned()
+        assert planned is not None
+        plan, tensors = planned
+        first: Any = tensors[0]
+        wanted, network = (plan, wp.dtype_from_torch(first.dtype), wp.device_from_torch(first.device)), self._blocks
+        if network is None or (network.plan, network.real, network.device) != wanted:
+            network = self._blocks = BlockNetwork(*wanted)
+        return network, tensors
+
+    def held(self) -> list[Any]:
+        """Return what a captured graph goes on using of this controller's, and must keep alive."""
+        return [self.dense(), None if self._on_cpu() or self.planned() is None else self.blocks()[0]]
+
+    def dense(self) -> Dense | None:
+        """Return the module as `Dense` layers over the same memory, or None if it is something else."""
+        layers = _dense_layers(self.module)
+        if layers is None:
+            self._key = self._dense = self._linears = None
+            return None
+        linears, activation = layers
+        tensors = [t for layer in linears for t in (layer.weight, layer.bias)]
+        key = (activation, *((t.data_ptr(), t.shape) for t in tensors))
+        if key != self._key:
+            sizes = (linears[0].in_features, *(layer.out_features for layer in linears))
+            arrays = [as_array(t.detach()) for t in tensors]
+            self._dense, self._key = Dense(sizes, activation, arrays), key
+        self._linears = layers  # other layers may hold the same memory
+        return self._dense
+
+
+def addresses_of(tensors: Sequence[torch.Tensor | None]) -> list[int]:
+    """Return the addresses of tensors; 0 for one that is not there."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _dense_layers(module: torch.nn.Module) -> tuple[list[torch.nn.Linear], str] | None:
+    """Return the linear layers and the activation between them, or None for any other module."""
+    if not is_sequential(module):
+        return None
+    layers = list(module._modules.values())  # children() would leave out an activation that is used twice
+    linears, between = [layer for layer in layers[::2] if _is_plain_linear(layer)], layers[1::2]
+    if len(linears) != len(layers[::2]) or len(linears) != len(between) + 1 or any(has_hooks(x) for x in layers):
+        return None
+    names = {ACTIVATIONS.get(type(layer), "") for layer in between} or {"identity"}
+    if len(names) != 1 or "" in names or any(getattr(layer, "alpha", 1.0) != 1.0 for layer in between):
+        return None
+    return linears, names.pop()
+
+
+def _is_plain_linear(layer: torch.nn.Module | None) -> TypeGuard[torch.nn.Linear]:
+    if type(layer) is not torch.nn.Linear or layer.bias is None or has_more(layer):
+        return False
+    if not isinstance(layer.weight, torch.nn.Parameter) or not isinstance(layer.bias, torch.nn.Parameter):
+        return False
+    return layer.weight.is_contiguous() and layer.weight.dtype in PRECISIONS
+
+
+def precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[torch.dtype, torch.device]:
+    """Return the one precision and device of a module's parameters, or raise; of its buffers if it has none."""
+    refuse_lazy(controller)
+    parameters: list[torch.Tensor] = list(controller.parameters())
+    parameters = parameters or [b for b in controller.buffers() if b.is_floating_point()]
+    kinds = {(p.dtype, p.device) for p in parameters}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"controller must have its parameters in one precision on one device, got {sorted(map(str, kinds))}"
+        )
+    dtype, own = kinds.pop() if kinds else (torch.get_default_dtype(), torch.device(device or "cpu"))
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"controller must have float32 or float64 parameters, got {dtype}")
+    wanted = own if device is None else torch.device(device)
+    if wanted.type == "cuda" and wanted.index is None:
+        wanted = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if wanted != own:
+        raise ValueError(
+            f"device is {wanted}, but the controller's parameters are on {own}: use controller.to('{wanted}')"
+        )
+    return dtype, own

@@ -1,0 +1,174 @@
+"""Loss and update in one go, without autograd's graph: for training loops that do the same thing many times."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import warp as wp
+
+from warp_phys.core import kernels
+from warp_phys.engine.layers import Workspace
+from warp_phys.engine.phases import Trajectory, flow_gates
+from warp_phys.flow import Combined, Flow, combine, linear_parts
+from warp_phys.interop.torch.combine import announce, split
+from warp_phys.interop.torch.controller import TorchController, addresses_of
+from warp_phys.interop.torch.dense import as_array
+from warp_phys.interop.torch.report import Report
+from warp_phys.programs.network import OwnLoss, address_array, run_sequences
+from warp_phys.systems.losses import chosen_array
+
+
+class DirectPass:
+    """Forward pass, loss and backward pass of one batch size and horizon, with all their memory.
+
+    Args:
+        system: The system.
+        adapter: The controller, whose `fits` and `sweeps` hold; its parameters must stay where they are.
+        shape: Steps and batch.
+        flow: The flow of the update.
+        flows: The flows that run: its parts, and further ones for the report.
+        times: Steps at which the pointwise cost counts.
+        control_cost: Factor of the mean squared control.
+        dtype: Precision.
+    """
+
+    def __init__(
+        self,
+        system: Any,
+        adapter: TorchController,
+        shape: tuple[int, int],
+        flow: Flow | Combined,
+        flows: tuple[Flow, ...],
+        times: tuple[int, ...],
+        control_cost: float,
+        dtype: torch.dtype,
+    ):
+        steps, batch = shape
+        self.flow, self.flows, self.control_cost = flow, flows, control_cost
+        self.parts = [flows.index(part) for part in linear_parts(flow)]
+        self.states = torch.zeros((steps + 1, batch, system.state_size), dtype=dtype)
+        self._x0 = self.states[0]
+        self.controls = torch.zeros((steps, batch, system.control_size), dtype=dtype)
+        self.lam = torch.zeros((len(self.flows), batch, system.state_size), dtype=dtype)
+        self.costs = torch.zeros((len(times), batch), dtype=dtype)
+        self.trainable = adapter.trainable
+        self.frozen = [p for p in adapter.module.parameters() if not p.requires_grad]
+        size = sum(p.numel() for p in self.trainable)
+        self.updates = torch.zeros((len(self.flows), size), dtype=dtype)
+        self.grad = torch.zeros(size, dtype=dtype)
+        # the same memory, each with a version of its own, as gradients of different parameters have
+        self.grads = [part.data for part in split(self.grad, self.trainable)]
+        self._left: list[int] = []  # the versions that `leave` wrote
+        if isinstance(flow, Combined):
+            announce(self, self.grads)
+        self.per_sample = 1.0 / (self.costs.numel() if system.time_average else batch)
+        self._record_cost(system, times)
+        self._record_passes(system, adapter)
+
+    def _record_cost(self, system: Any, times: tuple[int, ...]) -> None:
+        """Record the launch of the cost."""
+        x, costs, chosen = as_array(self.states), as_array(self.costs), chosen_array(times, "cpu")
+        own, kernel = system.check_parameters(None, x, 1), kernels.cost_kernel(system.structure, x.dtype)
+        self._cost = wp.launch(
+            kernel, costs.shape, [x, chosen, own, costs], device="cpu", record_tape=False, record_cmd=True
+        )
+        self._held = [own, chosen]  # a recorded launch does not keep its arrays alive
+        counts = np.zeros(len(self.states), dtype=np.int32)
+        counts[list(times)] = 1
+        self.control_weight = self.control_cost / self.controls.numel()
+        self._loss = OwnLoss(wp.array(counts, dtype=wp.int32, device="cpu"), self.per_sample, self.control_weight)
+
+    def _record_passes(self, system: Any, adapter: TorchController) -> None:
+        """Record the launches of the forward and of the backward pass."""
+        network, tensors = adapter.network()
+        x, c, lam = as_array(self.states), as_array(self.controls), as_array(self.lam)
+        own, workspace, (steps, batch, _) = system.check_parameters(None, x, 1), Workspace(), c.shape
+        gates = wp.array(flow_gates(self.flows, steps), dtype=x.dtype, device="cpu")
+        gradients = network.gradients(len(self.flows), batch, workspace)
+        sources = address_array([addresses_of(tensors)])
+        addresses = np.array(adapter.targets(tensors, list(self.updates)), dtype=np.uint64)
+        self._trained = addresses != 0
+        self._offsets = addresses - np.uint64(self.updates.data_ptr())
+        targets = address_array(addresses)
+        self._targets = targets.numpy()  # a view
+        self._pack = network.pack_launch(sources)
+        trajectory = Trajectory(x, c, own)
+        self._passes = network.pass_launches(system, trajectory, self._loss, gates, lam, gradients, workspace)
+        self._unpack = network.unpack_launches(gradients, targets)
+        self._gradients = gradients
+        self._held += [network, adapter, x, c, lam, own, workspace, gates, sources, targets]
+
+    def begin(self, x0: torch.Tensor) -> None:
+        """Take up initial states, and make room for the updates: the report keeps the last ones."""
+        self._x0.copy_(x0)
+        self._left = []
+        self.updates = torch.zeros_like(self.updates)
+        np.add(self._offsets, np.uint64(self.updates.data_ptr()), out=self._targets, where=self._trained)
+
+    def begin_again(self, x0: torch.Tensor) -> None:
+        """Take up initial states, in the room of the last updates."""
+        self._left = []
+        self.updates.zero_()
+        self._x0.copy_(x0)
+
+    def launch(self) -> None:
+        """Write states, controls, costs, and every flow's update in `updates`, shape (flows, parameters)."""
+        self._gradients.zero_()
+        self._pack.launch()
+        run_sequences(self._passes)
+        for launch in self._unpack:
+            launch.launch()
+        self._cost.launch()
+
+    def capture(self, end: Any) -> Any:
+        """Return `launch`, and then the recorded launch `end`, as a graph; None where threads share the batch."""
+        if len(self._passes) > 1:
+            return None
+        with wp.ScopedCapture(device="cpu") as capture:
+            self.launch()
+            end.launch()
+        return capture.graph
+
+    def loss(self) -> torch.Tensor:
+        """Return the loss of what `launch` left."""
+        value = self.costs.sum() * self.per_sample
+        if self.control_cost:
+            controls = self.controls.view(-1)
+            value.add_(torch.dot(controls, controls), alpha=self.control_weight)
+        return value
+
+    def leave(self) -> Report:
+        """Put the flow's update into the `.grad` of the parameters; return what the pass tells about itself."""
+        update = combine(self.flow, [self.updates[i] for i in self.parts])
+        self.grad.copy_(update)
+        torch.autograd.graph.increment_version(self.grads)
+        self._left = [grad._version for grad in self.grads]
+        return self.report(update)
+
+    def left(self, index: int, version: int) -> tuple[Combined, torch.Tensor, torch.Tensor] | None:
+        """Return what a gradient of this version is made of, see `sums.Source`."""
+        if not self._left or version != self._left[index]:
+            return None
+        assert isinstance(self.flow, Combined)
+        base, other = (self.updates[i] for i in self.parts)
+        return self.flow, base, other
+
+    def report(self, update: torch.Tensor) -> Report:
+        """See that the `.grad` of the parameters is what `grad` holds; return what the pass tells about itself."""
+        hand_out(self.trainable, self.grads)
+        for parameter in self.frozen:
+            parameter.grad = None
+        return Report(self.flows, self.updates, (update,))
+
+
+def hand_out(parameters: Sequence[torch.nn.Parameter], grads: Sequence[torch.Tensor]) -> None:
+    """Make these tensors the `.grad` of the parameters."""
+    for parameter, grad in zip(parameters, grads, strict=True):
+        if parameter.grad is not grad:
+            parameter.grad = grad
+
+
+def is_finite(states: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor are finite."""
+    return bool(np.isfinite(float(states.detach().sum()))) or bool(torch.isfinite(states).all())

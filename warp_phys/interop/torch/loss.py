@@ -1,0 +1,164 @@
+"""The loss of a trajectory as a node of torch's graph, and what the nodes of this bridge share."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import warp as wp
+
+from warp_phys.core import kernels
+from warp_phys.core.arrays import as_structs
+from warp_phys.core.checks import check_given, check_lengths, range_of
+from warp_phys.interop.torch.dense import as_array
+from warp_phys.systems.base import System
+from warp_phys.systems.losses import COSTS, chosen_array
+
+
+def pointwise_cost(
+    system: System, states: torch.Tensor, times: Sequence[int], parameters: Mapping[str, Any]
+) -> torch.Tensor:
+    """Return the pointwise cost at chosen times, shape (times, batch), attached to autograd.
+
+    Args:
+        system: The system.
+        states: Shape (steps + 1, batch, D), float32 or float64.
+        times: Distinct steps.
+        parameters: Physical parameters by name; torch tensors may require gradients.
+
+    Raises:
+        TypeError: States of another precision.
+    """
+    if states.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"states must hold torch.float32 or torch.float64, got {states.dtype}")
+    rows = rows_of_parameters(system, parameters, states[0])
+    if torch.compiler.is_compiling() and getattr(system, "_torch_name", None) is not None:
+        return torch.ops.warp_phys.cost(states, rows, list(times), system._torch_name)  # type: ignore[attr-defined]
+    refuse_transforms("a loss")
+    wp.init()
+    return _PointwiseCost.apply(states, system, tuple(times), rows)
+
+
+COSTS["torch"] = pointwise_cost
+
+
+class _PointwiseCost(torch.autograd.Function):
+    """costs[i, b] = cost(states[times[i], b])."""
+
+    @staticmethod
+    def forward(ctx, states, system, times, rows):
+        ctx.system, ctx.times = system, tuple(times)
+        ctx.save_for_backward(states, rows)
+        return costs_at(system, states, ctx.times, rows)
+
+    @staticmethod
+    def backward(ctx, adj_costs):
+        refuse_second_derivative()
+        states, rows = ctx.saved_tensors
+        want_rows = rows is not None and ctx.needs_input_grad[3]
+        adj_states, adj_rows = costs_vjp(ctx.system, states, ctx.times, rows, adj_costs, want_rows)
+        return adj_states, None, None, adj_rows
+
+
+def costs_at(system: System, states: torch.Tensor, times: tuple[int, ...], rows: torch.Tensor | None) -> torch.Tensor:
+    """Return the pointwise costs at chosen times, shape (times, batch), attached to nothing."""
+    costs = states.new_empty((len(times), states.shape[1]))
+    with torch_stream(states.device):
+        inputs = _inputs(system, states, times, rows)
+        x, kernel = inputs[0], kernels.cost_kernel(system.structure, inputs[0].dtype)
+        dim, outputs = tuple(costs.shape), [as_array(costs)]
+        wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=x.device, record_tape=False)
+    return costs
+
+
+def costs_vjp(
+    system: System,
+    states: torch.Tensor,
+    times: tuple[int, ...],
+    rows: torch.Tensor | None,
+    adj_costs: torch.Tensor,
+    want_rows: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the adjoints of states and of parameter rows (None if not wanted), in buffers of their own."""
+    adj_states = torch.zeros_like(states, memory_format=torch.contiguous_format)
+    shape = (*adj_costs.shape, len(system.parameter_names)) if want_rows else (0, 0, 0)
+    adj_rows = states.new_empty(shape)
+    with torch_stream(states.device):
+        x, *more = _inputs(system, states, times, rows)
+        kernel, structs = kernels.cost_vjp_kernel(system.structure, x.dtype), system.types(x.dtype).Parameters
+        inputs = [x, *more, as_array(adj_costs.contiguous())]
+        outputs = [as_array(adj_states), as_structs(as_array(adj_rows), structs)]
+        dim = tuple(adj_costs.shape)
+        wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=x.device, record_tape=False)
+    if rows is None or not want_rows:
+        return adj_states, None
+    per_sample = adj_rows.sum(dim=0)
+    return adj_states, per_sample.sum(dim=0, keepdim=True) if len(rows) == 1 else per_sample
+
+
+def _inputs(system: System, states: torch.Tensor, times: tuple[int, ...], rows: torch.Tensor | None) -> list[wp.array]:
+    """Return states, chosen times and physical parameters as the kernels take them."""
+    x = as_array(states.detach())
+    p = system.check_parameters(None, x, 1)
+    if rows is not None:
+        p = as_structs(as_array(rows.detach().contiguous()), system.types(x.dtype).Parameters)
+    return [x, chosen_array(times, str(x.device)), p]
+
+
+def rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor | None:
+    """Return physical parameters as rows (1 or batch, number of parameters) for states `like`, (batch, D).
+
+    None stands for the system's own.
+
+    Raises:
+        TypeError, ValueError: Something else than numbers, an unknown name, lengths that differ, numbers that are not
+            finite, a dt that is not positive.
+    """
+    if not values:
+        return None
+    names, columns = getattr(system, "parameter_names", ()), []
+    are_known = not torch.compiler.is_compiling() and not in_transform()
+    check_given(names, values)
+    for name in names:
+        value = values.get(name, getattr(system, name))
+        column = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+        check_lengths(name, column.shape, len(like))
+        if are_known:
+            fine = torch.isfinite(column) & (column > 0.0) if range_of(name) == "positive" else torch.isfinite(column)
+            if not fine.all():
+                raise ValueError(f"parameter {name} must be {range_of(name)}, got {value}")
+        columns.append(column.reshape(-1))
+    return torch.stack(torch.broadcast_tensors(*columns), dim=1)
+
+
+def torch_stream(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which Warp launches on torch's current stream of a CUDA device; on a CPU it does nothing."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return wp.ScopedStream(wp.stream_from_torch(device), sync_enter=False)
+
+
+def refuse_second_derivative() -> None:
+    """Raise a RuntimeError if autograd would differentiate what runs now."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a rollout and its loss can be differentiated once: create_graph=True is not supported")
+
+
+def refuse_inference(what: str) -> None:
+    """Raise a RuntimeError in torch.inference_mode, whose tensors no later update could write to."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{what} does not run in torch.inference_mode: it differentiates")
+
+
+def in_transform() -> bool:
+    """Whether torch.func is at work."""
+    return torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+
+
+def refuse_transforms(what: str) -> None:
+    """Raise a RuntimeError inside torch.func's vmap, grad, vjp, jvp and what is made of them."""
+    if in_transform():
+        raise RuntimeError(
+            f"{what} does not run inside torch.func (vmap, grad, vjp, jvp, …): call backward() or "
+            "torch.autograd.grad, or unroll warp_phys.interop.torch.Step, which does"
+        )

@@ -1,0 +1,548 @@
+"""Rollouts of torch modules whose backward pass is a flow of one's choice, attached to autograd."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+import warp as wp
+
+from warp_phys.core.arrays import as_structs, for_all_streams, shape_message
+from warp_phys.engine.layers import Workspace
+from warp_phys.engine.phases import Adjoints, Controller, Retreat, Seeds, Trajectory, backward, flow_gates, forward
+from warp_phys.errors import check_choice, check_count
+from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refuse_memory, resolve
+from warp_phys.interop.torch.combine import combined_changes, has_own_hooks, split
+from warp_phys.interop.torch.compiled import name_of_rollout
+from warp_phys.interop.torch.contract import Found, PassCheck, RowsCoupled, refuse_averaging
+from warp_phys.interop.torch.controller import TorchController, precision_and_device
+from warp_phys.interop.torch.dense import as_array
+from warp_phys.interop.torch.direct import DirectPass, is_finite
+from warp_phys.interop.torch.leaves import Cuts
+from warp_phys.interop.torch.loss import (
+    refuse_inference,
+    refuse_transforms,
+    rows_of_parameters,
+    torch_stream,
+)
+from warp_phys.interop.torch.node import Sources, Unroll, freeze_diverged, owned, refuse_reentrant, without
+from warp_phys.interop.torch.ops import name_of
+from warp_phys.interop.torch.report import Report
+from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
+from warp_phys.systems.base import Simulator, System
+from warp_phys.systems.losses import check_loss, chosen_times
+
+DIRECT_PASSES = 8
+"""Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
+
+
+class _Retreat(Retreat):
+    """A simulator's way back that also finds the updates of what the simulator depends on, in flat tensors per flow."""
+
+    def __init__(self, system: Any, steps: Any, masked: torch.Tensor, sources: Sources, updates: torch.Tensor):
+        super().__init__(system, steps, but=masked.tolist())
+        self._sources, self._updates = sources, updates
+        self.reached: set[int] = set()
+        """The leaves, by identity, that next states do depend on."""
+
+    def product(self, f: int, x: wp.array, c: wp.array, arguments: tuple, options: dict[str, Any]) -> None:
+        """Call `step_vjp` for flow f."""
+        if hasattr(self.system, "leaves"):
+            own, more = self._sources, {"gradient": self._updates[f], "reached": self.reached}
+            options = {**options, "leaves": own.system, "cuts": own.cuts_of_system, **more}
+        super().product(f, x, c, arguments, options)
+
+
+class Rollout:
+    """x_{n+1} = S(x_n, N(x_n)) for n = 0 … steps − 1, differentiable with the flow of one's choice.
+
+    `loss.backward()` leaves the flow's update in the `.grad` of the controller's parameters. Several backward passes
+    before one optimiser step add up as they should, for a combined flow M and R apart.
+
+    Args:
+        system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`). A `System` is kept for good, as is
+            its array of parameters: to sweep numbers, hand them to calls as `parameters`.
+        controller: Any module that maps (B, D) to (B, K) row by row, the same way each time, and leaves its input as it
+            is.
+        steps: Number of time steps T.
+        flow: A name, a letter, a `Flow` or a `Combined`.
+        device: "cpu", "cuda", "cuda:1", …; that of the controller's parameters if None.
+        backend: "fused" (whole passes in one kernel: for chains of the engine's layers, and on a CPU for any module
+            that `torch_program` reads as a row program), "general" (any module) or "auto": fused where it can be,
+            programs from the fourth pass with gradients on, since making code of one takes some seconds. See
+            `why_general`.
+        on_divergence: "raise" raises `Diverged`; "mask" freezes the samples that diverge in their last finite state,
+            gives them no say in the gradients and names them in `report.diverged`.
+        check: How often a controller and a simulator that are not the engine's own are tried out: "auto" (at the first,
+            second, fourth, … pass and whenever something about them has changed) or "always"; see docs/contract.md.
+        reduce: Called with the flows' updates, shape (flows, parameters), before they are compared: sums them in place
+            over ranks, for instance `torch.distributed.all_reduce`.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; the message names the argument, what came, what is expected.
+    """
+
+    def __init__(
+        self,
+        system: Simulator,
+        controller: torch.nn.Module,
+        steps: int,
+        flow: str | Flow | Combined = "combined",
+        device: str | torch.device | None = None,
+        backend: str = "auto",
+        on_divergence: str = "raise",
+        reduce: Callable[[torch.Tensor], Any] | None = None,
+        check: str = "auto",
+    ):
+        if not isinstance(controller, torch.nn.Module):
+            raise TypeError(f"controller must be a torch.nn.Module, got {type(controller).__name__}")
+        wp.init()
+        self._system, self._controller = system, controller
+        self._steps = check_count("steps", steps)
+        self.flow = flow
+        self.observe: Sequence[str | Flow] = ()
+        """Further flows that ride along in backward passes, for the report only."""
+        self.report = Report()
+        """Numbers of the last backward pass."""
+        self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "mask"))
+        self.reduce = reduce
+        self.check = check_choice("check", check, ("auto", "always"))
+        self._passes = 0
+        self._beside = False
+        check_sizes(system, controller)
+        self._adapter = TorchController(controller, system.state_size, system, at_once=backend == "fused")
+        # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
+        self._workspaces: list[Workspace] = []
+        self._gates: dict[tuple, tuple[np.ndarray, wp.array]] = {}
+        self._direct: dict[tuple, DirectPass] = {}
+        if isinstance(system, System):
+            name_of(system)  # for losses in compiled code
+        self._name = name_of_rollout(self)
+        self.dtype, self.device = precision_and_device(controller, device)
+        check_sizes(system, self._adapter.dense() or controller)
+        self._backend = check_choice("backend", backend, BACKENDS)
+        choose_backend(backend, system, self._adapter, self.device.type == "cuda")
+
+    @property
+    def system(self) -> Simulator:
+        """The system; another one needs another rollout."""
+        return self._system
+
+    @property
+    def controller(self) -> torch.nn.Module:
+        """The controller; another one needs another rollout."""
+        return self._controller
+
+    @property
+    def steps(self) -> int:
+        """Number of time steps T of the next calls; another number may be assigned."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        steps = check_count("steps", steps)
+        flow_gates(linear_parts(self.flow), steps)  # raises if gates are given for another number of steps
+        self._steps = steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what points into memory, so that copies and pickles are possible."""
+        return {**vars(self), "_workspaces": [], "_gates": {}, "_direct": {}, "report": Report()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy a name of its own."""
+        vars(self).update(state)
+        if isinstance(self.system, System):
+            name_of(self.system)
+        self._name = name_of_rollout(self)
+
+    @property
+    def flow(self) -> Flow | Combined:
+        """The flow of the next backward passes; a name or a letter may be assigned."""
+        return self._flow
+
+    @flow.setter
+    def flow(self, flow: str | Flow | Combined) -> None:
+        flow = resolve(flow)
+        flow_gates(linear_parts(flow), self.steps)  # as above
+        self._flow = flow
+
+    @property
+    def why_general(self) -> str | None:
+        """Why passes are not fused, in one sentence; None where they are."""
+        if self.backend == "fused":
+            return None
+        if not isinstance(self.system, System):
+            return f"{type(self.system).__name__} is no System, whose physics kernels contain"
+        if self.device.type == "cuda" or self._backend == "general":
+            return f"the backend is {self._backend!r}, on {self.device.type}"
+        return self._adapter.why_general or "the module has not been used often enough to be compiled"
+
+    @property
+    def backend(self) -> str:
+        """How the forward pass runs: "fused" or "general"."""
+        return choose_backend(self._backend, self.system, self._adapter, self.device.type == "cuda")
+
+    def __call__(self, x0: Any, parameters: Mapping[str, Any] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return states (steps + 1, batch, D) and controls (steps, batch, K), attached to autograd.
+
+        Args:
+            x0: Initial states, shape (batch, D): torch, numpy or any DLPack array.
+            parameters: Physical parameters by name, a number or one per sample each; tensors may require gradients.
+                A combined flow compares sums over the batch if all are numbers, else it compares sample by sample.
+
+        Raises:
+            TypeError, ValueError: x0 or a parameter does not fit; the flow has a memory, and gradients are asked for.
+            Diverged: A state is not finite, and `on_divergence` is "raise".
+        """
+        if torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                refuse_memory(self._flow)
+            return self._as_operator(x0, parameters)
+        refuse_transforms("a rollout")
+        x0 = self.initial_states(x0)
+        rows = rows_of_parameters(self.system, parameters or {}, x0)
+        return self._unroll(x0, rows)[0]
+
+    def _unroll(
+        self, x0: torch.Tensor, rows: torch.Tensor | None
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]:
+        """Return states and controls, attached to autograd where that is at work, and the leaves behind them."""
+        if not torch.is_grad_enabled():
+            return self._forward(x0, rows, keep=False)[:2], ()
+        found, sources = self._look(x0, rows)
+        given = [tensor for tensor in (x0, rows) if tensor is not None and tensor.requires_grad]
+        if not given and not sources.leaves:
+            return self._forward(x0, rows, keep=False)[:2], ()
+        refuse_memory(self._flow)
+        refuse_averaging(self.controller, self._flow, self.reduce)
+        if sources.combined:
+            refuse_reentrant(*given)
+        if sources.apart:
+            x0, rows = x0.detach(), None if rows is None else rows.detach()
+        return Unroll.apply(self, sources, found, x0, rows, *sources.inputs), sources.origins
+
+    def _look(self, x0: torch.Tensor, rows: torch.Tensor | None, cut: bool = True) -> tuple[Found | None, Sources]:
+        """Return what a look at the controller finds before a pass from x0, and all that the pass depends on."""
+        found, own, cuts, of_system, is_known = None, (), {}, None, self._adapter.is_known()
+        if not is_known or hasattr(self.system, "leaves"):
+            with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
+                self._check_place()
+                if not is_known:
+                    size, always = self.system.control_size, self.check == "always"
+                    found = self._adapter.examine(x0, size, self.steps, always, cut)
+                    cuts = {} if found.cuts is None else found.cuts.of(found.leaves)
+                if hasattr(self.system, "leaves"):
+                    of_system = Cuts()
+                    own = self.system.leaves(x0, x0.new_zeros((len(x0), self.system.control_size)), of_system)
+                    cuts = {**cuts, **of_system.of(own)}
+        controller = self._adapter.trainable if found is None else found.leaves
+        combined = isinstance(self._flow, Combined)
+        sources = Sources(controller, own, (x0, rows) if combined else (None, None), cuts, combined)
+        self._beside = len(sources.leaves) > len(self._adapter.trainable)
+        sources.cuts_of_system = of_system if of_system is not None and of_system.pairs else None
+        sources.check()
+        return found, sources
+
+    def _look_after(self, found: Found | None, x0: torch.Tensor, controls: torch.Tensor, masked: torch.Tensor) -> None:
+        """Look at the controller after the forward pass that `found` was found for; raise if it has changed."""
+        with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
+            if found is not None:
+                self._adapter.examination.end(found)
+            elif not len(masked):
+                self._adapter.check_program(x0, controls[0], self.check == "always")
+
+    def _as_operator(self, x0: Any, parameters: Mapping[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the same as one opaque node of a graph that torch compiles; x0 is checked when that runs."""
+        if not isinstance(x0, torch.Tensor):
+            x0 = torch.as_tensor(x0).to(self.device, self.dtype)
+        rows = rows_of_parameters(self.system, parameters or {}, x0)
+        refuse_averaging(self.controller, self._flow, self.reduce)
+        if torch.is_grad_enabled() and isinstance(self._flow, Combined):
+            if x0.requires_grad or (rows is not None and rows.requires_grad):
+                raise ValueError(
+                    "x0 and physical parameters must have no gradient in compiled code with a combined flow: it would "
+                    "be combined before the updates that it leads to are. Detach them, unroll the whole horizon in one "
+                    "rollout, or leave the rollout out of the compiled code"
+                )
+        trainable = self._adapter.trainable
+        frozen = [p for p in self.controller.parameters() if not p.requires_grad]
+        states, controls, _ = torch.ops.warp_phys.unroll(x0, rows, trainable, frozen, self._steps, self._name)
+        return states, controls
+
+    def value_and_grad(self, x0: Any, when: str | Sequence[int] = "final", control_cost: float = 0.0) -> torch.Tensor:
+        """Return the loss of `System.loss`, and leave the flow's update in the `.grad` of the controller's parameters.
+
+        The numbers are those of `loss = system.loss(*rollout(x0), …)` and `loss.backward()` after clearing the
+        gradients; what the gradients held is replaced. On the fused backend there is no graph of autograd in between
+        and all memory is kept from one call to the next, the gradients' too, which makes an update much cheaper.
+
+        Two threads must not be in this method of one rollout at the same time: they would share that memory.
+
+        Args:
+            x0: Initial states, shape (batch, D): torch, numpy or any DLPack array.
+            when: "final", "every", or the chosen steps.
+            control_cost: Factor of the mean squared control.
+
+        Returns:
+            The loss, a tensor of no dimensions, detached.
+
+        Raises:
+            TypeError, ValueError: As a call of the rollout and `System.loss` do.
+            Diverged: A state is not finite, and `on_divergence` is "raise".
+            RuntimeError: In `torch.inference_mode`.
+        """
+        refuse_inference("value_and_grad")
+        refuse_memory(self._flow)
+        when = check_loss(self.system, when, self.steps, control_cost)
+        x0 = self.initial_states(x0)
+        direct = self.direct_pass(len(x0), when, control_cost)
+        if direct is None:
+            return self._value_and_grad_by_graph(x0, when, control_cost)
+        with torch.no_grad():
+            direct.begin(x0)
+            direct.launch()
+            if not is_finite(direct.states):
+                if self.on_divergence == "raise":
+                    freeze_diverged(direct.states, direct.controls, self.on_divergence)
+                return self._value_and_grad_by_graph(x0, when, control_cost)
+            loss = direct.loss()
+            if self.reduce is not None:
+                self.reduce(direct.updates)
+            self.report = direct.leave()
+        return loss
+
+    def direct_pass(self, batch: int, when: str | Sequence[int], control_cost: float) -> DirectPass | None:
+        """Return the memory of a pass, kept as long as nothing changes but numbers; None where it is not possible."""
+        fingerprint = self._adapter.fingerprint() if self.device.type == "cpu" else None
+        if fingerprint is None:
+            return None
+        when, control_cost = when if isinstance(when, str) else tuple(when), float(control_cost)
+        threads = torch.get_num_threads()
+        key = (self.steps, batch, self._flow, tuple(self.observe), when, control_cost, threads, fingerprint)
+        if key not in self._direct:
+            self._check_place()
+            if not isinstance(self.system, System) or self.backend != "fused":
+                return None
+            if any(map(has_own_hooks, self._adapter.trainable)):
+                return None
+            times, shape = chosen_times(when, self.steps), (self.steps, batch)
+            if len(self._direct) >= DIRECT_PASSES:
+                self._direct.pop(next(iter(self._direct)))
+            self._direct[key] = DirectPass(
+                self.system, self._adapter, shape, self._flow, self.running_flows(), times, control_cost, self.dtype
+            )
+        return self._direct[key]
+
+    def _value_and_grad_by_graph(
+        self, x0: torch.Tensor, when: str | Sequence[int], control_cost: float
+    ) -> torch.Tensor:
+        """Do the same for any backend."""
+        for parameter in self.controller.parameters():
+            parameter.grad = None
+        with torch.enable_grad():
+            (states, controls), leaves = self._unroll(x0.detach(), None)
+            for leaf in leaves:
+                leaf.grad = None
+            loss = self.system.loss(states, controls, when=when, control_cost=control_cost)  # type: ignore[attr-defined]
+            if loss.requires_grad:
+                loss.backward()
+        return loss.detach()
+
+    def initial_states(self, x0: Any, check_finite: bool = True) -> torch.Tensor:
+        """Return x0 as a tensor that fits, or raise; without `check_finite` whatever its numbers are."""
+        if not isinstance(x0, torch.Tensor):
+            x0 = self.as_tensor(x0)
+        if x0.ndim != 2 or x0.shape[1] != self.system.state_size or len(x0) == 0:
+            columns = ", ".join(getattr(self.system, "states", ()))
+            message = shape_message("x0", (-1, self.system.state_size), x0.shape)
+            raise ValueError(f"{message} for {self.system}" + (f"; its columns are {columns}" if columns else ""))
+        if x0.dtype != self.dtype:
+            raise TypeError(f"x0 must hold {self.dtype} as the controller does, got {x0.dtype}")
+        if x0.device != self.device:
+            raise ValueError(f"x0 must be on device {self.device} as the controller is, got {x0.device}")
+        if check_finite and not is_finite(x0):
+            bad = torch.nonzero(~torch.isfinite(x0).all(dim=1)).flatten().tolist()
+            raise ValueError(f"x0 must be finite, rows {bad[:8]} are not")
+        return x0
+
+    def as_tensor(self, x0: Any) -> torch.Tensor:
+        """Return numpy or DLPack data as a tensor: numpy in the controller's precision and on its device."""
+        if isinstance(x0, (np.ndarray, list, tuple)):
+            try:
+                array = np.asarray(x0)
+            except ValueError as error:
+                raise ValueError(f"x0 must be rows of one length: {error}") from None
+            if array.dtype.kind != "f":
+                raise TypeError(f"x0 must hold floating-point numbers, got {array.dtype}")
+            # torch takes neither another byte order nor strides below zero.
+            array = np.ascontiguousarray(array, np.float64 if self.dtype == torch.float64 else np.float32)
+            return torch.as_tensor(array).to(self.device)
+        if hasattr(x0, "__dlpack__"):
+            return torch.from_dlpack(x0)
+        raise TypeError(f"x0 must be a torch, numpy or DLPack array, got {type(x0).__name__}")
+
+    def _structs(self, rows: torch.Tensor | None, like: wp.array) -> wp.array | None:
+        if not isinstance(self.system, System):
+            return None
+        if rows is None:
+            return self.system.check_parameters(None, like, 1)
+        struct = self.system.types(like.dtype).Parameters
+        return as_structs(as_array(rows.detach().contiguous()), struct)
+
+    def _forward(
+        self, x0: torch.Tensor, rows: torch.Tensor | None, keep: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return states, controls, the samples that were masked, and what the controller kept for a backward pass."""
+        states = x0.new_empty((self.steps + 1, len(x0), self.system.state_size))
+        controls = x0.new_empty((self.steps, len(x0), self.system.control_size))
+        states[0] = x0.detach()
+        self._check_place()
+        with torch.no_grad(), torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
+            arrays = as_array(states), as_array(controls)
+            p, fused = self._structs(rows, arrays[0]), self.backend == "fused"
+            kept = forward(self.system, self._adapter, *arrays, p, fused, keep)
+        masked = freeze_diverged(states, controls, self.on_divergence)
+        return states, controls, masked, None if len(masked) else kept
+
+    def _check_place(self) -> None:
+        """Raise a ValueError if the controller has been converted or moved."""
+        first = next(self.controller.parameters(), None)
+        if first is not None and (first.dtype, first.device) != (self.dtype, self.device):
+            raise ValueError(
+                f"controller is now {first.dtype} on {first.device}, the rollout was made for {self.dtype} on "
+                f"{self.device}: make another rollout"
+            )
+
+    def _backward(
+        self,
+        states: torch.Tensor,
+        controls: torch.Tensor,
+        rows: torch.Tensor | None,
+        masked: torch.Tensor,
+        kept: torch.Tensor | None,
+        sources: Sources,
+        seeds: tuple[torch.Tensor | None, torch.Tensor | None],
+        want_rows: bool,
+        must_train: bool = False,
+        found: Found | None = None,
+        one: Flow | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
+        """Run the flows backward; return the gradients of x0, of the parameter rows and of the leaves of `sources`.
+
+        None stands for the gradient of a leaf that the controls do not depend on.
+        `must_train` says that the last ones are all that is asked for: where there can be none, that is an error.
+        `found` is what the forward pass found out about the controller; `one` a flow to follow in place of a combined
+        one, for a pass from which nothing but its gradients is left.
+        """
+        try:
+            workspace = self._workspaces.pop()
+        except IndexError:  # the first pass, or one within or beside another
+            workspace = Workspace()
+        flow = self.flow if one is None else one
+        flows = self.running_flows() if one is None else (one,)
+        seeds_ = [owned(seed, like, masked) for seed, like in zip(seeds, (states, controls), strict=True)]
+        states, controls = without(states, masked, dim=1), without(controls, masked, dim=1)
+        if rows is not None and len(rows) > 1:
+            rows = without(rows, masked, dim=0)
+        like: Any = {"dtype": self.dtype, "device": self.device}
+        updates = torch.zeros((len(flows), sources.size), **like)
+        of_controller = sum(leaf.numel() for leaf in sources.controller)
+        of_system = torch.zeros((len(flows), sum(leaf.numel() for leaf in sources.system)), **like)
+        want_rows = want_rows or sources.histories[1] is not None
+        with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
+            arrays = [as_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
+            trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]), kept)
+            adjoints, check, simulator = self._run_backward(
+                flows, trajectory, Seeds(arrays[2], arrays[3]), masked, sources, found,
+                (updates[:, :of_controller], of_system), workspace, want_rows,
+            )  # fmt: skip
+            if must_train and self.reduce is None:  # with it another rank may know of what there is to train
+                check.finish()
+            adj_x0 = wp.to_torch(adjoints.x0).clone()
+            adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters).clone()
+        self._workspaces.append(workspace)
+        if adj_rows is not None and rows is not None and len(rows) == 1:
+            adj_rows = adj_rows.sum(dim=1, keepdim=True)
+        for f, part in enumerate(flows if sources.has_others else ()):
+            sources.add(updates[f], sources.system, split(of_system[f], sources.system))
+            sources.follow(updates[f], part, (adj_x0[f], None if adj_rows is None else adj_rows[f]))
+        used = [flows.index(part) for part in linear_parts(flow)]
+        changes = split(updates[0], sources.leaves)
+        if one is None:
+            if self.reduce is not None:
+                self.reduce(updates)
+            changes = self._updates(updates[used], sources.leaves)
+            count = len(sources.controller)
+            self.report = Report(flows, updates[:, :of_controller], tuple(changes[:count]), tuple(masked.tolist()))
+        through = {id(leaf) for leaf in sources.controller if check.includes(leaf)} | simulator.reached
+        reached = [self.reduce is not None or sources.elsewhere(leaf) or id(leaf) in through for leaf in sources.leaves]
+        if sources.combined:  # autograd has nothing to do with what stands for a tensor
+            reached = [r and id(leaf) not in sources.cuts for r, leaf in zip(reached, sources.leaves, strict=True)]
+        grads = [change if depends else None for change, depends in zip(changes, reached, strict=True)]
+        if adj_rows is not None:
+            adj_rows = combine(flow, adj_rows[used])
+        return combine(flow, adj_x0[used]), adj_rows, grads
+
+    def _run_backward(
+        self,
+        flows: tuple[Flow, ...],
+        trajectory: Trajectory,
+        seeds: Seeds,
+        masked: torch.Tensor,
+        sources: Sources,
+        found: Found | None,
+        updates: tuple[torch.Tensor, torch.Tensor],
+        workspace: Workspace,
+        want_rows: bool,
+    ) -> tuple[Adjoints, PassCheck, _Retreat]:
+        """Run the flows backward, once more step by step where rows turn out to be coupled, as they may not be at x0.
+
+        Returns:
+            The adjoints; what has looked at controller and simulator. `updates`, of controller and system, are written.
+        """
+        gates, gates_array = self._gates_of(flows, len(trajectory.controls))
+        steps, controller = self._compared_steps(len(gates[0])), found or self._adapter
+        coupled = False
+        while True:
+            check, simulator = PassCheck(found, masked), _Retreat(self.system, steps, masked, sources, updates[1])
+            try:
+                adjoints = backward(
+                    self.system, cast(Controller, controller), trajectory, seeds, gates, gates_array, list(updates[0]),
+                    workspace, want_rows, check=check, fused=found is None and self.backend == "fused",
+                    whole=found is not None and found.whole, simulator=simulator,
+                )  # fmt: skip
+            except RowsCoupled:
+                assert found is not None
+                found.whole = coupled = True
+                for update in updates:
+                    update.zero_()
+                continue
+            if coupled:
+                self._adapter.examination.coupled = True
+            return adjoints, check, simulator
+
+    def _compared_steps(self, steps: int) -> Sequence[int] | None:
+        """Return at which steps a simulator is asked whether it has changed since the forward pass; None for all."""
+        self._passes += 1
+        if self.check == "always" or self._passes & (self._passes - 1) == 0:
+            return None
+        return (0, self._passes % steps, steps - 1)
+
+    def running_flows(self) -> tuple[Flow, ...]:
+        """Return the flows that a backward pass runs: those of the flow, and what `observe` adds."""
+        return parts_of([self.flow, *map(resolve, self.observe)])
+
+    def _gates_of(self, flows: tuple[Flow, ...], steps: int) -> tuple[np.ndarray, wp.array]:
+        """Return the gates of flows, shape (flows, steps, 2), as numpy and on the device."""
+        key = (flows, steps)
+        if key not in self._gates:
+            gates = flow_gates(flows, steps)
+            array = wp.array(gates, dtype=wp.dtype_from_torch(self.dtype), device=str(self.device))
+            self._gates[key] = gates, for_all_streams(array)
+        return self._gates[key]
+
+    def _updates(self, updates: torch.Tensor, trainable: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return what this pass adds to the gradients of the parameters; one row of `updates` per part of the flow."""
+        if not isinstance(self.flow, Combined):
+            return split(updates[0], trainable)
+        return combined_changes(self.flow, trainable, updates[0], updates[1])
