@@ -291,7 +291,7 @@ def test_pure_warp():
         WarpRollout(SYSTEM, net(), 5)
     with raises(ValueError, "controller has state_size 10"):
         WarpRollout(CartPole(poles=1), controller, 5)
-    with raises(ValueError, "in pure Warp the rule of a combined flow must be agree"):
+    with raises(ValueError, "in pure Warp the rule of a combined flow must be one of agree, geometric, minmod"):
         WarpRollout(SYSTEM, controller, 5, Combined(rule=np.minimum))
     rollout = WarpRollout(SYSTEM, controller, 5)
     with raises(TypeError, "x0 must hold float32 as the controller does, got float64"):

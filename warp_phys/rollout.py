@@ -23,7 +23,8 @@ from warp_phys.engine.phases import (
     forward,
 )
 from warp_phys.errors import Diverged, check_choice, check_count
-from warp_phys.flow import COMBINED, Combined, Flow, agree, linear_parts, refuse_memory, resolve
+from warp_phys.flow import COMBINED, Combined, Flow, linear_parts, refuse_memory, resolve
+from warp_phys.programs.rules import RULES
 from warp_phys.systems.base import Simulator, System
 
 BACKENDS = ("auto", "fused", "general")
@@ -41,7 +42,7 @@ class Rollout:
         system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`).
         controller: A Warp controller, for instance `layers.Dense`.
         steps: Number of time steps T.
-        flow: A name, a letter, a `Flow` or a `Combined` with the rule `agree`.
+        flow: A name, a letter, a `Flow` or a `Combined` with one of the rules `agree`, `geometric`, `minmod`.
         on_divergence: "raise" checks the trajectory after the forward pass, and waits for the device to do so;
             "ignore" does not (inside a captured graph it must not).
         backend: "fused" (one kernel), "general" (step by step) or "auto": fused where it is possible, on a CPU.
@@ -104,8 +105,9 @@ class Rollout:
     def flow(self, flow: str | Flow | Combined) -> None:
         flow = resolve(flow)
         refuse_memory(flow)
-        if isinstance(flow, Combined) and flow.rule is not agree:
-            raise ValueError(f"in pure Warp the rule of a combined flow must be agree, got {flow.rule!r}")
+        if isinstance(flow, Combined) and flow.rule not in RULES:
+            names = ", ".join(rule.__name__ for rule in RULES)
+            raise ValueError(f"in pure Warp the rule of a combined flow must be one of {names}, got {flow.rule!r}")
         self._flow = flow
         gates = flow_gates(linear_parts(flow), self.steps).astype(numpy_type(self.real))
         if len(gates) in self._gates_arrays:  # in place: a captured graph reads the numbers from here
@@ -254,7 +256,8 @@ class Rollout:
         else:
             zeros = self._workspace.array("no sums", rows[0].shape, self.real, self.device)
             rows = rows if sums else [*rows[:2], zeros, zeros, rows[-1]]
-            kernel = row_kernels.combine_kernel(self.real, bool(sums))
+            assert isinstance(self.flow, Combined)
+            kernel = row_kernels.combine_kernel(self.flow.rule, self.real, bool(sums))
         wp.launch(kernel, dim=rows[0].shape, inputs=rows, device=self.device, record_tape=False)
 
 

@@ -1,5 +1,6 @@
 """Every kernel, forward and adjoint, compiles for CUDA; Warp's compiler needs no GPU and no driver for that."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from warp_phys.interop.torch.chain import read_plan
 from warp_phys.programs import block_kernels, native_kernels
 from warp_phys.programs.activations import ACTIVATIONS
 from warp_phys.programs.plan import dense_plan
+from warp_phys.programs.rules import RULES
 
 ARCHITECTURES = [80, 90]
 REALS = [wp.float32, wp.float64]
@@ -73,8 +75,10 @@ def _all_kernels():
         suffix = real.__name__
         for factory in OF_A_PRECISION:
             yield f"{factory.__name__}-{suffix}", lambda f=factory, r=real: f(r)
-        for summing in (True, False):
-            yield f"combine-{summing}-{suffix}", lambda s=summing, r=real: row_kernels.combine_kernel(r, s)
+        for rule in RULES:
+            make = functools.partial(row_kernels.combine_kernel, rule, real)
+            yield f"combine-{rule.__name__}-{suffix}", functools.partial(make, True)
+        yield f"combine-once-{suffix}", functools.partial(make, False)
         for dimensions in range(1, 5):
             yield f"gate-{dimensions}-{suffix}", lambda d=dimensions, r=real: gate_kernels.gate_kernel(d, r)
         for name in ACTIVATIONS:

@@ -227,17 +227,33 @@ def test_other_rules_by_name(name, device):
     assert (got != base).any() and resolve(name).name == name and resolve(name).letter == ""
 
 
-def test_a_nan_stays_a_nan(device):
+@pytest.mark.parametrize("rule", [agree, geometric, minmod])
+def test_the_kernel_of_a_rule(rule, device):
+    """What one pass adds, and what passes add whose sums count."""
+    generator = np.random.default_rng(0)
+    new, sums = generator.normal(size=(2, 2, 3, 40))
+    new[:, 0, :5], sums[:, 0, 3:8] = 0.0, 0.0
+    arrays = [wp.array(a, dtype=wp.float64, device=device) for a in (*new, *sums, np.ones((3, 40)))]
+    wp.launch(row_kernels.combine_kernel(rule, wp.float64, True), dim=(3, 40), inputs=arrays, device=device)
+    change = rule(*(sums + new)) - rule(*sums)
+    np.testing.assert_allclose(arrays[4].numpy(), 1.0 + change, rtol=1e-14, atol=1e-14)
+    np.testing.assert_allclose(np.stack([a.numpy() for a in arrays[2:4]]), sums + new, rtol=1e-15)
+    assert (change != 0.0).any() and (rule(*sums) == 0.0).any()
+
+
+@pytest.mark.parametrize("rule", [agree, geometric, minmod])
+def test_a_nan_stays_a_nan(rule, device):
     """In numpy, in torch, and in the kernel of the pure-Warp path: an exploded R must not look like a quiet C."""
     nan, inf = np.nan, np.inf
     base = np.array([[1.0, nan, nan, 2.0, -inf, inf, 3.0]])
     other = np.array([[nan, 1.0, nan, inf, -1.0, -inf, -inf]])
-    expected = np.array([[nan, nan, nan, 2.0, -inf, nan, 0.0]])
+    fourth, fifth = {agree: (2.0, -inf), geometric: (inf, -inf), minmod: (2.0, -1.0)}[rule]
+    expected = np.array([[nan, nan, nan, fourth, fifth, nan, 0.0]])
     with np.errstate(invalid="ignore"):  # numpy warns of inf − inf
-        np.testing.assert_array_equal(agree(base, other), expected)
-    np.testing.assert_array_equal(agree(torch.tensor(base), torch.tensor(other)).numpy(), expected)
+        np.testing.assert_array_equal(rule(base, other), expected)
+    np.testing.assert_array_equal(rule(torch.tensor(base), torch.tensor(other)).numpy(), expected)
     arrays = [wp.array(a, dtype=wp.float64, device=device) for a in (base, other)]
     zeros = [wp.zeros((1, 7), dtype=wp.float64, device=device) for _ in range(3)]
-    kernel = row_kernels.combine_kernel(wp.float64, False)
+    kernel = row_kernels.combine_kernel(rule, wp.float64, False)
     wp.launch(kernel, dim=(1, 7), inputs=[*arrays, *zeros], device=device)
     np.testing.assert_array_equal(zeros[2].numpy(), expected)

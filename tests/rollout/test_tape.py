@@ -98,9 +98,11 @@ def test_combined_on_a_tape(system, device):
     controller, x0 = make(system, device)
     tape = GatedTape(system, controller, x0, "final", 0.0)
     modified, regular = tape.run("M"), tape.run("R")
-    combined = phases(system, controller, x0, "C", when="final", control_cost=0.0)
-    expected = np.where(np.sign(modified) == np.sign(regular), modified, 0.0)
-    assert relative(combined, expected) < 1e-10
+    least, root = np.minimum(abs(modified), abs(regular)), np.sqrt(abs(modified)) * np.sqrt(abs(regular))
+    for flow, size in (("C", abs(modified)), ("geometric", root), ("minmod", least)):
+        combined = phases(system, controller, x0, flow, when="final", control_cost=0.0)
+        expected = np.where(np.sign(modified) == np.sign(regular), np.sign(modified) * size, 0.0)
+        assert relative(combined, expected) < 1e-10
 
 
 @pytest.mark.parametrize("flow", ["R", "C"])

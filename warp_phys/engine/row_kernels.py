@@ -1,8 +1,11 @@
 """Kernels on rows that the backward pass needs besides those of systems and layers, one per precision."""
 
 import functools
+from typing import Any
 
 import warp as wp
+
+from warp_phys.programs.rules import combined_body
 
 
 @functools.cache
@@ -71,16 +74,11 @@ def gate_rows_kernel(real: type) -> wp.Kernel:
 
 
 @functools.cache
-def combine_kernel(real: type, summing: bool) -> wp.Kernel:
-    """grad += C(sums + new) − C(sums); sums += new. C keeps the base where the signs agree."""
+def combine_kernel(rule: Any, real: type, summing: bool) -> wp.Kernel:
+    """grad += C(sums + new) − C(sums); sums += new. C combines by one of `programs.rules.RULES`."""
 
-    @wp.func
-    def keep_agreeing(base: real, other: real):
-        zero = real(0.0)
-        same = (base > zero and other > zero) or (base < zero and other < zero)
-        kept = wp.where(same, base, zero)
-        total = base + other
-        return wp.where(total != total, total, kept)  # a nan stays a nan
+    @wp.func_native(combined_body(rule))
+    def combined(m: real, r: real) -> real: ...
 
     @wp.kernel(module="unique", enable_backward=False)
     def combine_update(
@@ -95,8 +93,8 @@ def combine_kernel(real: type, summing: bool) -> wp.Kernel:
         i, j = wp.tid()
         base = sum_base[i, j] + new_base[i, j]
         other = sum_other[i, j] + new_other[i, j]
-        before = keep_agreeing(sum_base[i, j], sum_other[i, j])
-        grad[i, j] = grad[i, j] + (keep_agreeing(base, other) - before)
+        before = combined(sum_base[i, j], sum_other[i, j])
+        grad[i, j] = grad[i, j] + (combined(base, other) - before)
         if wp.static(summing):
             sum_base[i, j] = base
             sum_other[i, j] = other

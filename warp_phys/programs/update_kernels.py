@@ -6,11 +6,8 @@ from typing import Any
 import warp as wp
 
 from warp_phys.core.rows import scalar_name
-from warp_phys.flow import agree, geometric, minmod
 from warp_phys.programs.native_kernels import module_options
-
-RULES: dict[Any, str] = {agree: "agree", geometric: "geometric", minmod: "minmod"}
-"""The rules of `flow` that have a kernel, by their name in native/update.h."""
+from warp_phys.programs.rules import combined_body
 
 CLIPPING = {"none": 0, "value": 1, "norm": 2}
 """Kinds of clipping, as native/update.h numbers them."""
@@ -41,8 +38,9 @@ def finish_kernel(rule: Any, memory: bool, either: bool, real: type) -> wp.Kerne
         const auto* other = (const {scalar}*)addresses.data[1];
         auto* mean = ({scalar}*)addresses.data[3];
         const auto* now = {int(memory)} && !remember(other, mean, size, decay) ? mean : other;
-        if ({int(either)}) combine_either<{RULES[rule]}>(base, mean, now, update, size);
-        else combine<{RULES[rule]}>(base, {int(memory)} ? mean : now, update, size);
+        const auto rule = []({scalar} m, {scalar} r) -> {scalar} {{ {combined_body(rule)} }};
+        if ({int(either)}) combine_either(rule, base, mean, now, update, size);
+        else combine(rule, base, {int(memory)} ? mean : now, update, size);
         """
 
     @wp.func_native(f"""

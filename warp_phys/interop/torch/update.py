@@ -20,7 +20,8 @@ from warp_phys.interop.torch.loss import refuse_inference
 from warp_phys.interop.torch.memory import Memory, value_and_grad
 from warp_phys.interop.torch.report import Report
 from warp_phys.interop.torch.rollout import DIRECT_PASSES, Rollout
-from warp_phys.programs.update_kernels import CLIPPING, RULES
+from warp_phys.programs.rules import RULES
+from warp_phys.programs.update_kernels import CLIPPING
 from warp_phys.systems.base import System
 from warp_phys.systems.losses import check_loss
 

@@ -29,34 +29,18 @@ template <typename T> static inline bool all_finite(const T* x, long long size) 
     return sum_of(x, size, [](T v) { return double(v * T(0)); }) == 0.0;
 }
 
-// What the rules of flow.py give for two numbers whose signs agree.
-struct agree {
-    template <typename T> static inline T of(T m, T) { return m; }
-};
-struct geometric {
-    template <typename T> static inline T of(T m, T r) { return wp::sign(m) * (wp::sqrt(wp::abs(m)) * wp::sqrt(wp::abs(r))); }
-};
-struct minmod {
-    template <typename T> static inline T of(T m, T r) { return wp::abs(m) < wp::abs(r) ? m : r; }
-};
-
-// Not a number where the sum of the two is none, 0 where their signs differ.
-template <typename R, typename T> static inline T combined(T m, T r) {
-    const T sum = m + r;
-    const bool same = (m > 0) == (r > 0) && (m < 0) == (r < 0);
-    return sum != sum ? sum : same ? R::of(m, r) : T(0);
-}
-
-template <typename R, typename T> static inline void combine(const T* base, const T* other, T* update, long long size) {
-    for (long long i = 0; i < size; ++i) update[i] = combined<R>(base[i], other[i]);
+// What a rule makes of every two numbers.
+template <typename T, typename Rule>
+static inline void combine(Rule rule, const T* base, const T* other, T* update, long long size) {
+    for (long long i = 0; i < size; ++i) update[i] = rule(base[i], other[i]);
 }
 
 // The same with the first of two others that leaves anything.
-template <typename R, typename T>
-static inline void combine_either(const T* base, const T* first, const T* second, T* update, long long size) {
+template <typename T, typename Rule>
+static inline void combine_either(Rule rule, const T* base, const T* first, const T* second, T* update, long long size) {
     for (long long i = 0; i < size; ++i) {
-        const T value = combined<R>(base[i], first[i]);
-        update[i] = value == 0 ? combined<R>(base[i], second[i]) : value;
+        const T value = rule(base[i], first[i]);
+        update[i] = value == 0 ? rule(base[i], second[i]) : value;
     }
 }
 
