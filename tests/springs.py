@@ -44,9 +44,6 @@ class Springs(System):
     def sample(self, batch, seed=0, dtype=np.float32):
         return np.random.default_rng(seed).uniform(-1, 1, (batch, self.size)).astype(numpy_type(real_type(dtype)))
 
-    def sketch(self, axes):
-        raise NotImplementedError
-
 
 @functools.cache
 def _functions(system, real):

@@ -308,3 +308,10 @@ def test_a_reset_that_fails_changes_nothing():
         env.reset(options={"states": np.zeros((3, 4)), "reset_mask": np.array([True, True])})
     with pytest.raises(gym.error.ResetNeeded, match="have ended"):
         env.step(np.zeros((2, 1)))
+
+
+def test_a_render_mode_asks_for_a_drawing():
+    for make in (lambda: SystemEnv(Springs(), render_mode="rgb_array"),
+                 lambda: SystemVectorEnv(Springs(), 2, render_mode="rgb_array")):  # fmt: skip
+        with pytest.raises(ValueError, match="render_mode must be None: Springs has no method sketch"):
+            make()

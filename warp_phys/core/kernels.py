@@ -1,6 +1,6 @@
 """The kernels of a system, made from its Warp functions once per structure and precision.
 
-A `structure` is a system whose numbers have been blanked (`System.structure`): what a user sweeps travels in the
+A `structure` is a system without its numbers (`System.structure`): what a user sweeps travels in the
 parameter struct and never shapes a kernel. Rows are samples; sample b uses row b mod length of the parameters.
 """
 

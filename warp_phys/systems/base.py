@@ -15,6 +15,7 @@ from warp_phys.core.arrays import as_structs, check_array, for_all_streams, nump
 from warp_phys.core.checks import range_of
 from warp_phys.core.rows import row_functions
 from warp_phys.systems import losses
+from warp_phys.systems.structure import structure_of
 
 Parameters = Mapping[str, Any]
 
@@ -102,7 +103,7 @@ class System(ABC):
 
     A subclass is a frozen dataclass. Fields annotated `float` are physical parameters, one at least: they may differ
     from sample to sample and have gradients. All other fields shape the kernels. It names its components in `states`
-    and `controls`, and gives `functions`, `sample` and `sketch`.
+    and `controls`, and gives `functions`, `sample` and, to be drawn, `sketch`.
     """
 
     time_average: ClassVar[bool] = True
@@ -120,15 +121,24 @@ class System(ABC):
 
     @abstractmethod
     def functions(self, real: type) -> SystemFunctions:
-        """Return the Warp functions in one precision; asked of `structure` only, whose physical parameters are nan."""
+        """Return the Warp functions in one precision; asked of `structure` only: no physical parameters."""
 
     @abstractmethod
     def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
         """Return random initial states, shape (batch, D); the same seed gives the same states in either precision."""
 
-    @abstractmethod
     def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Put a picture on matplotlib `axes`; return a function (state, control=None) that moves its artists."""
+        """Put a picture on matplotlib `axes`; return a function (state, control=None) that moves its artists.
+
+        Optional: only what draws asks for it.
+
+        Raises:
+            NotImplementedError: The system has none.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be drawn: give it a method sketch(axes) that returns a function "
+            "(state, control=None), as in docs/extending.md"
+        )
 
     @functools.cached_property
     def state_size(self) -> int:
@@ -157,12 +167,8 @@ class System(ABC):
 
     @functools.cached_property
     def structure(self) -> "System":
-        """This system with its physical parameters blanked (nan): what kernels are made from, and their cache key."""
-        blank = object.__new__(type(self))
-        for field in fields(self):
-            value = math.nan if field.name in self.parameter_names else getattr(self, field.name)
-            object.__setattr__(blank, field.name, value)
-        return blank
+        """This system without its physical parameters: what kernels are made from, and their cache key."""
+        return structure_of(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the fields alone: what is derived from them is found again."""

@@ -52,7 +52,7 @@ class BatchEnv(VectorEnv):
         render_mode: str | None,
     ):
         self.task, self._episodes = task, Episodes(task, num_envs, max_episode_steps, autoreset_mode)
-        self.num_envs, self.render_mode = self._episodes.count, check_render_mode(render_mode)
+        self.num_envs, self.render_mode = self._episodes.count, check_render_mode(render_mode, task.system)
         self.single_observation_space, self.single_action_space = task.spaces()
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
@@ -91,8 +91,10 @@ class BatchEnv(VectorEnv):
         """Return the present states and the last controls, if any, as numpy."""
 
 
-def check_render_mode(mode: str | None) -> str | None:
-    """Return a render mode, or raise a ValueError that lists them."""
+def check_render_mode(mode: str | None, system: System) -> str | None:
+    """Return a render mode, or raise a ValueError that lists them, or that says that the system cannot be drawn."""
+    if mode is not None and type(system).sketch is System.sketch:
+        raise ValueError(f"render_mode must be None: {type(system).__name__} has no method sketch(axes) to be drawn by")
     return None if mode is None else check_choice("render_mode", mode, RENDER_MODES)
 
 

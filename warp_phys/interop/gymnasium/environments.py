@@ -65,7 +65,7 @@ class SystemEnv(gymnasium.Env):
         system = resolve_system(system, parameters)
         self.task = Task(system, action_scale, control_cost, divergence_reward, dtype, device)
         self.observation_space, self.action_space = self.task.spaces()
-        self.render_mode = check_render_mode(render_mode)
+        self.render_mode = check_render_mode(render_mode, system)
         self.metadata = {**self.metadata, "render_fps": frames_per_second(system)}
         self._stepper = Stepper(self.task, 1)
         self._state: np.ndarray | None = None
