@@ -42,7 +42,7 @@ def _heads(scalar: str) -> list[str]:
 
 def _layer(dense: Dense, scalar: str) -> str:
     activation = FUSED.get(dense.activation, "identity")
-    return f"Layer<{scalar}, {activation}, {dense.positions}, {dense.window}, {dense.window}, {dense.outputs}>"
+    return f"Layer<{scalar}, {activation}, {dense.positions}, {dense.window}, {dense.stride}, {dense.outputs}>"
 
 
 def _runs(numbers: Sequence[tuple[int, int]], at: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -201,7 +201,7 @@ def pull_lines(program: Program, scalar: str) -> list[str]:
         guard = "" if trained[x] else "if (to_input) "
         lines.append(f"{guard}{{ {call}(count, {ends});")
         if not alone:
-            loop = f"for (int k = 0; k < {program.nodes[x].size}; ++k)"
+            loop = f"for (int k = 0; k < {(dense.positions - 1) * dense.stride + dense.window}; ++k)"
             lines.append(f"{each_row} {loop} adj[{at[x]} + k] += adj[{room} + k]; }}")
         lines.append("}")
     return lines
@@ -261,6 +261,14 @@ def contract_lines(program: Program, scalar: str) -> list[str]:
     return lines
 
 
+def _weight(dense: Dense) -> str:
+    """Return where the weight of number k of a window and output o stands in its tensor."""
+    k = "k"
+    if dense.channels != dense.window:
+        k = f"(k % {dense.channels} * {dense.window // dense.channels} + k / {dense.channels})"
+    return f"w[{k} * {dense.outputs} + o]" if dense.flipped else f"w[o * {dense.window} + {k}]"
+
+
 def _addresses(program: Program) -> list[list[int]]:
     """Return for each reader where its tensors' addresses stand."""
     places, start = [], 0
@@ -288,15 +296,14 @@ def pack_lines(program: Program, scalar: str) -> list[str]:
             continue
         dense = Dense(*node.numbers)
         width, out = padded(dense.window), padded(dense.outputs)
-        value = f"w[k * {dense.outputs} + o]" if dense.flipped else f"w[o * {dense.window} + k]"
         lines += [
             f"const T* b = (const T*)addresses.data[{places[1]}];",
             f"for (int o = 0; o < {dense.outputs}; ++o) to[o] = b ? b[o] : 0;",
             f"to += {out};",
             f"T* back = {'to' if dense.few else f'transposed.data + {program.transposed[reader]}'};",
             f"for (int o = 0; o < {dense.outputs}; ++o) for (int k = 0; k < {dense.window}; ++k) {{",
-            f"    back[o * {width} + k] = {value};",
-            "" if dense.few else f"    to[k * {out} + o] = {value};",
+            f"    back[o * {width} + k] = {_weight(dense)};",
+            "" if dense.few else f"    to[k * {out} + o] = {_weight(dense)};",
             "}}",
         ]
     return lines
@@ -320,11 +327,10 @@ def unpack_lines(program: Program, scalar: str) -> list[str]:
         dense = Dense(*node.numbers)
         width, out = padded(dense.window), padded(dense.outputs)
         source = f"g[{out} + o * {width} + k]" if dense.few else f"g[{out} + k * {out} + o]"
-        to = f"w[k * {dense.outputs} + o]" if dense.flipped else f"w[o * {dense.window} + k]"
         lines += [
             f"T* b = (T*)addresses.data[flow * {count} + {places[1]}];",
             f"if (w) for (int o = 0; o < {dense.outputs}; ++o) for (int k = 0; k < {dense.window}; ++k)",
-            f"    {to} += {source};",
+            f"    {_weight(dense)} += {source};",
             f"if (b) for (int o = 0; o < {dense.outputs}; ++o) b[o] += g[o];",
             "}",
         ]

@@ -10,7 +10,7 @@ that come from tensors are read through slots, so that a program stays the same 
 | load | | slot, entries | numbers of a tensor, the same for all rows |
 | constant | | the numbers | them |
 | gather | nodes | (which node, which number) for each number | numbers of other nodes, in any order |
-| dense | x | positions, window, outputs, slot of weights, slot of biases or −1, flipped, activation | a layer |
+| dense | x | those of `Dense` | a layer |
 | sum, largest | x | length of a group | a number for each group of x |
 | product | a, b | groups, rows, inner size, columns | a (groups, rows, inner) times b (groups, inner, columns) |
 | any of `operations.OPERATIONS` | operands of one size | its own | number by number |
@@ -33,18 +33,30 @@ class Node(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """The numbers of a dense node: a layer on `positions` windows of its input that stand side by side."""
+    """The numbers of a dense node: a layer on windows of its input, all with the same weights, and its activation."""
 
     positions: int
+    """Number of windows."""
     window: int
+    """Numbers of a window."""
+    stride: int
+    """Numbers from one window to the next."""
     outputs: int
+    """Outputs of a window."""
     weights: int
     """Slot of the weights (outputs, window)."""
     biases: int
     """Slot of the biases, −1 for none."""
     flipped: bool
     """Whether the weights have shape (window, outputs) instead."""
+    channels: int
+    """A window's number k stands for the weight (k mod channels) · (window / channels) + k / channels of an output."""
     activation: str = "identity"
+
+    @property
+    def reach(self) -> int:
+        """Numbers of the input that windows of a padded width take."""
+        return (self.positions - 1) * self.stride + padded(self.window)
 
     @property
     def few(self) -> bool:
@@ -69,7 +81,7 @@ class Program:
         self.readers = tuple(i for i, node in enumerate(nodes) if node.operation in ("dense", "load"))
         """The nodes that read slots."""
         of_readers = [nodes[i] for i in self.readers]
-        read = [node.numbers[3:5] if node.operation == "dense" else node.numbers[:1] for node in of_readers]
+        read = [node.numbers[4:6] if node.operation == "dense" else node.numbers[:1] for node in of_readers]
         self.read: tuple[int, ...] = tuple(slot for slots in read for slot in slots)
         """The slots that they read, in turn; −1 where a dense node has no biases."""
         at, packed, transposed, room, work = [0], [0], [0], 0, 0
@@ -81,7 +93,7 @@ class Program:
                 size = (dense.positions - 1) * dense.outputs + padded(dense.outputs)
                 columns = (dense.outputs * padded(dense.window), dense.window * padded(dense.outputs))
                 own, back = padded(dense.outputs) + columns[not dense.few], 0 if dense.few else columns[0]
-                room = max(room, padded((dense.positions - 1) * dense.window + padded(dense.window)))
+                room = max(room, padded(dense.reach))
                 work += dense.positions * dense.window * dense.outputs
             elif node.operation == "load":
                 own = padded(node.size)

@@ -374,7 +374,7 @@ class _Reader:
         if not (sample == sample[:, :1]).all():
             raise Unreadable("a layer runs over the batch")
         positions = len(entries) // window
-        numbers = Dense(positions, window, outputs, slot, biases, flipped)
+        numbers = Dense(positions, window, window, outputs, slot, biases, flipped, channels=window)
         made = self.build.add("dense", (self.build.gather(entries),), positions * outputs, tuple(numbers))
         return self._spread(made, sample[:, :1].expand(-1, outputs), (*lead, outputs))
 
