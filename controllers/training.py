@@ -18,7 +18,7 @@ from controllers.settings import Training, check_resume, derive_seeds
 from warp_phys import Diverged
 from warp_phys.flow import memory_in, resolve
 from warp_phys.interop.torch import Report, Rollout, Update
-from warp_phys.interop.torch.clip import clip_gradients, gradients_of
+from warp_phys.interop.torch.optimiser import clip_gradients, gradients_of
 
 Stop = Callable[[], bool] | threading.Event
 

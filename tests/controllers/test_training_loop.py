@@ -14,7 +14,7 @@ from controllers.settings import derive_seeds
 from controllers.training import Loop
 from warp_phys import Diverged
 from warp_phys.interop.torch import Rollout
-from warp_phys.interop.torch.clip import clip_gradients
+from warp_phys.interop.torch.optimiser import clip_gradients
 
 TINY_RATE = 1e-30  # leaves float32 weights as they are
 

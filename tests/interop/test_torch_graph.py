@@ -10,9 +10,9 @@ from tests.interop.test_torch_update import Twin, network, start
 from tests.springs import Springs
 from warp_phys import CartPole
 from warp_phys.interop.torch import Rollout, Update
-from warp_phys.interop.torch.adam import check_capturable, options_of
 from warp_phys.interop.torch.controller import TorchController
 from warp_phys.interop.torch.graph import WholeUpdate, key_of
+from warp_phys.interop.torch.optimiser import check_capturable, options_of
 
 SYSTEM = Springs(size=5, pushes=2)
 STEPS = 9

@@ -11,7 +11,7 @@ from tests.springs import Springs
 from warp_phys import CartPole, Combined, Diverged, Flow, Quantum, Repulsion
 from warp_phys.flow import geometric
 from warp_phys.interop.torch import Rollout, Update
-from warp_phys.interop.torch.clip import clip_gradients, gradients_of
+from warp_phys.interop.torch.optimiser import clip_gradients, gradients_of
 
 NN = torch.nn
 STEPS = 12

@@ -10,12 +10,12 @@ from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import Seeds, Trajectory, backward, forward
 from warp_phys.flow import Combined, combine, linear_parts
 from warp_phys.interop.torch.chain import are_hooks_everywhere, has_hooks
-from warp_phys.interop.torch.clip import clip_gradients
 from warp_phys.interop.torch.combine import has_own_hooks, split
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.direct import hand_out
 from warp_phys.interop.torch.loss import costs_at, costs_vjp, torch_stream
 from warp_phys.interop.torch.memory import combine_remembering
+from warp_phys.interop.torch.optimiser import clip_gradients
 from warp_phys.interop.torch.report import Report
 from warp_phys.interop.torch.rollout import Rollout
 from warp_phys.systems.losses import chosen_array, chosen_times

@@ -11,13 +11,22 @@ from warp_phys.core.arrays import shape_message
 from warp_phys.core.checks import check_number
 from warp_phys.errors import check_choice
 from warp_phys.flow import Combined
-from warp_phys.interop.torch.adam import check_capturable, check_trains, is_plain, memory_of, numbers_of, options_of
-from warp_phys.interop.torch.clip import clip_gradients, gradients_of
 from warp_phys.interop.torch.direct import DirectPass, is_finite
-from warp_phys.interop.torch.end import End, record_end
 from warp_phys.interop.torch.graph import WholeUpdate, beside, key_of
 from warp_phys.interop.torch.loss import refuse_inference
 from warp_phys.interop.torch.memory import Memory, value_and_grad
+from warp_phys.interop.torch.optimiser import (
+    End,
+    check_capturable,
+    check_trains,
+    clip_gradients,
+    gradients_of,
+    is_plain,
+    memory_of,
+    numbers_of,
+    options_of,
+    record_end,
+)
 from warp_phys.interop.torch.report import Report
 from warp_phys.interop.torch.rollout import DIRECT_PASSES, Rollout
 from warp_phys.programs.rules import RULES

@@ -1,11 +1,35 @@
-"""What an optimiser of torch keeps, as the kernel and the graphs of an update read it: numbers of groups, addresses."""
+"""The end of an update: clipping, what an optimiser of torch keeps, and the one launch that does it all on a CPU."""
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import warp as wp
 from torch.optim import optimizer as optimisers
+
+from warp_phys.flow import Combined, Flow, memory_in
+from warp_phys.interop.torch.dense import as_array
+from warp_phys.interop.torch.direct import DirectPass
+from warp_phys.programs.update_kernels import CLIPPING, GROUP, TENSOR, finish_kernel
+
+
+def gradients_of(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the `.grad` of all parameters that have one."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def clip_gradients(gradients: Sequence[torch.Tensor], clip: str, limit: float) -> None:
+    """Clip in place: "value" each component to [−limit, limit], "norm" the norm of all together to at most limit."""
+    if clip == "value":
+        for gradient in gradients:
+            gradient.clamp_(-limit, limit)
+    elif clip == "norm" and gradients:
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+        factor = (limit / torch.linalg.vector_norm(torch.stack(norms))).clamp(max=1)
+        for gradient in gradients:
+            gradient.mul_(factor)
 
 
 def numbers_of(optimiser: torch.optim.Optimizer) -> list[tuple[float, ...]] | None:
@@ -107,3 +131,83 @@ def is_plain(optimiser: torch.optim.Optimizer, trainable: Sequence[torch.Tensor]
         if step.dtype != torch.float32 or step.numel() != 1 or step.device != parameter.device:
             return False
     return True
+
+
+class End(NamedTuple):
+    """The launch, and views of what it reads and writes."""
+
+    launch: Any
+    graph: Any
+    """All launches of the update in one graph, or None."""
+    memory: list[tuple[int, ...]]
+    """Addresses of every trained tensor and of its state, and its group."""
+    mean: torch.Tensor | None
+    """The average, where the flow has a memory."""
+    addresses: np.ndarray
+    """Of the updates of base and other, of the combined update, and of the average where the flow has a memory."""
+    numbers: list[tuple[float, ...]]
+    """What stands in `groups`."""
+    groups: np.ndarray
+    """Learning rate and so on of every group, shape (groups, GROUP)."""
+    status: np.ndarray
+    """1 where the last update was finite and is done, 0 where nothing has changed."""
+    loss: np.ndarray
+    held: tuple
+
+    def aim(self, direct: DirectPass, update: torch.Tensor) -> None:
+        """Combine the updates where they now are, into `update`."""
+        base, other = direct.updates[direct.parts[0]], direct.updates[direct.parts[-1]]
+        self.addresses[:3] = base.data_ptr(), other.data_ptr(), update.data_ptr()
+
+    def run(self, direct: DirectPass) -> None:
+        """Run the pass, and this launch after it."""
+        if self.graph is None:
+            direct.launch()
+            self.launch.launch()
+        else:
+            wp.capture_launch(self.graph)
+
+
+def record_end(
+    direct: DirectPass,
+    flow: Flow | Combined,
+    mean: torch.Tensor | None,
+    memory: list,
+    groups: list,
+    clipping: tuple[str, float],
+    graph: bool,
+) -> End:
+    """Record the launch that ends the updates of a pass.
+
+    Args:
+        direct: The pass.
+        flow: The flow; the rule of a combined one has a kernel.
+        mean: The average, where the flow has a memory.
+        memory: As `memory_of` returns it.
+        groups: As `numbers_of` returns it.
+        clipping: Kind and limit.
+        graph: Whether to make a graph of pass and end.
+    """
+    addresses = wp.zeros(4, dtype=wp.uint64, device="cpu")
+    if mean is not None:
+        addresses.numpy()[3] = mean.data_ptr()
+    tensors = wp.array(np.array(memory, dtype=np.uint64).reshape(-1, TENSOR), dtype=wp.uint64, device="cpu")
+    sizes = [0, *(parameter.numel() for parameter in direct.trainable)]
+    starts = wp.array(np.cumsum(sizes), dtype=wp.int32, device="cpu")
+    numbers = wp.array(np.array(groups).reshape(-1, GROUP), dtype=wp.float64, device="cpu")
+    status, loss = wp.zeros(1, dtype=wp.int32, device="cpu"), torch.zeros(1, dtype=direct.grad.dtype)
+    trajectory = [as_array(tensor) for tensor in (direct.states, direct.controls, direct.costs)]
+    kind, limit = clipping
+    inputs = [
+        *trajectory, direct.per_sample, direct.control_weight, addresses, memory_in(flow), CLIPPING[kind], limit,
+        tensors, starts, numbers,
+    ]  # fmt: skip
+    outputs = [status, as_array(loss), as_array(direct.grad)]
+    rule = flow.rule if isinstance(flow, Combined) else None
+    either = isinstance(flow, Combined) and flow.either
+    kernel = finish_kernel(rule, mean is not None, either, wp.dtype_from_torch(direct.grad.dtype))
+    launch = wp.launch(kernel, 1, inputs, outputs, device="cpu", record_tape=False, record_cmd=True)
+    held = (*inputs, *outputs, mean)  # a recorded launch does not keep its arrays alive
+    whole = direct.capture(launch) if graph else None
+    views = addresses.numpy(), list(groups), numbers.numpy(), status.numpy(), loss.numpy()
+    return End(launch, whole, memory, mean, *views, held)
