@@ -5,6 +5,7 @@ from warp_phys.systems.cartpole import CartPole
 from warp_phys.systems.polynomial import Polynomial
 from warp_phys.systems.quantum import Quantum
 from warp_phys.systems.repulsion import Repulsion
+from warp_phys.systems.solve import solve
 
 SYSTEMS: dict[str, type[System]] = {
     "cartpole": CartPole,
@@ -24,4 +25,5 @@ __all__ = [
     "System",
     "SystemFunctions",
     "SystemTypes",
+    "solve",
 ]
