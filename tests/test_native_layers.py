@@ -12,7 +12,9 @@ from warp_phys.engine.phases import Seeds, Trajectory
 from warp_phys.flow import agree, geometric, minmod
 from warp_phys.programs import native_kernels, update_kernels
 from warp_phys.programs.network import Network, address_array, run
-from warp_phys.programs.plan import PAD, Layer, Plan
+from warp_phys.programs.operations import FUSED
+from warp_phys.programs.plan import PAD
+from warp_phys.programs.program import Builder, Dense
 
 EXACT = {
     "identity": lambda z: z,
@@ -40,7 +42,7 @@ def _kernel(real):
     scalar = "double" if real is wp.float64 else "float"
     code = "".join(
         f"""{{
-            typedef warp_phys::{native_kernels._CPP[name]} activation;
+            typedef warp_phys::{FUSED.get(name, name)} activation;
             for (int i = 0; i < z.shape[0]; i += warp_phys::Vector<{scalar}>::lanes) {{
                 warp_phys::vector<{scalar}> slope, y = activation::value(warp_phys::load(z.data + i), slope);
                 if constexpr (activation::of_value) slope = activation::slope(y);
@@ -117,11 +119,12 @@ def test_activations_at_the_ends_of_the_range(name, dtype):
 GUARD = 64
 """Numbers on either side of an array that must stay what they are."""
 
-PLANS = {
-    "few outputs": (5, 5, [(1, 5, 0, 3, "silu", 5), (1, 3, 0, 2, "tanh", 3)]),
-    "several panels": (5, 5, [(1, 5, 0, 131, "sigmoid", 5), (1, 131, 0, 17, "silu", 131), (1, 17, 0, 2, "elu", 17)]),
-    "windows that overlap": (24, 3, [(7, 6, 3, 17, "silu", 3), (2, 51, 51, 1, "elu", 17), (1, 2, 0, 9, "identity", 2)]),
-    "windows with gaps": (24, 24, [(3, 8, 6, 4, "tanh", 2), (2, 4, 8, 20, "sigmoid", 4), (1, 40, 0, 9, "silu", 20)]),
+# inputs, the channels of their order, layers: positions, window, stride, outputs, activation, channels
+CHAINS = {
+    "few outputs": (5, 5, [(1, 5, 5, 3, "silu", 5), (1, 3, 3, 2, "tanh", 3)]),
+    "several panels": (5, 5, [(1, 5, 5, 131, "sigmoid", 5), (1, 131, 131, 17, "silu", 131), (1, 17, 17, 2, "elu", 17)]),
+    "windows that overlap": (24, 3, [(7, 6, 3, 17, "silu", 3), (2, 51, 51, 1, "elu", 17), (1, 2, 2, 9, "identity", 2)]),
+    "windows with gaps": (24, 24, [(3, 8, 6, 4, "tanh", 2), (2, 4, 8, 20, "sigmoid", 4), (1, 40, 40, 9, "silu", 20)]),
 }
 
 
@@ -147,25 +150,28 @@ class _Guarded:
 
 
 @pytest.mark.parametrize(("kept", "threads"), [(True, 1), (False, 1), (True, 2), (False, 2)])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", CHAINS)
 def test_nothing_beside_the_arrays(name, kept, threads):
     """Every buffer has just the length that it is said to need; around it is nan, and stays."""
-    inputs, channels, layers = PLANS[name]
-    plan, dtype, flows, steps = Plan(inputs, channels, tuple(Layer(*a) for a in layers)), np.float64, 2, 11
-    system, batch = Springs(size=inputs, pushes=plan.outputs), 13 if threads == 1 else 69
-    guarded, network, generator = _Guarded(dtype), Network(plan, wp.float64), np.random.default_rng(0)
-    weights = [
-        guarded.array(0.3 * generator.standard_normal(shape))
-        for a in plan.layers
-        for shape in ((a.outputs, a.window), (a.outputs,))
-    ]
+    inputs, channels, layers = CHAINS[name]
+    builder, dtype, flows, steps = Builder(inputs), np.float64, 2, 11
+    x, shapes = builder.gather([(0, k % channels * (inputs // channels) + k // channels) for k in range(inputs)]), []
+    for positions, window, stride, outputs, activation, order in layers:
+        slots = builder.slot(outputs * window), builder.slot(outputs)
+        dense = Dense(positions, window, stride, outputs, *slots, False, order, activation)
+        x = builder.add("dense", (x,), positions * outputs, tuple(dense))
+        shapes += [(outputs, window), (outputs,)]
+    program = builder.finish(x)
+    system, batch = Springs(size=inputs, pushes=program.outputs), 13 if threads == 1 else 69
+    guarded, network, generator = _Guarded(dtype), Network(program, wp.float64), np.random.default_rng(0)
+    weights = [guarded.array(0.3 * generator.standard_normal(shape)) for shape in shapes]
     network.threads = threads
     assert len(network.shares(batch)) == threads
-    network._packed = guarded.array(np.zeros(plan.packed[-1]))
-    network._transposed = guarded.array(np.zeros(max(1, plan.transposed[-1])))
+    network._packed = guarded.array(np.zeros(network.layout.packed[-1]))
+    network._transposed = guarded.array(np.zeros(max(1, network.layout.transposed[-1])))
     states = guarded.array(np.zeros((steps + 1, batch, inputs)))
     states[0].assign(system.sample(batch, dtype=dtype))
-    controls = guarded.array(np.zeros((steps, batch, plan.outputs)))
+    controls = guarded.array(np.zeros((steps, batch, program.outputs)))
     p = system.parameter_array(device="cpu", dtype=dtype)
     rows = guarded.array(np.zeros(network.row_count(controls, kept)))
     network.pack_launch(address_array([[array.ptr for array in weights]])).launch()

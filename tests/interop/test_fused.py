@@ -311,7 +311,7 @@ def test_memory_of_a_long_horizon(way):
     system = Springs(size=5, pushes=2, coupling=0.1, hardening=0.0)  # comes to rest
     steps, batch = 1500, 300
     trajectory = 4 * batch * (steps * 7 + 5)
-    row = Rollout(system, module, 1)._adapter.network()[0].plan.row
+    row = Rollout(system, module, 1)._adapter.network()[0].layout.row
     assert 4 * steps * batch * row > row_buffers.KEPT_BYTES + 1.5 * trajectory + 64 * 2**20  # or this proves nothing
     rollout = Rollout(system, module, steps, "C")
     x0 = system.sample(batch)

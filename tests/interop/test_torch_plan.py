@@ -7,7 +7,7 @@ from tests.springs import Springs
 from warp_phys.interop.torch import Rollout
 from warp_phys.interop.torch.chain import WIDEST, read_plan
 from warp_phys.interop.torch.grid import FromGrid, ToGrid
-from warp_phys.programs.plan import Layer, Plan
+from warp_phys.programs.program import Dense
 
 NN = torch.nn
 SYSTEM = Springs(size=24, pushes=2)
@@ -17,6 +17,14 @@ def chain(*layers):
     return NN.Sequential(*layers)
 
 
+def layers_of(planned):
+    """Return the order of the input, None where it is read as it comes, and the layers."""
+    nodes = planned.plan.nodes[1:]
+    assert [node.inputs for node in nodes] == [(i,) for i in range(len(nodes))]
+    order = [k for _, k in nodes[0].numbers] if nodes[0].operation == "gather" else None
+    return order, [Dense(*node.numbers) for node in nodes if node.operation == "dense"]
+
+
 def to_grid(points, channels):
     """States of 24 numbers as a grid, all numbers of a point side by side or one channel after the other."""
     return {"last": ToGrid(channels), "first": NN.Unflatten(1, (channels, points))}
@@ -24,9 +32,14 @@ def to_grid(points, channels):
 
 def test_dense_layers():
     module = chain(NN.Linear(24, 7), NN.SiLU(), NN.Linear(7, 5, bias=False), NN.Linear(5, 2), NN.Tanh())
-    plan, tensors = read_plan(module, 24)
-    layers = [(1, 24, 0, 7, "silu", 24), (1, 7, 0, 5, "identity", 7), (1, 5, 0, 2, "tanh", 5)]
-    assert plan == Plan(24, 24, tuple(Layer(*layer) for layer in layers))
+    planned = read_plan(module, 24)
+    plan, tensors, _ = planned
+    slots = (0, 1), (2, -1), (3, 4)
+    layers = [
+        Dense(1, n, n, m, *slot, False, n, name)
+        for n, m, slot, name in zip((24, 7, 5), (7, 5, 2), slots, ("silu", "identity", "tanh"), strict=True)
+    ]
+    assert layers_of(planned) == (None, layers) and plan.slots == (168, 7, 35, 10, 2)
     assert plan.outputs == 2 and plan.multiply_adds == 24 * 7 + 7 * 5 + 5 * 2
     expected = [module[0].weight, module[0].bias, module[2].weight, None, module[3].weight, module[3].bias]
     assert all(a is b for a, b in zip(tensors, expected, strict=True))
@@ -36,15 +49,19 @@ def test_dense_layers():
 @pytest.mark.parametrize("end", [FromGrid, NN.Flatten])
 def test_convolutions(order, end):
     module = chain(to_grid(12, 2)[order], NN.Conv1d(2, 5, 4, stride=3), NN.ELU(), end(), NN.Linear(15, 2))
-    layers = [Layer(3, 8, 6, 5, "elu", 2), Layer(1, 15, 0, 2, "identity", 15 if end is FromGrid else 5)]
-    assert read_plan(module, 24).plan == Plan(24, 24 if order == "last" else 2, tuple(layers))
+    layers = [
+        Dense(3, 8, 6, 5, 0, 1, False, 2, "elu"),
+        Dense(1, 15, 15, 2, 2, 3, False, 15 if end is FromGrid else 5),
+    ]
+    turned = [k % 2 * 12 + k // 2 for k in range(24)]
+    assert layers_of(read_plan(module, 24)) == (None if order == "last" else turned, layers)
     assert Rollout(SYSTEM, module, 3).backend == "fused"
 
 
 def test_a_layer_and_an_activation_that_come_twice():
     layer, act = NN.Linear(24, 24), NN.Sigmoid()
     planned = read_plan(chain(layer, act, layer, act, NN.Linear(24, 2)), 24)
-    assert [a.activation for a in planned.plan.layers] == ["sigmoid", "sigmoid", "identity"]
+    assert [a.activation for a in layers_of(planned)[1]] == ["sigmoid", "sigmoid", "identity"]
     assert planned.tensors[0] is planned.tensors[2] is layer.weight
 
 
@@ -53,7 +70,7 @@ def test_sizes_are_those_of_the_weights():
     module = chain(NN.Linear(24, 7), NN.Tanh(), NN.Linear(7, 2))
     module[0].weight, module[0].bias = NN.Parameter(torch.randn(9, 24)), NN.Parameter(torch.randn(9))
     module[2].weight = NN.Parameter(torch.randn(2, 9))
-    assert [(a.window, a.outputs) for a in read_plan(module, 24).plan.layers] == [(24, 9), (9, 2)]
+    assert [(a.window, a.outputs) for a in layers_of(read_plan(module, 24))[1]] == [(24, 9), (9, 2)]
     module[2].weight = NN.Parameter(torch.randn(2, 8))
     assert read_plan(module, 24) is None
 

@@ -7,6 +7,7 @@ import warp as wp
 
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.programs import native_kernels as native
+from warp_phys.programs.layout import layout_of
 from warp_phys.programs.network import address_array
 from warp_phys.programs.plan import SAMPLES
 
@@ -15,7 +16,7 @@ from warp_phys.programs.plan import SAMPLES
 def _kernel(program, real):
     """Evaluate, pull and contract all rows, block by block as the engine's own kernels do."""
     evaluate, pull, contract = (f(program, real) for f in (native._evaluate, native._pull, native._contract))
-    row, out = program.row, program.offsets[-2]
+    row, out = layout_of(program).row, layout_of(program).output
 
     @wp.kernel(module="unique", module_options=native.module_options())
     def run(
@@ -50,19 +51,21 @@ def _kernel(program, real):
 def run_program(read, x, seeds):
     """Return controls (B, K), adjoints of x (B, D), and the gradient of each tensor by its id."""
     program, real = read.plan, wp.dtype_from_torch(x.dtype)
+    layout = layout_of(program)
     room = lambda *shape: torch.zeros(shape, dtype=x.dtype)  # noqa: E731
-    packed, transposed = room(program.packed[-1]), room(max(1, program.transposed[-1]))
+    packed, transposed = room(layout.packed[-1]), room(max(1, layout.transposed[-1]))
     tensors = [None if t is None else t.detach() for t in read.tensors]
     sources = address_array([[0 if t is None else t.data_ptr() for t in tensors]])
     wp.launch(native.pack_kernel(program, real), 1, [sources, as_array(packed), as_array(transposed)], device="cpu")
-    controls, adj_x, gradients = room(len(x), program.outputs), room(*x.shape), room(program.packed[-1])
+    controls, adj_x, gradients = room(len(x), program.outputs), room(*x.shape), room(layout.packed[-1])
     # what nobody has written yet must not be read either
-    rows, deltas = room(SAMPLES * program.row).fill_(float("nan")), room(SAMPLES * program.row)
+    rows, deltas = room(SAMPLES * layout.row).fill_(float("nan")), room(SAMPLES * layout.row)
     arrays = (packed, transposed, x[None].contiguous(), seeds.contiguous(), rows, deltas, controls, adj_x, gradients)
     wp.launch(_kernel(program, real), 1, [as_array(a) for a in arrays], device="cpu")
     found = {id(t): torch.zeros_like(t) for t in read.tensors if t is not None}
     targets = address_array([[0 if t is None else found[id(t)].data_ptr() for t in read.tensors]])
-    wp.launch(native.unpack_kernel(program, real), 1, [as_array(gradients), targets], device="cpu")
+    inputs = [as_array(packed), as_array(transposed), targets, as_array(gradients)]
+    wp.launch(native.unpack_kernel(program, real), 1, inputs, device="cpu")
     return controls, adj_x, found
 
 

@@ -13,7 +13,7 @@ from warp_phys.errors import check_choice, check_count
 from warp_phys.programs.activations import ACTIVATIONS
 from warp_phys.programs.block_network import BlockNetwork
 from warp_phys.programs.network import Network
-from warp_phys.programs.plan import dense_plan
+from warp_phys.programs.program import chain
 
 
 class Workspace:
@@ -68,9 +68,9 @@ class Dense:
         self.real = self.parameters[0].dtype
         self.device = self.parameters[0].device
         self._workspace = Workspace()
-        plan = dense_plan(self.sizes, self.activation)
-        self._network = Network(plan, self.real) if wp.get_device(self.device).is_cpu else None
-        self._blocks = None if self._network else BlockNetwork(plan, self.real, self.device)
+        program = chain(self.sizes, self.activation)
+        self._network = Network(program, self.real) if wp.get_device(self.device).is_cpu else None
+        self._blocks = None if self._network else BlockNetwork(program, self.real, self.device)
 
     def _check(self, parameters: Sequence[wp.array]) -> tuple[wp.array, ...]:
         shapes = _shapes(self.sizes)

@@ -9,21 +9,23 @@ import warp as wp
 from warp_phys.core.arrays import aligned_zeros, for_all_streams
 from warp_phys.programs import block_kernels as kernels
 from warp_phys.programs import block_plan
-from warp_phys.programs.plan import Plan
+from warp_phys.programs.plan import Plan, plan_of
+from warp_phys.programs.program import Program
 
 
 class BlockNetwork:
-    """A plan, and the memory of its weights on a device.
+    """A chain of layers, and the memory of its weights on a device.
 
     Args:
-        plan: The layers.
+        program: The layers: dense nodes, one after the other.
         real: wp.float32 or wp.float64.
         device: A CUDA device; the CPU will do, slowly.
     """
 
-    def __init__(self, plan: Plan, real: type, device: Any):
-        self.plan, self.real, self.device = plan, real, wp.get_device(device)
-        self.threads = block_plan.thread_count(plan)
+    def __init__(self, program: Program | Plan, real: type, device: Any):
+        self.program, self.plan = program, program if isinstance(program, Plan) else plan_of(program)
+        self.real, self.device = real, wp.get_device(device)
+        self.threads = block_plan.thread_count(self.plan)
         self._addresses: dict[tuple[int, ...], wp.array] = {}  # for good: a captured graph reads them
         self._arrays: dict[tuple[Any, str, int], wp.array] = {}
 

@@ -1,8 +1,8 @@
 """Kernels of small networks on a CPU: a whole unrolling, or a whole backward pass, in one launch.
 
-A network is a `Plan` of layers, each a dense layer on windows of its input (`native/layers.h` says more). The C++ there
-holds the products of a layer; the kernels here put layers and physics together, for blocks of samples that stay in the
-cache. They run where the vectors of a CPU are; `block_kernels` has what runs on CUDA.
+A network is a row program; `programs.native_code` makes C++ of it, with the products of `native/layers.h`. The kernels
+here put network and physics together, for blocks of samples that stay in the cache. They run where the vectors of a CPU
+are; `block_kernels` has what runs on CUDA.
 """
 
 import functools
@@ -15,16 +15,12 @@ from warp_phys.core.kernels import weighted_cost_function
 from warp_phys.core.native_physics import advance_function, retreat_function
 from warp_phys.core.rows import row_functions, scalar_name
 from warp_phys.programs import native_code
-from warp_phys.programs.plan import SAMPLES, Plan, padded
+from warp_phys.programs.layout import layout_of
+from warp_phys.programs.plan import SAMPLES
 from warp_phys.programs.program import Program
 
 HEADERS = ("layers.h", "lanes.h", "rows.h", "cartpole.h", "repulsion.h", "quantum.h", "update.h")
 """The C++ that stands in front of the kernels' own."""
-
-_CPP = {
-    "tanh": "hyperbolic_tangent", "relu": "relu", "elu": "elu", "silu": "silu", "sigmoid": "sigmoid",
-    "identity": "identity",
-}  # fmt: skip
 
 
 @functools.cache
@@ -35,25 +31,12 @@ def module_options() -> dict[str, Any]:
     return {"extra_build_options": wp.ModuleBuildOptions(extra_cpu_preamble=source), "enable_backward": False}
 
 
-def _types(plan: Plan, real: type) -> list[str]:
-    """Return the C++ types of the layers."""
-    scalar = scalar_name(real)
-    return [
-        f"warp_phys::Layer<{scalar}, warp_phys::{_CPP[a.activation]}, "
-        f"{a.positions}, {a.window}, {a.stride}, {a.outputs}>"
-        for a in plan.layers
-    ]
-
-
 @functools.cache
-def _evaluate(plan: Plan, real: type) -> Any:
+def _evaluate(program: Program, real: type) -> Any:
     """Return the function that evaluates the network at rows of states and writes all levels."""
-    if isinstance(plan, Program):
-        lines = native_code.evaluate_lines(plan, scalar_name(real))
-    else:
-        lines = _evaluate_lines(plan, real)
+    code = "\n".join(native_code.evaluate_lines(program, scalar_name(real)))
 
-    @wp.func_native("\n".join(lines))
+    @wp.func_native(code)
     def evaluate(
         packed: wp.array[real],
         states: wp.array3d[real],
@@ -68,31 +51,12 @@ def _evaluate(plan: Plan, real: type) -> Any:
     return evaluate
 
 
-def _evaluate_lines(plan: Plan, real: type) -> list[str]:
-    row, at, weights = plan.row, plan.offsets, plan.packed
-    order = f"k % {plan.channels} * {plan.inputs // plan.channels} + k / {plan.channels}"
-    lines = [
-        f"auto* row = rows.data + (long long)slot * {row};",
-        f"const auto* x = states.data + ((long long)n * batch + first) * {plan.inputs};",
-        f"for (int s = 0; s < count; ++s) for (int k = 0; k < {plan.inputs}; ++k)",
-        f"    row[s * {row} + k] = x[s * {plan.inputs} + {order}];",
-    ]
-    for i, layer in enumerate(_types(plan, real)):
-        verb = "forward_few" if plan.few(i) else "forward"
-        ends = f"row + {at[i]}, {row}, packed.data + {weights[i]}, row + {at[i + 1]}, {row}, {plan.slopes}"
-        lines.append(f"{layer}::{verb}(count, {ends});")
-    return lines
-
-
 @functools.cache
-def _pull(plan: Plan, real: type) -> Any:
+def _pull(program: Program, real: type) -> Any:
     """Return the function that takes adjoints of the output level back to every level before it."""
-    if isinstance(plan, Program):
-        lines = native_code.pull_lines(plan, scalar_name(real))
-    else:
-        lines = _pull_lines(plan, real)
+    code = "\n".join(native_code.pull_lines(program, scalar_name(real)))
 
-    @wp.func_native("\n".join(lines))
+    @wp.func_native(code)
     def pull(
         packed: wp.array[real],
         transposed: wp.array[real],
@@ -107,41 +71,12 @@ def _pull(plan: Plan, real: type) -> Any:
     return pull
 
 
-def _pull_lines(plan: Plan, real: type) -> list[str]:
-    row, at, slopes = plan.row, plan.offsets, plan.slopes
-    lines = [
-        f"auto* d = deltas.data + (long long)delta_slot * {row};",
-        f"const auto* h = rows.data + (long long)slot * {row};",
-    ]
-    last = plan.layers[-1].activation
-    if last != "identity":
-        kept = slopes if last == "silu" else 0
-        lines += [
-            f"for (int s = 0; s < count; ++s) for (int k = 0; k < {plan.outputs}; ++k)",
-            f"    d[s * {row} + {at[-2]} + k] *= "
-            f"warp_phys::slope_at<warp_phys::{_CPP[last]}>(h[s * {row} + {at[-2] + kept} + k]);",
-        ]
-    for i, layer in reversed(list(enumerate(_types(plan, real)))):
-        weights = f"packed.data + {plan.packed[i] + padded(plan.layers[i].outputs)}"
-        if not plan.few(i):
-            weights = f"transposed.data + {plan.transposed[i]}"
-        before = plan.layers[i - 1].activation if i else "identity"
-        kept = at[i] + (slopes if before == "silu" else 0)
-        call = f"{layer}::pull<warp_phys::{_CPP[before]}, {'true' if i else 'false'}>"
-        ends = f"d + {at[i + 1]}, {row}, {weights}, d + {at[i]}, {row}, h + {kept}, {row}"
-        lines.append(f"{'' if i else 'if (to_input) '}{call}(count, {ends});")
-    return lines
-
-
 @functools.cache
-def _contract(plan: Plan, real: type) -> Any:
+def _contract(program: Program, real: type) -> Any:
     """Return the function that adds the gradients of the weights over rows, in the packed layout."""
-    if isinstance(plan, Program):
-        lines = native_code.contract_lines(plan, scalar_name(real))
-    else:
-        lines = _contract_lines(plan, real)
+    code = "\n".join(native_code.contract_lines(program, scalar_name(real)))
 
-    @wp.func_native("\n".join(lines))
+    @wp.func_native(code)
     def contract(
         rows: wp.array[real],
         slot: int,
@@ -155,31 +90,15 @@ def _contract(plan: Plan, real: type) -> Any:
     return contract
 
 
-def _contract_lines(plan: Plan, real: type) -> list[str]:
-    row, at, weights = plan.row, plan.offsets, plan.packed
-    lines = [
-        f"const auto* d = deltas.data + (long long)delta_slot * {row};",
-        f"const auto* x = rows.data + (long long)slot * {row};",
-        f"auto* g = gradients.data + (long long)gradient * {weights[-1]};",
-    ]
-    for i, layer in enumerate(_types(plan, real)):
-        verb = "contract_few" if plan.few(i) else "contract"
-        lines.append(f"{layer}::{verb}(count, x + {at[i]}, {row}, d + {at[i + 1]}, {row}, g + {weights[i]});")
-    return lines
-
-
 @functools.cache
-def pack_kernel(plan: Plan, real: type) -> wp.Kernel:
+def pack_kernel(program: Program, real: type) -> wp.Kernel:
     """Write weights and biases, given by their addresses in turn, into the packed and the transposed layout.
 
     A bias at address 0 is zero.
     """
-    if isinstance(plan, Program):
-        lines = native_code.pack_lines(plan, scalar_name(real))
-    else:
-        lines = _pack_lines(plan, scalar_name(real))
+    code = "\n".join(native_code.pack_lines(program, scalar_name(real)))
 
-    @wp.func_native("\n".join(lines))
+    @wp.func_native(code)
     def pack(addresses: wp.array2d[wp.uint64], packed: wp.array[real], transposed: wp.array[real]): ...
 
     @wp.kernel(module="unique", module_options=module_options())
@@ -195,78 +114,44 @@ def pack_kernel(plan: Plan, real: type) -> wp.Kernel:
     return pack_layers
 
 
-def _pack_lines(plan: Plan, scalar: str) -> list[str]:
-    lines: list[str] = []
-    for i, layer in enumerate(plan.layers):
-        width, out = padded(layer.window), padded(layer.outputs)
-        order = f"k % {layer.channels} * {layer.window // layer.channels} + k / {layer.channels}"
-        lines += [
-            "{",
-            f"const {scalar}* w = (const {scalar}*)addresses.data[{2 * i}];",
-            f"const {scalar}* b = (const {scalar}*)addresses.data[{2 * i + 1}];",
-            f"{scalar}* to = packed.data + {plan.packed[i]};",
-            f"for (int o = 0; o < {layer.outputs}; ++o) to[o] = b ? b[o] : 0;",
-            f"to += {out};",
-            f"{scalar}* back = {'to' if plan.few(i) else f'transposed.data + {plan.transposed[i]}'};",
-            f"for (int o = 0; o < {layer.outputs}; ++o) for (int k = 0; k < {layer.window}; ++k) {{",
-            f"    const {scalar} value = w[o * {layer.window} + {order}];",
-            f"    back[o * {width} + k] = value;",
-            "" if plan.few(i) else f"    to[k * {out} + o] = value;",
-            "}}",
-        ]
-    return lines
-
-
 @functools.cache
-def unpack_kernel(plan: Plan, real: type) -> wp.Kernel:
+def unpack_kernel(program: Program, real: type) -> wp.Kernel:
     """Add packed gradients to those of weights and biases, given by their addresses in turn for every flow, or 0."""
-    if isinstance(plan, Program):
-        lines = native_code.unpack_lines(plan, scalar_name(real))
-    else:
-        lines = _unpack_lines(plan, scalar_name(real))
+    code = "\n".join(native_code.unpack_lines(program, scalar_name(real)))
 
-    @wp.func_native("\n".join(lines))
-    def unpack(gradients: wp.array[real], flow: int, addresses: wp.array2d[wp.uint64]): ...
+    @wp.func_native(code)
+    def unpack(
+        gradients: wp.array[real],
+        flow: int,
+        packed: wp.array[real],
+        transposed: wp.array[real],
+        addresses: wp.array2d[wp.uint64],
+    ): ...
 
     @wp.kernel(module="unique", module_options=module_options())
     def unpack_layers(
         # in
-        gradients: wp.array[real],
+        packed: wp.array[real],
+        transposed: wp.array[real],
         addresses: wp.array2d[wp.uint64],
+        # in, and room for work
+        gradients: wp.array[real],
     ):
-        unpack(gradients, wp.tid(), addresses)
+        unpack(gradients, wp.tid(), packed, transposed, addresses)
 
     return unpack_layers
 
 
-def _unpack_lines(plan: Plan, scalar: str) -> list[str]:
-    lines: list[str] = []
-    for i, layer in enumerate(plan.layers):
-        width, out = padded(layer.window), padded(layer.outputs)
-        order = f"k % {layer.channels} * {layer.window // layer.channels} + k / {layer.channels}"
-        source = f"g[{out} + o * {width} + k]" if plan.few(i) else f"g[{out} + k * {out} + o]"
-        lines += [
-            "{",
-            f"const {scalar}* g = gradients.data + (long long)flow * {plan.packed[-1]} + {plan.packed[i]};",
-            f"{scalar}* w = ({scalar}*)addresses.data[flow * {2 * len(plan.layers)} + {2 * i}];",
-            f"{scalar}* b = ({scalar}*)addresses.data[flow * {2 * len(plan.layers)} + {2 * i + 1}];",
-            f"if (w) for (int o = 0; o < {layer.outputs}; ++o) for (int k = 0; k < {layer.window}; ++k)",
-            f"    w[o * {layer.window} + {order}] += {source};",
-            f"if (b) for (int o = 0; o < {layer.outputs}; ++o) b[o] += g[o];",
-            "}",
-        ]
-    return lines
-
-
 @functools.cache
-def unroll_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
+def unroll_kernel(structure: Any, program: Program, real: type) -> wp.Kernel:
     """The whole forward unrolling, network and physics, all steps; one thread per block of `SAMPLES` samples.
 
     The rows of a block's trajectory stand together, sample by sample within a time step, so that a backward pass finds
     them side by side, those of sample `origin` first; without `keep` there is room for one time step of one block.
     """
-    types, advance, evaluate = structure.types(real), advance_function(structure, real), _evaluate(plan, real)
-    Parameters, row, out = types.Parameters, plan.row, plan.offsets[-2]
+    types, advance, evaluate = structure.types(real), advance_function(structure, real), _evaluate(program, real)
+    layout, Parameters = layout_of(program), types.Parameters
+    row, out = layout.row, layout.output
 
     @wp.kernel(module="unique", module_options=module_options())
     def unroll_blocks(
@@ -347,7 +232,7 @@ def _seed_function(structure: Any, real: type) -> Any:
 
 
 @functools.cache
-def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
+def sweep_kernel(structure: Any, program: Program, real: type) -> wp.Kernel:
     """The whole backward pass of all flows: adjoints from the last step to the first, and the gradients of the weights.
 
     Per time step and flow, μ_n and λ_n as in `kernels.sweep_kernel`, the network's part by its own transposed layers;
@@ -356,10 +241,11 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
     `chosen` has a number for every step, as the system's own cost at the steps whose number is not 0, times
     `cost_weight`, and the squared controls times `control_weight`.
     """
-    retreat, evaluate = retreat_function(structure, real), _evaluate(plan, real)
-    pull, contract, seed_block = _pull(plan, real), _contract(plan, real), _seed_function(structure, real)
+    retreat, evaluate = retreat_function(structure, real), _evaluate(program, real)
+    pull, contract, seed_block = _pull(program, real), _contract(program, real), _seed_function(structure, real)
     Parameters = structure.types(real).Parameters
-    row, out, inputs, channels = plan.row, plan.offsets[-2], plan.inputs, plan.channels
+    layout, inputs = layout_of(program), program.inputs
+    row, out = layout.row, layout.output
 
     @wp.kernel(module="unique", module_options=module_options())
     def sweep_blocks(
@@ -431,13 +317,12 @@ def sweep_kernel(structure: Any, plan: Plan, real: type) -> wp.Kernel:
                         pull(packed, transposed, rows, base + slot, deltas, own_slot, count, to_input)
                         for s in range(count):
                             for k in range(inputs):
-                                i = k % wp.static(channels) * wp.static(inputs // channels) + k // wp.static(channels)
-                                lam = seeds[s, i]
+                                lam = seeds[s, k]
                                 if alpha != real(0.0):
-                                    lam += alpha * adj_x[f, first + s, i]
+                                    lam += alpha * adj_x[f, first + s, k]
                                 if to_input != 0:
                                     lam += beta * deltas[(own_slot + s) * row + k]
-                                adj_x[f, first + s, i] = lam
+                                adj_x[f, first + s, k] = lam
                 for f in range(flows):
                     contract(rows, base, deltas, f * chunk * SAMPLES, (stop - start) * count, gradients, f)
                 stop = start

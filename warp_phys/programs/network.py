@@ -13,7 +13,9 @@ import warp as wp
 from warp_phys.core.arrays import aligned_zeros
 from warp_phys.programs import native_kernels as native
 from warp_phys.programs import row_buffers
-from warp_phys.programs.plan import SAMPLES, Plan
+from warp_phys.programs.layout import layout_of
+from warp_phys.programs.plan import SAMPLES
+from warp_phys.programs.program import Program
 from warp_phys.programs.row_buffers import Buffers, Rows
 
 CACHED_BYTES = 2**20
@@ -57,18 +59,19 @@ class Kept:
 
 
 class Network:
-    """A plan, and the memory of its weights.
+    """A program, and the memory of its weights.
 
     Args:
-        plan: The layers.
+        plan: The program.
         real: wp.float32 or wp.float64.
         threads: Most threads that share a batch; where several do (`WORKER_BLOCKS`), the order of sums depends on it.
     """
 
-    def __init__(self, plan: Plan, real: type, threads: int = 1):
+    def __init__(self, plan: Program, real: type, threads: int = 1):
         self.plan, self.real, self.threads = plan, real, threads
-        self._packed = aligned_zeros((plan.packed[-1],), real, "cpu")
-        self._transposed = aligned_zeros((max(1, plan.transposed[-1]),), real, "cpu")
+        self.layout = layout = layout_of(plan)
+        self._packed = aligned_zeros((layout.packed[-1],), real, "cpu")
+        self._transposed = aligned_zeros((max(1, layout.transposed[-1]),), real, "cpu")
         self._buffers = Buffers(real)
         self._lasting: dict[tuple, wp.array] = {}
         self._deltas = f"deltas of {plan}"
@@ -151,16 +154,16 @@ class Network:
     def row_count(self, controls: wp.array, keep: bool) -> int:
         """Return the length of the buffer that an unrolling writes its rows to."""
         steps, batch, _ = controls.shape
-        return (steps * batch if keep else SAMPLES * len(self.shares(batch))) * self.plan.row
+        return (steps * batch if keep else SAMPLES * len(self.shares(batch))) * self.layout.row
 
     def scratch_count(self, controls: wp.array) -> int:
         """Return the length of the buffer in which a backward pass computes activations again."""
-        return self.chunk(controls) * SAMPLES * len(self.shares(controls.shape[1])) * self.plan.row
+        return self.chunk(controls) * SAMPLES * len(self.shares(controls.shape[1])) * self.layout.row
 
     def chunk(self, controls: wp.array) -> int:
         """Return the number of time steps that a backward pass takes at a time."""
         steps, batch, _ = controls.shape
-        return min(steps, max(1, self.plan.chunk // min(batch, SAMPLES)))
+        return min(steps, max(1, self.layout.chunk // min(batch, SAMPLES)))
 
     def shares(self, batch: int) -> list[tuple[int, int]]:
         """Return the first sample of every thread's share of a batch, and the one after its last."""
@@ -172,7 +175,7 @@ class Network:
     def gradients(self, flows: int, batch: int, workspace: Any) -> wp.array:
         """Return the workspace's array for the packed gradients, shape (threads, flows · packed length)."""
         return workspace.array(
-            "packed gradients", (len(self.shares(batch)), flows * self.plan.packed[-1]), self.real, "cpu"
+            "packed gradients", (len(self.shares(batch)), flows * self.layout.packed[-1]), self.real, "cpu"
         )
 
     # What follows returns launches to be run, so that they can be kept and run many times.
@@ -231,11 +234,11 @@ class Network:
         """
         sweeps, controls = Sweeps(system, trajectory, loss, gates, adj_x), trajectory.controls
         arrays, shares = (trajectory.states, controls, trajectory.parameters), self.shares(controls.shape[1])
-        length = len(controls) * SAMPLES * self.plan.row
+        length = len(controls) * SAMPLES * self.layout.row
         bytes_of_block = length * self._packed.strides[0]
         keep = bytes_of_block * len(shares) <= row_buffers.KEPT_BYTES
         samples = SAMPLES * max(1, CACHED_BYTES // bytes_of_block) if keep else controls.shape[1]
-        length = length * (samples // SAMPLES) if keep else self.chunk(controls) * SAMPLES * self.plan.row
+        length = length * (samples // SAMPLES) if keep else self.chunk(controls) * SAMPLES * self.layout.row
         sequences = []
         for i, (begin, end) in enumerate(shares):
             rows = workspace.array(f"rows of a thread, {i}", (length,), self.real, "cpu")
@@ -276,8 +279,7 @@ class Network:
         else:
             none_chosen = workspace.array("none chosen", (0,), wp.int32, "cpu")
             derivatives = [loss.states, loss.controls, none_chosen, 0.0, 0.0]
-        # of this plan alone: the adjoints of numbers that no window reads are never written, and must stay zero
-        deltas = workspace.array(f"{self._deltas}, {thread}", (flows * chunk * SAMPLES * plan.row,), real, "cpu")
+        deltas = workspace.array(f"{self._deltas}, {thread}", (flows * chunk * SAMPLES * self.layout.row,), real, "cpu")
         adj_c = workspace.array(f"adj_c of a block, {thread}", (flows, SAMPLES, plan.outputs), real, "cpu")
         seeds = workspace.array(f"seeds of a block, {thread}", (SAMPLES, plan.inputs), real, "cpu")
         inputs = [
@@ -289,7 +291,10 @@ class Network:
     def unpack_launches(self, gradients: wp.array, addresses: wp.array) -> list[Any]:
         """Return the launches of the unpacking, to be run one after the other: the threads' shares are added."""
         kernel = native.unpack_kernel(self.plan, self.real)
-        return [_record(kernel, len(addresses), [gradients[i], addresses]) for i in range(len(gradients))]
+        return [
+            _record(kernel, len(addresses), [self._packed, self._transposed, addresses, gradients[i]])
+            for i in range(len(gradients))
+        ]
 
     def _addresses(self, rows: Sequence[Sequence[int]], lasting: bool) -> wp.array:
         if not lasting:

@@ -79,5 +79,8 @@ OPERATIONS: dict[str, Operation] = {
 }
 """The operations by name."""
 
-FUSED = {"tanh": "hyperbolic_tangent", "relu": "relu", "sigmoid": "sigmoid"}
-"""Those that a dense node can apply to its sums while they are in registers: `native/layers.h` has them."""
+FUSED = {"tanh": "hyperbolic_tangent", "relu": "relu", "sigmoid": "sigmoid", "elu": "elu", "silu": "silu"}
+"""Those that a dense node can apply to its sums while they are in registers: `native/layers.h` has them; elu of 1."""
+
+KEPT_SLOPES = {"silu"}
+"""Those of them whose values do not tell their slopes."""

@@ -1,11 +1,7 @@
-"""A small network as a `Plan`: layers, each a dense layer on windows of its input, and where their numbers stand.
-
-A row of a trajectory holds all levels of the network, input first, output last: `Plan.offsets`. Adjoints have the same
-layout. Where an activation does not tell its slope by its value, the slopes follow, `Plan.slopes` numbers behind.
-"""
+"""A chain of layers as a `Plan`, as the kernels for CUDA take it; and sizes of rows on a CPU."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SAMPLES = 8
 """Samples of a block: they are unrolled together and share the weights that are loaded."""
@@ -57,53 +53,17 @@ class Plan(NamedTuple):
         """Multiply-adds of one evaluation of one row."""
         return sum(layer.positions * layer.window * layer.outputs for layer in self.layers)
 
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Where each level starts in a row, input first, output last; the last entry is the length of all."""
-        sizes = [padded(self.inputs), *((a.positions - 1) * a.outputs + padded(a.outputs) for a in self.layers)]
-        for i, layer in enumerate(self.layers):
-            sizes[i] = max(sizes[i], (layer.positions - 1) * layer.stride + padded(layer.window))
-        starts = [0]
-        for size in sizes:
-            starts.append(starts[-1] + padded(size))
-        return tuple(starts)
 
-    @property
-    def slopes(self) -> int:
-        """How far behind an activation its slope is kept; zero if no activation needs that."""
-        return self.offsets[-1] if any(layer.activation == "silu" for layer in self.layers) else 0
-
-    @property
-    def row(self) -> int:
-        """Numbers of a row."""
-        return self.offsets[-1] + self.slopes
-
-    def few(self, i: int) -> bool:
-        """Whether layer i has too few outputs for vectors of outputs."""
-        layer = self.layers[i]
-        return i > 0 and layer.positions == 1 and layer.outputs <= FEW
-
-    @property
-    def packed(self) -> tuple[int, ...]:
-        """Where each layer starts in the packed weights, and in gradients; the last entry is the length."""
-        starts = [0]
-        for i, layer in enumerate(self.layers):
-            columns = layer.outputs * padded(layer.window) if self.few(i) else layer.window * padded(layer.outputs)
-            starts.append(starts[-1] + padded(layer.outputs) + columns)
-        return tuple(starts)
-
-    @property
-    def transposed(self) -> tuple[int, ...]:
-        """Where each layer's transposed weights start in their array; a layer of few outputs has none there."""
-        starts = [0]
-        for i, layer in enumerate(self.layers):
-            starts.append(starts[-1] + (0 if self.few(i) else layer.outputs * padded(layer.window)))
-        return tuple(starts)
-
-    @property
-    def chunk(self) -> int:
-        """Rows that a backward pass takes at a time, if it can choose."""
-        return max(SAMPLES, min(64, CHUNK_NUMBERS // self.row))
+def plan_of(program: Any) -> Plan:
+    """Return a chain of dense nodes as a plan."""
+    layers, channels = [], program.inputs
+    for node in program.nodes[1:]:
+        if node.operation == "gather":
+            channels = program.inputs // max(1, node.numbers[1][1]) if program.inputs > 1 else 1
+            continue
+        positions, window, stride, outputs, _weights, _biases, _flipped, order, activation = node.numbers
+        layers.append(Layer(positions, window, stride, outputs, activation, order))
+    return Plan(program.inputs, channels, tuple(layers))
 
 
 def dense_plan(sizes: Sequence[int], activation: str) -> Plan:

@@ -17,10 +17,11 @@ that come from tensors are read through slots, so that a program stays the same 
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from warp_phys.programs.operations import FUSED, OPERATIONS
-from warp_phys.programs.plan import CHUNK_NUMBERS, FEW, SAMPLES, padded
+from warp_phys.programs.plan import FEW, padded
 
 
 class Node(NamedTuple):
@@ -64,6 +65,15 @@ class Dense(NamedTuple):
         return self.positions == 1 and self.outputs <= FEW
 
 
+def _multiply_adds(node: Node) -> int:
+    if node.operation == "dense":
+        dense = Dense(*node.numbers)
+        return dense.positions * dense.window * dense.outputs
+    if node.operation in ("input", "constant", "load", "gather"):
+        return 0
+    return node.size * (node.numbers[2] if node.operation == "product" else 1)
+
+
 class Program:
     """Nodes, the first one the input, the last one the output. Equal ones have one hash: kernels are cached by it.
 
@@ -74,7 +84,7 @@ class Program:
 
     def __init__(self, nodes: tuple[Node, ...], slots: tuple[int, ...]):
         self.nodes, self.slots, self._hash = nodes, slots, hash((nodes, slots))
-        self.inputs = self.channels = nodes[0].size
+        self.inputs = nodes[0].size
         """Numbers D of a state."""
         self.outputs = nodes[-1].size
         """Numbers K of a control."""
@@ -84,35 +94,8 @@ class Program:
         read = [node.numbers[4:6] if node.operation == "dense" else node.numbers[:1] for node in of_readers]
         self.read: tuple[int, ...] = tuple(slot for slots in read for slot in slots)
         """The slots that they read, in turn; −1 where a dense node has no biases."""
-        at, packed, transposed, room, work = [0], [0], [0], 0, 0
-        for node in nodes:
-            size, own, back = node.size, 0, 0
-            work += node.size
-            if node.operation == "dense":
-                dense = Dense(*node.numbers)
-                size = (dense.positions - 1) * dense.outputs + padded(dense.outputs)
-                columns = (dense.outputs * padded(dense.window), dense.window * padded(dense.outputs))
-                own, back = padded(dense.outputs) + columns[not dense.few], 0 if dense.few else columns[0]
-                room = max(room, padded(dense.reach))
-                work += dense.positions * dense.window * dense.outputs
-            elif node.operation == "load":
-                own = padded(node.size)
-            elif node.operation == "product":
-                work += node.size * node.numbers[2]
-            at.append(at[-1] + padded(size))
-            if node.operation in ("dense", "load"):
-                packed.append(packed[-1] + own)
-                transposed.append(transposed[-1] + back)
-        self.offsets = tuple(at)
-        """Where each node starts in a row; the last entry is the length of all."""
-        self.row = at[-1] + room
-        """Numbers of a row; those behind the output are room for work."""
-        self.packed, self.transposed = tuple(packed), tuple(transposed)
-        """Where the numbers of each reader start in the packed weights, and in the transposed ones; then the length."""
-        self.multiply_adds = work
+        self.multiply_adds = sum(map(_multiply_adds, nodes))
         """Multiply-adds of one evaluation of one row, about."""
-        self.chunk = max(SAMPLES, min(64, CHUNK_NUMBERS // self.row))
-        """Rows that a backward pass takes at a time, if it can choose."""
 
     def reached(self) -> tuple[bool, ...]:
         """Return, for each entry of `read`, whether adjoints of the output lead to it."""
@@ -159,6 +142,8 @@ class Builder:
         if operation in OPERATIONS:
             assert len(inputs) == len(OPERATIONS[operation].adjoints)
             assert all(self.nodes[i].size == size for i in inputs)
+            if operation == "scale" and numbers == (0.0,):  # what it would make of infinity, a rollout refuses anyway
+                return self.add("constant", (), size, (0.0,) * size)
         if node not in self._known:
             self._known[node] = len(self.nodes)
             self.nodes.append(node)
@@ -195,7 +180,26 @@ def _fused(nodes: list[Node], output: int) -> list[Node]:
     out, uses = list(nodes), Counter(i for node in nodes for i in node.inputs)
     uses[output] += 1
     for i, node in enumerate(nodes):
-        if node.operation in FUSED and uses[node.inputs[0]] == 1 and out[node.inputs[0]].operation == "dense":
-            dense: Any = Dense(*out[node.inputs[0]].numbers)
-            out[i] = out[node.inputs[0]]._replace(numbers=tuple(dense._replace(activation=node.operation)))
+        if node.operation not in FUSED or node.numbers not in ((), (1.0,)) or uses[node.inputs[0]] > 1:
+            continue
+        sums = out[node.inputs[0]]
+        if sums.operation == "dense" and Dense(*sums.numbers).activation == "identity":
+            dense: Any = Dense(*sums.numbers)
+            out[i] = sums._replace(numbers=tuple(dense._replace(activation=node.operation)))
     return out
+
+
+def chain(sizes: Sequence[int], activation: str) -> Program:
+    """Return dense layers of these sizes, D first and K last, with an activation after every layer but the last.
+
+    The slots are weights (outputs, inputs) and biases in turn.
+
+    >>> chain((4, 8, 1), "tanh").nodes[1].numbers
+    (1, 4, 4, 8, 0, 1, False, 4, 'tanh')
+    """
+    builder, x = Builder(sizes[0]), 0
+    for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        name = activation if i < len(sizes) - 2 else "identity"
+        numbers = Dense(1, n, n, m, builder.slot(n * m), builder.slot(m), False, n, name)
+        x = builder.add("dense", (x,), m, tuple(numbers))
+    return builder.finish(x)

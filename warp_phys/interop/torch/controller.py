@@ -36,7 +36,6 @@ from warp_phys.interop.torch.program import Unreadable, read_and_check
 from warp_phys.programs.block_network import BlockNetwork
 from warp_phys.programs.block_plan import kept_starts
 from warp_phys.programs.network import Network
-from warp_phys.programs.program import Program
 
 PROGRAMS = 4
 """Row programs that are kept of a module, by its state: training and evaluation, say."""
@@ -117,7 +116,7 @@ class TorchController:
         """Whether the module is a chain of the engine's layers or a program, in a pass that begins: all is known."""
         self._ready = self.at_once or self.examination.passes >= PASSES
         planned = self.planned()
-        self._is_program = planned is not None and isinstance(planned.plan, Program)
+        self._is_program = planned is not None and not planned.is_chain
         return planned is not None or self.dense() is not None
 
     def program_key(self) -> tuple | None:
@@ -280,7 +279,7 @@ class TorchController:
         """Return the module as a network, and the tensors of its weights and biases in turn; `fits` must hold."""
         planned = self.planned()
         assert planned is not None
-        plan, tensors = planned
+        plan, tensors, _ = planned
         real = wp.dtype_from_torch(tensors[0].dtype)  # type: ignore[union-attr]
         wanted, network = (plan, real, torch.get_num_threads()), self._network
         if network is None or (network.plan, network.real, network.threads) != wanted:
@@ -291,10 +290,10 @@ class TorchController:
         """Return the same for CUDA."""
         planned = self.planned()
         assert planned is not None
-        plan, tensors = planned
+        plan, tensors, _ = planned
         first: Any = tensors[0]
         wanted, network = (plan, wp.dtype_from_torch(first.dtype), wp.device_from_torch(first.device)), self._blocks
-        if network is None or (network.plan, network.real, network.device) != wanted:
+        if network is None or (network.program, network.real, network.device) != wanted:
             network = self._blocks = BlockNetwork(*wanted)
         return network, tensors
 

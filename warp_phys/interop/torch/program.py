@@ -190,7 +190,7 @@ class _Reader:
         tensors = [None if slot < 0 else self.tensors[slot] for slot in program.read]
         if not any(program.nodes[i].operation == "dense" for i in program.readers):
             raise Unreadable("it has no dense layer, so that there is nothing to gain")
-        return Planned(program, tuple(tensors))
+        return Planned(program, tuple(tensors), is_chain=False)
 
     def _placeholder(self, node: Any) -> Any:
         signature = self.exported.graph_signature
@@ -369,14 +369,12 @@ class _Reader:
             raise Unreadable("it uses a part of a tensor of weights as a layer's")
         lead = x.shape[:-1]
         entries, sample = self._of_samples(x.reshape(-1, window))
-        if sample is None:
-            raise Unreadable("a layer's input is the same for all rows")
-        if not (sample == sample[:, :1]).all():
+        if sample is not None and not (sample == sample[:, :1]).all():
             raise Unreadable("a layer runs over the batch")
         positions = len(entries) // window
         numbers = Dense(positions, window, window, outputs, slot, biases, flipped, channels=window)
         made = self.build.add("dense", (self.build.gather(entries),), positions * outputs, tuple(numbers))
-        return self._spread(made, sample[:, :1].expand(-1, outputs), (*lead, outputs))
+        return self._spread(made, None if sample is None else sample[:, :1].expand(-1, outputs), (*lead, outputs))
 
     def _slot_of(self, code: torch.Tensor) -> tuple[int, int]:
         """Return the slot whose tensor these places are, in order, and how many numbers it has."""

@@ -387,15 +387,16 @@ struct Layer {
         }
     }
 
-    template <typename B, bool SLOPE> static inline void pull(
+    template <typename B, bool SLOPE, bool ADD> static inline void pull(
         int count, const T* d, int d_pitch, const T* transposed, T* x, int x_pitch, const T* h, int h_pitch
     ) {
         constexpr int INPUTS = padded((POSITIONS - 1) * STRIDE + WINDOW);
         if constexpr (POSITIONS == 1) {
-            pull_panels<B, false, SLOPE, 0>(count, d, d_pitch, transposed, x, x_pitch, h, h_pitch);
+            pull_panels<B, ADD, SLOPE, 0>(count, d, d_pitch, transposed, x, x_pitch, h, h_pitch);
         } else {
-            for (int s = 0; s < count; ++s)
-                for (int j = 0; j < INPUTS; j += L) store(x + s * x_pitch + j, vector<T>{});
+            if constexpr (!ADD)
+                for (int s = 0; s < count; ++s)
+                    for (int j = 0; j < INPUTS; j += L) store(x + s * x_pitch + j, vector<T>{});
             pull_panels<B, true, false, 0>(count * POSITIONS, d, d_pitch, transposed, x, x_pitch, h, h_pitch);
             if constexpr (SLOPE)
                 for (int s = 0; s < count; ++s)

@@ -30,9 +30,7 @@ static inline float logarithm_of(float x) { return ::logf(x); }
 static inline double logarithm_of(double x) { return ::log(x); }
 template <typename V> static inline V logarithm(V x) { return each(x, [](auto a) { return logarithm_of(a); }); }
 
-static inline float root_of(float x) { return __builtin_sqrtf(x); }
-static inline double root_of(double x) { return __builtin_sqrt(x); }
-template <typename V> static inline V root(V x) { return each(x, [](auto a) { return root_of(a); }); }
+template <typename V> static inline V root(V x) { return __builtin_elementwise_sqrt(x); }
 
 static inline float erf_of(float x) { return ::erff(x); }
 static inline double erf_of(double x) { return ::erf(x); }
@@ -93,8 +91,27 @@ template <typename V> static inline V softplus_of(V z) {
 template <typename V> static inline V one_where(decltype(V{} < V{}) which) { return which ? V{} + 1 : V{}; }
 
 // A part of a row of N numbers, vector by vector; what lies behind them in the last vectors becomes zero.
-template <typename T, int N> static inline void clear_tail(T* y) {
-    for (int k = N; k < padded(N); ++k) y[k] = 0;
+template <typename T, int N, int FROM = N> static inline void clear_tail(T* y) {
+    for (int k = FROM; k < padded(N); ++k) y[k] = 0;
+}
+
+// Numbers of the vectors that hold N numbers.
+template <typename T> constexpr int whole(int n) {
+    return (n + Vector<T>::lanes - 1) / Vector<T>::lanes * Vector<T>::lanes;
+}
+
+// Of a vector whose first number is number k, those of the first N numbers; else zero.
+template <typename T, int N> static inline vector<T> kept(vector<T> v, int k) {
+    if constexpr (N % Vector<T>::lanes != 0)
+        for (int i = 0; i < Vector<T>::lanes; ++i) v[i] = k + i < N ? v[i] : T(0);
+    return v;
+}
+
+// A vector of one number, and zeros.
+template <typename T> static inline vector<T> alone(T x) {
+    vector<T> v{};
+    v[0] = x;
+    return v;
 }
 
 // y[g] = sum of x[g, 0 … LENGTH - 1]
