@@ -11,7 +11,7 @@ from tests.springs import Springs
 from warp_phys.engine.phases import Seeds, Trajectory
 from warp_phys.flow import agree, geometric, minmod
 from warp_phys.programs import native_kernels, update_kernels
-from warp_phys.programs.network import Network, address_array, run
+from warp_phys.programs.network import Network, Sweeps, address_array, run
 from warp_phys.programs.operations import FUSED
 from warp_phys.programs.plan import PAD
 from warp_phys.programs.program import Builder, Dense
@@ -181,11 +181,9 @@ def test_nothing_beside_the_arrays(name, kept, threads):
     adj_x, gates = guarded.array(np.ones((flows, batch, inputs))), guarded.array(np.ones((flows, steps, 2)))
     workspace = _Guards(guarded)
     gradients = network.gradients(flows, batch, workspace)
-    run(
-        network.sweep_launches(
-            system, Trajectory(states, controls, p), seeds, gates, adj_x, again, kept, gradients, workspace
-        )
-    )
+    adj_p = guarded.array(np.ones((flows, batch, len(system.parameter_names)))) if kept else None
+    sweeps = Sweeps(system, Trajectory(states, controls, p), seeds, gates, adj_x, adj_p)
+    run(network.sweep_launches(sweeps, again, kept, gradients, workspace))
     targets = [[guarded.array(np.zeros(array.shape)) for array in weights] for _ in range(flows)]
     for launch in network.unpack_launches(gradients, address_array([[a.ptr for a in row] for row in targets])):
         launch.launch()

@@ -45,10 +45,11 @@ def _kernels(system, real):
         adj_x: wp.array3d[real],
         adj_of_block: wp.array3d[real],
         adj_c: wp.array3d[real],
+        adj_p: wp.array3d[real],
     ):
         first = wp.static(samples) * wp.tid()
         count = wp.min(wp.static(samples), states.shape[1] - first)
-        retreat(states, controls, p, 1, first, count, adj_x, adj_of_block)
+        retreat(states, controls, p, 1, first, count, adj_x, adj_of_block, adj_p)
         for f in range(adj_x.shape[0]):
             for b in range(first, first + count):
                 for k in range(controls.shape[2]):
@@ -81,7 +82,8 @@ def _by_blocks(system, dtype, parameters):
     step, pull = _kernels(system, real)
     blocks = -(-BATCH // SAMPLES)
     wp.launch(step, blocks, [states, controls, p, 1], device="cpu")
-    wp.launch(pull, blocks, [states, controls, p, adj_x, scratch, adj_c], device="cpu")
+    none = wp.zeros((0, 0, 0), dtype=real, device="cpu")
+    wp.launch(pull, blocks, [states, controls, p, adj_x, scratch, adj_c, none], device="cpu")
     found = states.numpy()
     assert (found[[0, 3]] == 7.0).all() and (found[1] == x.astype(dtype)).all()
     return found[2], adj_x.numpy(), adj_c.numpy()

@@ -16,6 +16,8 @@ from warp_phys.core.rows import row_functions, scalar_name
 def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: type) -> tuple[Any, Any]:
     """Return the functions `advance` and `retreat` of a system for a struct of the folder `native`.
 
+    `retreat` writes no adjoints of parameters: where they are wanted, the Warp functions run.
+
     Args:
         structure: The system; the struct takes its parameters in the order of `parameter_names`.
         name: Name of the struct; see native/lanes.h for what it must have.
@@ -52,7 +54,7 @@ def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: typ
         );""")
     def retreat(
         states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int,
-        adj_x: wp.array3d[real], adj_c: wp.array3d[real],
+        adj_x: wp.array3d[real], adj_c: wp.array3d[real], by_p: wp.array3d[real],
     ): ...  # fmt: skip
 
     return advance, retreat
@@ -79,30 +81,46 @@ def advance_function(structure: Any, real: type) -> Any:
 
 
 @functools.cache
-def retreat_function(structure: Any, real: type) -> Any:
-    """Return `retreat(states, controls, p, n, first, count, adj_x, adj_c)`, the adjoint of `advance_function`.
+def add_parameters_function(structure: Any, real: type) -> Any:
+    """Return `add_parameters(value, f, b, total)`: total[f, b] += value, a struct of parameters as a row of numbers."""
+    lines = [f"row[{i}] += value.{name};" for i, name in enumerate(structure.parameter_names)]
+    Parameters = structure.types(real).Parameters
+
+    @wp.func_native("\n".join(["auto* row = &wp::index(total, f, b, 0);", *lines]))
+    def add_parameters(value: Parameters, f: int, b: int, total: wp.array3d[real]): ...
+
+    return add_parameters
+
+
+@functools.cache
+def retreat_function(structure: Any, real: type, parameters: bool = False) -> Any:
+    """Return `retreat(states, controls, p, n, first, count, adj_x, adj_c, by_p)`, the adjoint of `advance_function`.
 
     For every flow f and sample b of the block, adj_x[f, b] becomes (∂S/∂x)ᵀ adj_x[f, b], and adj_c[f, b − first]
-    becomes (∂S/∂c)ᵀ adj_x[f, b]. states[n + 1] may be read: it holds the step's result.
+    becomes (∂S/∂c)ᵀ adj_x[f, b]. With `parameters` by_p[f, b] grows by (∂S/∂p)ᵀ adj_x[f, b], else it may be empty.
+    states[n + 1] may be read: it holds the step's result.
     """
     types, functions = structure.types(real), structure.functions(real)
-    if functions.retreat is not None:
+    if functions.retreat is not None and not parameters:
         return functions.retreat
     Parameters, weighted_step = types.Parameters, weighted_step_function(structure, real)
+    add_parameters = add_parameters_function(structure, real)
     x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
     load_x, store_x, load_c, store_c = x_row.load_at, x_row.store_at, c_row.load_at, c_row.store_at
 
     @wp.func
     def retreat(
         states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int,
-        adj_x: wp.array3d[real], adj_c: wp.array3d[real],
+        adj_x: wp.array3d[real], adj_c: wp.array3d[real], by_p: wp.array3d[real],
     ):  # fmt: skip
         for f in range(adj_x.shape[0]):
             for b in range(first, first + count):
-                dx, dc, _dp, _dy = wp.grad(weighted_step)(
+                dx, dc, dp, _dy = wp.grad(weighted_step)(
                     load_x(states, n, b), load_c(controls, n, b), p[b % p.shape[0]], load_x(adj_x, f, b)
                 )
                 store_x(adj_x, f, b, dx)
                 store_c(adj_c, f, b - first, dc)
+                if wp.static(parameters):
+                    add_parameters(dp, f, b, by_p)
 
     return retreat

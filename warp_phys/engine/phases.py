@@ -71,9 +71,12 @@ class Controller(Protocol):
 
     def sweep(
         self, system: Any, trajectory: Any, seeds: Any, gates: wp.array, adj_x: wp.array, gradients: Sequence[Any],
-        workspace: Workspace,
+        workspace: Workspace, adj_p: wp.array | None = None,
     ) -> None:  # fmt: skip
-        """Write λ_0 to adj_x (flows, batch, D), and add each flow's update of θ to its entry of gradients."""
+        """Write λ_0 to adj_x (flows, batch, D), and add each flow's update of θ to its entry of gradients.
+
+        If adj_p is given, write the adjoints of each sample's physical parameters to it, shape (flows, batch, P).
+        """
 
 
 class WarpController(Controller, Protocol):
@@ -210,8 +213,7 @@ def backward(
         whole: Whether to linearise the controller at one step of the whole batch at a time, and to pull each flow's
             adjoint through it once, for states and parameters together (`pull_and_contract`).
         simulator: How a simulator that is no `System` is run backward, see `Retreat`; in the simplest way if None.
-        fused: Whether to run everything in one kernel, where the controller can and no physical parameter's adjoint
-            is wanted.
+        fused: Whether to run everything in one kernel, where the controller can.
 
     Returns:
         The adjoints of x_0 and of the physical parameters.
@@ -220,17 +222,20 @@ def backward(
     flows = len(gates)
     real, device = trajectory.states.dtype, trajectory.states.device
     lam = workspace.array("lambda", (flows, batch, trajectory.states.shape[2]), real, device)
-    if fused and not want_parameters and controller.sweeps(system):
-        controller.sweep(system, trajectory, seeds, gates_array, lam, gradients, workspace)
-        return Adjoints(lam, None)
+    adj_p = None
+    if want_parameters:
+        count = len(system.parameter_names)  # type: ignore[attr-defined]
+        adj_p = workspace.array("adj_p", (flows, batch, count), real, device)
+    if fused and controller.sweeps(system):
+        controller.sweep(system, trajectory, seeds, gates_array, lam, gradients, workspace, adj_p)
+        return Adjoints(lam, adj_p)
     for f in range(flows):
         wp.copy(lam[f], seeds.states[steps])
     if parallel is None:
         parallel = not whole and parallel_in_time(system, controller, trajectory, flows)
-    pass_ = _Pass(
-        system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check, whole, simulator
-    )
-    adj_p = pass_.parameter_adjoints(batch, real, device)
+    pass_ = _Pass(system, controller, gates, gates_array, gradients, workspace, parallel, check, whole, simulator)
+    if adj_p is not None:
+        adj_p.zero_()
     # a simulator may have just so many samples
     size = CHUNK_ROWS if isinstance(system, System) and not whole else batch
     for low in range(0, batch, size):
@@ -309,22 +314,12 @@ class _Pass:
     """One backward pass: what its chunks share."""
 
     def __init__(
-        self, system, controller, gates, gates_array, gradients, workspace, want_parameters, parallel, check, whole,
-        simulator,
+        self, system, controller, gates, gates_array, gradients, workspace, parallel, check, whole, simulator
     ):  # fmt: skip
         self.whole, self.simulator = whole, simulator or Retreat(system)
         self.system, self.controller, self.gradients, self.workspace = system, controller, gradients, workspace
         self.gates, self.gates_array = gates, gates_array
-        self.want_parameters, self.parallel, self.check = want_parameters, parallel, check
-
-    def parameter_adjoints(self, batch: int, real: type, device: Any) -> wp.array | None:
-        """Return the zeroed accumulator of the physical parameters' adjoints, if they are wanted."""
-        if not self.want_parameters:
-            return None
-        shape = (len(self.gates), batch, len(self.system.parameter_names))
-        adj_p = self.workspace.array("adj_p", shape, real, device)
-        adj_p.zero_()
-        return adj_p
+        self.parallel, self.check = parallel, check
 
     def chunk(self, trajectory: Trajectory, seeds: Seeds, lam: wp.array, adj_p, block: slice, steps: range) -> None:
         """Linearise, sweep and contract `steps` of the samples `block`; advance lam, shape (flows, batch, D)."""

@@ -12,7 +12,7 @@ from typing import Any
 import warp as wp
 
 from warp_phys.core.kernels import weighted_cost_function
-from warp_phys.core.native_physics import advance_function, retreat_function
+from warp_phys.core.native_physics import add_parameters_function, advance_function, retreat_function
 from warp_phys.core.rows import row_functions, scalar_name
 from warp_phys.programs import native_code
 from warp_phys.programs.layout import layout_of
@@ -205,16 +205,20 @@ def step_kernel(structure: Any, real: type) -> wp.Kernel:
 
 
 @functools.cache
-def _seed_function(structure: Any, real: type) -> Any:
-    """Return the function that writes ∂L/∂x_n of a block: as given, or from the system's own cost at chosen steps."""
+def _seed_function(structure: Any, real: type, parameters: bool) -> Any:
+    """Return the function that writes ∂L/∂x_n of a block: as given, or from the system's own cost at chosen steps.
+
+    With `parameters` that cost's ∂L/∂p is added to row `flows` of by_p.
+    """
     Parameters, weighted_cost = structure.types(real).Parameters, weighted_cost_function(structure, real)
+    add_parameters = add_parameters_function(structure, real)
     x_row = row_functions(structure.state_size, real)
     load_x, store_x = x_row.load_at, x_row.store
 
     @wp.func
     def seed_block(
         states: wp.array3d[real], p: wp.array[Parameters], loss_states: wp.array3d[real], chosen: wp.array[int],
-        weight: real, n: int, first: int, count: int, seeds: wp.array2d[real],
+        weight: real, n: int, first: int, count: int, flows: int, seeds: wp.array2d[real], by_p: wp.array3d[real],
     ):  # fmt: skip
         for s in range(count):
             b = first + s
@@ -225,14 +229,16 @@ def _seed_function(structure: Any, real: type) -> Any:
                 for i in range(seeds.shape[1]):
                     seeds[s, i] = real(0.0)
             else:
-                dx, _dp, _dw = wp.grad(weighted_cost)(load_x(states, n, b), p[b % p.shape[0]], weight)
+                dx, dp, _dw = wp.grad(weighted_cost)(load_x(states, n, b), p[b % p.shape[0]], weight)
                 store_x(seeds, s, dx)
+                if wp.static(parameters):
+                    add_parameters(dp, flows, b, by_p)
 
     return seed_block
 
 
 @functools.cache
-def sweep_kernel(structure: Any, program: Program, real: type) -> wp.Kernel:
+def sweep_kernel(structure: Any, program: Program, real: type, parameters: bool = False) -> wp.Kernel:
     """The whole backward pass of all flows: adjoints from the last step to the first, and the gradients of the weights.
 
     Per time step and flow, μ_n and λ_n as in `kernels.sweep_kernel`, the network's part by its own transposed layers;
@@ -240,9 +246,13 @@ def sweep_kernel(structure: Any, program: Program, real: type) -> wp.Kernel:
     its blocks of samples in turn, so the order of all sums is fixed. The loss comes as its derivatives, or, where
     `chosen` has a number for every step, as the system's own cost at the steps whose number is not 0, times
     `cost_weight`, and the squared controls times `control_weight`.
+
+    With `parameters` it also writes each sample's adjoints of the physical parameters, Σ_n (∂S/∂p)ᵀ λ_{n+1} for every
+    flow, and after those of the flows the derivative of the system's own cost.
     """
-    retreat, evaluate = retreat_function(structure, real), _evaluate(program, real)
-    pull, contract, seed_block = _pull(program, real), _contract(program, real), _seed_function(structure, real)
+    retreat, evaluate = retreat_function(structure, real, parameters), _evaluate(program, real)
+    pull, contract = _pull(program, real), _contract(program, real)
+    seed_block = _seed_function(structure, real, parameters)
     Parameters = structure.types(real).Parameters
     layout, inputs = layout_of(program), program.inputs
     row, out = layout.row, layout.output
@@ -272,8 +282,9 @@ def sweep_kernel(structure: Any, program: Program, real: type) -> wp.Kernel:
         deltas: wp.array[real],
         adj_c: wp.array3d[real],
         seeds: wp.array2d[real],
-        # out: λ_0
+        # out: λ_0; adjoints of parameters, or nothing
         adj_x: wp.array3d[real],
+        adj_p: wp.array3d[real],
         # in and out
         gradients: wp.array[real],
     ):
@@ -282,7 +293,12 @@ def sweep_kernel(structure: Any, program: Program, real: type) -> wp.Kernel:
         flows = adj_x.shape[0]
         for first in range(begin, end, SAMPLES):
             count = wp.min(SAMPLES, end - first)
-            seed_block(states, p, loss_states, chosen, cost_weight, steps, first, count, seeds)
+            if wp.static(parameters):
+                for f in range(adj_p.shape[0]):
+                    for s in range(count):
+                        for i in range(adj_p.shape[2]):
+                            adj_p[f, first + s, i] = real(0.0)
+            seed_block(states, p, loss_states, chosen, cost_weight, steps, first, count, flows, seeds, adj_p)
             for f in range(flows):
                 for s in range(count):
                     for i in range(inputs):
@@ -299,8 +315,8 @@ def sweep_kernel(structure: Any, program: Program, real: type) -> wp.Kernel:
                 for back in range(stop - start):
                     n = stop - 1 - back
                     slot = (n - start) * count
-                    retreat(states, controls, p, n, first, count, adj_x, adj_c)
-                    seed_block(states, p, loss_states, chosen, cost_weight, n, first, count, seeds)
+                    retreat(states, controls, p, n, first, count, adj_x, adj_c, adj_p)
+                    seed_block(states, p, loss_states, chosen, cost_weight, n, first, count, flows, seeds, adj_p)
                     for f in range(flows):
                         alpha = gates[f, n, 0]
                         beta = gates[f, n, 1]

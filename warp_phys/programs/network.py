@@ -49,6 +49,9 @@ class Sweeps(NamedTuple):
     """α and β, shape (flows, steps, 2)."""
     adj_x: wp.array
     """Written: λ_0 per flow, shape (flows, batch, D)."""
+    adj_p: wp.array | None = None
+    """Written if given: adjoints of the physical parameters, shape (flows, batch, P); for an `OwnLoss` one more, after
+    those of the flows, for the derivative of the cost itself."""
 
 
 class Kept:
@@ -109,6 +112,7 @@ class Network:
         gates: wp.array,
         adj_x: wp.array,
         workspace: Any,
+        adj_p: wp.array | None = None,
     ) -> wp.array:
         """Run all flows backward, with the weights packed last.
 
@@ -119,6 +123,7 @@ class Network:
             gates: α and β, shape (flows, steps, 2).
             adj_x: Written: λ_0 per flow, shape (flows, batch, D).
             workspace: Keeps the scratch arrays.
+            adj_p: Written if given: each sample's adjoints of the physical parameters, shape (flows, batch, P).
 
         Returns:
             The gradients of the weights in the packed layout, for `unpack`.
@@ -127,11 +132,8 @@ class Network:
         rows = kept or self._buffers.borrow(self.scratch_count(trajectory.controls))
         gradients = self.gradients(len(adj_x), trajectory.controls.shape[1], workspace)
         gradients.zero_()
-        run(
-            self.sweep_launches(
-                system, trajectory, seeds, gates, adj_x, rows.array, kept is not None, gradients, workspace
-            )
-        )
+        sweeps = Sweeps(system, trajectory, seeds, gates, adj_x, adj_p)
+        run(self.sweep_launches(sweeps, rows.array, kept is not None, gradients, workspace))
         if kept is None:
             self._buffers.give_back(rows)
         else:
@@ -195,22 +197,13 @@ class Network:
         ]
 
     def sweep_launches(
-        self,
-        system: Any,
-        trajectory: Any,
-        loss: Any,
-        gates: wp.array,
-        adj_x: wp.array,
-        rows: wp.array,
-        kept: bool,
-        gradients: wp.array,
-        workspace: Any,
+        self, sweeps: Sweeps, rows: wp.array, kept: bool, gradients: wp.array, workspace: Any
     ) -> list[Any]:
         """Return the launches of the backward pass, one per thread.
 
-        They add to `gradients`; `rows` holds the activations if they are `kept`; `loss` is `Seeds` or an `OwnLoss`.
+        They add to `gradients`; `rows` holds the activations if they are `kept`.
         """
-        sweeps, shares = Sweeps(system, trajectory, loss, gates, adj_x), self.shares(trajectory.controls.shape[1])
+        shares = self.shares(sweeps.trajectory.controls.shape[1])
         return [
             self._sweep(
                 sweeps, share, 0, rows if kept else _share(rows, i, len(shares)), kept, gradients[i], workspace, i
@@ -218,21 +211,13 @@ class Network:
             for i, share in enumerate(shares)
         ]
 
-    def pass_launches(
-        self,
-        system: Any,
-        trajectory: Any,
-        loss: OwnLoss,
-        gates: wp.array,
-        adj_x: wp.array,
-        gradients: wp.array,
-        workspace: Any,
-    ) -> list[list[Any]]:
+    def pass_launches(self, sweeps: Sweeps, gradients: wp.array, workspace: Any) -> list[list[Any]]:
         """Return every thread's launches, forward and backward in turns: activations are still in the cache.
 
         What they compute is what all of `unroll_launches` and then all of `sweep_launches` do.
         """
-        sweeps, controls = Sweeps(system, trajectory, loss, gates, adj_x), trajectory.controls
+        system, trajectory = sweeps.system, sweeps.trajectory
+        controls = trajectory.controls
         arrays, shares = (trajectory.states, controls, trajectory.parameters), self.shares(controls.shape[1])
         length = len(controls) * SAMPLES * self.layout.row
         bytes_of_block = length * self._packed.strides[0]
@@ -271,10 +256,10 @@ class Network:
         thread: int,
     ) -> Any:
         """Return the launch that takes a share of the batch backward; each thread has scratch arrays of its own."""
-        system, trajectory, loss, gates, adj_x = sweeps
+        system, trajectory, loss, gates, adj_x, adj_p = sweeps
         flows, chunk, plan, real = len(adj_x), self.chunk(trajectory.controls), self.plan, self.real
+        nothing = workspace.array("nothing", (0, 0, 0), real, "cpu")
         if isinstance(loss, OwnLoss):
-            nothing = workspace.array("nothing", (0, 0, 0), real, "cpu")
             derivatives = [nothing, nothing, *loss]
         else:
             none_chosen = workspace.array("none chosen", (0,), wp.int32, "cpu")
@@ -284,9 +269,10 @@ class Network:
         seeds = workspace.array(f"seeds of a block, {thread}", (SAMPLES, plan.inputs), real, "cpu")
         inputs = [
             self._packed, self._transposed, trajectory.parameters, trajectory.states, trajectory.controls,
-            *derivatives, gates, *share, origin, chunk, int(kept), rows, deltas, adj_c, seeds, adj_x, gradients,
+            *derivatives, gates, *share, origin, chunk, int(kept), rows, deltas, adj_c, seeds, adj_x,
+            nothing if adj_p is None else adj_p, gradients,
         ]  # fmt: skip
-        return _record(native.sweep_kernel(system.structure, plan, real), 1, inputs)
+        return _record(native.sweep_kernel(system.structure, plan, real, adj_p is not None), 1, inputs)
 
     def unpack_launches(self, gradients: wp.array, addresses: wp.array) -> list[Any]:
         """Return the launches of the unpacking, to be run one after the other: the threads' shares are added."""

@@ -46,9 +46,9 @@ def make_physics(case: Case, by_hand: bool = False) -> Physics:
     return Physics(shape, step, emit, cost, step_forward, step_backward)
 
 
-def cartpole(case: Case) -> tuple[Any, ...]:
-    """A cart with poles: state (poles + 1, 2, batch), the cart first."""
-    g, m, M, l = 9.8, 0.1, 1.1, 0.5
+def cartpole(case: Case, m: Any = 0.1, l: Any = 0.5) -> tuple[Any, ...]:
+    """A cart with poles of mass m and half length l: state (poles + 1, 2, batch), the cart first."""
+    g, M = 9.8, 1.1
     ml, dt = m * l, np.float32(case.dt)
 
     def step(state: Any, control: Any) -> Any:

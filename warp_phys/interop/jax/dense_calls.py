@@ -65,7 +65,10 @@ def unroll_call(structure: System, sizes: tuple[int, ...], activation: str, real
 
 @functools.cache
 def sweep_call(structure: System, sizes: tuple[int, ...], activation: str, real: type) -> Any:
-    """A whole backward pass of all flows, on a CPU: λ_0 (flows, batch, D), and flat updates of the weights."""
+    """A whole backward pass of all flows, on a CPU: λ_0 (flows, batch, D), flat updates of the weights.
+
+    And the physical parameters' adjoints (flows, batch, P), or none of them if that array has no flows.
+    """
     struct = structure.types(real).Parameters
 
     def sweep(
@@ -78,13 +81,15 @@ def sweep_call(structure: System, sizes: tuple[int, ...], activation: str, real:
         gates: wp.array3d[real],
         lam: wp.array3d[real],
         updates: wp.array2d[real],
+        adj_p: wp.array3d[real],
     ):
         layers = _layers(sizes, activation, real, str(states.device))
         dense, workspace = layers.load(weights), layers.workspace
         gradients = [dense.gradients(workspace, f"gradient of flow {f}, ") for f in range(len(gates))]
         trajectory = Trajectory(states, controls, as_structs(p, struct))
-        dense.sweep(structure, trajectory, Seeds(adj_states, adj_controls), gates, lam, gradients, workspace)
+        seeds, wanted = Seeds(adj_states, adj_controls), adj_p if len(adj_p) else None
+        dense.sweep(structure, trajectory, seeds, gates, lam, gradients, workspace, wanted)
         for f, gradient in enumerate(gradients):
             layers.store(gradient, updates[f])
 
-    return wp.jax_callable(sweep, num_outputs=2, vmap_method="sequential", **EAGER)
+    return wp.jax_callable(sweep, num_outputs=3, vmap_method="sequential", **EAGER)

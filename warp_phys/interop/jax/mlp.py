@@ -95,9 +95,18 @@ class MLP:
         return tuple(call(x0, rows, _flat(params), output_dims=dims))
 
     def sweep(
-        self, system: System, params: Params, trajectory: tuple, rows: jax.Array, seeds: tuple, gates: jax.Array
-    ) -> tuple[list[Params], jax.Array]:
-        """Return the updates of all flows and λ_0 (flows, batch, D), from one call of the engine, on a CPU.
+        self,
+        system: System,
+        params: Params,
+        trajectory: tuple,
+        rows: jax.Array,
+        seeds: tuple,
+        gates: jax.Array,
+        want_rows: bool,
+    ) -> tuple[list[Params], jax.Array, jax.Array | None]:
+        """Return what the flows find, from one call of the engine, on a CPU.
+
+        Their updates, λ_0 (flows, batch, D) and, if wanted, the physical parameters' adjoints (flows, batch, P).
 
         Args:
             system: The system.
@@ -106,12 +115,17 @@ class MLP:
             rows: Physical parameters, shape (batch, P).
             seeds: The explicit derivatives of the loss, likewise.
             gates: α and β, shape (flows, steps, 2).
+            want_rows: Whether the parameters' adjoints are wanted.
         """
         weights, (states, controls) = _flat(params), trajectory
-        dims = {"lam": (len(gates), *states.shape[1:]), "updates": (len(gates), len(weights))}
+        dims = {
+            "lam": (len(gates), *states.shape[1:]),
+            "updates": (len(gates), len(weights)),
+            "adj_p": (len(gates) if want_rows else 0, *rows.shape),
+        }
         call = sweep_call(system.structure, self.sizes, self.activation, real_of(states))
-        lam, updates = call(states, controls, rows, weights, *seeds, gates, output_dims=dims)
-        return [_like(params, update) for update in updates], lam
+        lam, updates, adj_p = call(states, controls, rows, weights, *seeds, gates, output_dims=dims)
+        return [_like(params, update) for update in updates], lam, adj_p if want_rows else None
 
 
 def _flat(params: Params) -> jax.Array:

@@ -189,7 +189,7 @@ def _pull(spec: _Spec, residuals: tuple, seeds: tuple) -> tuple:
     rows = residuals[-1]
     gates = flow_gates(linear_parts(spec.flow), spec.steps)
     phases = functools.partial(_phases, spec, gates)
-    if _is_fused(spec) and not spec.want_rows:
+    if _is_fused(spec):
         fused = functools.partial(_fused_phases, spec, gates)
         updates, lam, adj_rows = jax.lax.platform_dependent(residuals, seeds, cpu=fused, default=phases)
     else:
@@ -219,7 +219,7 @@ def _fused_phases(spec: _Spec, gates: np.ndarray, residuals: tuple, seeds: tuple
     """Do the same in one call of the engine."""
     params, states, controls, rows = residuals
     on_device = jnp.asarray(gates, states.dtype)
-    return *spec.controller.sweep(spec.system, params, (states, controls), rows, seeds, on_device), None
+    return spec.controller.sweep(spec.system, params, (states, controls), rows, seeds, on_device, spec.want_rows)
 
 
 def _is_fused(spec: _Spec) -> bool:

@@ -102,7 +102,12 @@ def combine_remembering(
 
 
 def value_and_grad(
-    rollout: Rollout, mean: torch.Tensor | None, x0: torch.Tensor, when: str | Sequence[int], control_cost: float
+    rollout: Rollout,
+    mean: torch.Tensor | None,
+    x0: torch.Tensor,
+    when: str | Sequence[int],
+    control_cost: float,
+    parameters: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
     """Do what `Rollout.value_and_grad` does, for a flow with a memory too.
 
@@ -112,13 +117,20 @@ def value_and_grad(
         x0: As there.
         when: As there.
         control_cost: As there.
+        parameters: As there.
 
     Raises:
-        ValueError: As there; or the flow has a memory, and a parameter has hooks.
+        ValueError: As there; or the flow has a memory, and a parameter has hooks, or a physical one a gradient.
     """
     flow = rollout.flow
     if not isinstance(flow, Combined) or not flow.memory:
-        return rollout.value_and_grad(x0, when, control_cost)
+        return rollout.value_and_grad(x0, when, control_cost, parameters)
+    wanted = [name for name, value in (parameters or {}).items() if getattr(value, "requires_grad", False)]
+    if wanted:
+        raise ValueError(
+            f"physical parameters must have no gradient for the flow {flow.name!r}, which keeps an average for each of "
+            f"the controller's parameters alone; {', '.join(wanted)} require one: detach them"
+        )
     hooked = [name for name, p in rollout.controller.named_parameters() if p.requires_grad and has_own_hooks(p)]
     if hooked:
         raise ValueError(
@@ -127,7 +139,7 @@ def value_and_grad(
         )
     rollout.flow = replace(flow, memory=0.0, either=False)
     try:
-        loss = rollout.value_and_grad(x0, when, control_cost)
+        loss = rollout.value_and_grad(x0, when, control_cost, parameters)
     finally:
         rollout.flow = flow
     if rollout._beside:

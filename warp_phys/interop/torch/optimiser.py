@@ -46,8 +46,8 @@ def numbers_of(optimiser: torch.optim.Optimizer) -> list[tuple[float, ...]] | No
     return numbers
 
 
-def check_trains(optimiser: torch.optim.Optimizer, controller: torch.nn.Module) -> None:
-    """Raise a TypeError or ValueError if an optimiser's step would train nothing of the controller."""
+def check_trains(optimiser: torch.optim.Optimizer, trained: Sequence[Any]) -> None:
+    """Raise a TypeError or ValueError if an optimiser's step would train nothing of the controller's, or beside it."""
     closure = inspect.signature(optimiser.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
@@ -55,7 +55,7 @@ def check_trains(optimiser: torch.optim.Optimizer, controller: torch.nn.Module) 
             "in it"
         )
     held = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter in controller.parameters()):
+    if not any(id(parameter) in held for parameter in trained):
         raise ValueError("optimiser must hold parameters of the rollout's controller, it holds none of them")
 
 

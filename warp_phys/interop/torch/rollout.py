@@ -1,6 +1,6 @@
 """Rollouts of torch modules whose backward pass is a flow of one's choice, attached to autograd."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,8 +17,8 @@ from warp_phys.interop.torch.compiled import name_of_rollout
 from warp_phys.interop.torch.contract import Found, PassCheck, RowsCoupled, refuse_averaging
 from warp_phys.interop.torch.controller import TorchController, precision_and_device
 from warp_phys.interop.torch.dense import as_array
-from warp_phys.interop.torch.direct import DirectPass, is_finite
-from warp_phys.interop.torch.leaves import Cuts
+from warp_phys.interop.torch.direct import DirectPass, Given, is_finite
+from warp_phys.interop.torch.leaves import Cuts, leaves_of
 from warp_phys.interop.torch.loss import (
     refuse_inference,
     refuse_transforms,
@@ -168,9 +168,9 @@ class Rollout:
 
     @property
     def why_general(self) -> str | None:
-        """Why passes are not fused, in one sentence; None where they are."""
+        """Why passes, forward and backward, are not fused, in one sentence; None where they are."""
         if self.backend == "fused":
-            return None
+            return "on CUDA the backward pass is not fused yet" if self.device.type == "cuda" else None
         if not isinstance(self.system, System):
             return f"{type(self.system).__name__} is no System, whose physics kernels contain"
         if self.device.type == "cuda" or self._backend == "general":
@@ -179,7 +179,7 @@ class Rollout:
 
     @property
     def backend(self) -> str:
-        """How the forward pass runs: "fused" or "general"."""
+        """How passes run, forward and backward: "fused" or "general"; on CUDA the forward pass, see `why_general`."""
         return choose_backend(self._backend, self.system, self._adapter, self.device.type == "cuda")
 
     def __call__(self, x0: Any, parameters: Mapping[str, Any] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -269,7 +269,13 @@ class Rollout:
         states, controls, _ = torch.ops.warp_phys.unroll(x0, rows, trainable, frozen, self._steps, self._name)
         return states, controls
 
-    def value_and_grad(self, x0: Any, when: str | Sequence[int] = "final", control_cost: float = 0.0) -> torch.Tensor:
+    def value_and_grad(
+        self,
+        x0: Any,
+        when: str | Sequence[int] = "final",
+        control_cost: float = 0.0,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
         """Return the loss of `System.loss`, and leave the flow's update in the `.grad` of the controller's parameters.
 
         The numbers are those of `loss = system.loss(*rollout(x0), …)` and `loss.backward()` after clearing the
@@ -282,6 +288,8 @@ class Rollout:
             x0: Initial states, shape (batch, D): torch, numpy or any DLPack array.
             when: "final", "every", or the chosen steps.
             control_cost: Factor of the mean squared control.
+            parameters: Physical parameters, as for a call; the cost has them too. Those that require gradients get
+                them as the weights do; only where they have a history there is a graph of autograd.
 
         Returns:
             The loss, a tensor of no dimensions, detached.
@@ -295,55 +303,65 @@ class Rollout:
         refuse_memory(self._flow)
         when = check_loss(self.system, when, self.steps, control_cost)
         x0 = self.initial_states(x0)
-        direct = self.direct_pass(len(x0), when, control_cost)
-        if direct is None:
-            return self._value_and_grad_by_graph(x0, when, control_cost)
+        given = Given(self.system, parameters, x0) if parameters else None
+        direct = self.direct_pass(len(x0), when, control_cost, given)
+        if direct is None or (given is not None and not direct.take_parameters(given)):
+            return self._value_and_grad_by_graph(x0, when, control_cost, parameters)
         with torch.no_grad():
             direct.begin(x0)
             direct.launch()
             if not is_finite(direct.states):
                 if self.on_divergence == "raise":
                     freeze_diverged(direct.states, direct.controls, self.on_divergence)
-                return self._value_and_grad_by_graph(x0, when, control_cost)
+                return self._value_and_grad_by_graph(x0, when, control_cost, parameters)
             loss = direct.loss()
             if self.reduce is not None:
                 self.reduce(direct.updates)
             self.report = direct.leave()
         return loss
 
-    def direct_pass(self, batch: int, when: str | Sequence[int], control_cost: float) -> DirectPass | None:
+    def direct_pass(
+        self, batch: int, when: str | Sequence[int], control_cost: float, given: Given | None = None
+    ) -> DirectPass | None:
         """Return the memory of a pass, kept as long as nothing changes but numbers; None where it is not possible."""
         fingerprint = self._adapter.fingerprint() if self.device.type == "cpu" else None
-        if fingerprint is None:
+        if fingerprint is None or (given is not None and not given.are_plain):
             return None
+        if given is not None and given.leaves and self.reduce is not None:
+            return None  # autograd decides which of them it sums over ranks
         when, control_cost = when if isinstance(when, str) else tuple(when), float(control_cost)
         threads = torch.get_num_threads()
-        key = (self.steps, batch, self._flow, tuple(self.observe), when, control_cost, threads, fingerprint)
+        own = None if given is None else given.key
+        key = (self.steps, batch, self._flow, tuple(self.observe), when, control_cost, threads, own, fingerprint)
         if key not in self._direct:
             self._check_place()
             if not isinstance(self.system, System) or self.backend != "fused":
                 return None
             if any(map(has_own_hooks, self._adapter.trainable)):
                 return None
+            weights = {id(parameter) for parameter in self.controller.parameters()}
+            if given is not None and any(id(leaf) in weights for _, leaf in given.leaves):
+                return None
             times, shape = chosen_times(when, self.steps), (self.steps, batch)
             if len(self._direct) >= DIRECT_PASSES:
                 self._direct.pop(next(iter(self._direct)))
             self._direct[key] = DirectPass(
-                self.system, self._adapter, shape, self._flow, self.running_flows(), times, control_cost, self.dtype
-            )
+                self.system, self._adapter, shape, self._flow, self.running_flows(), times, control_cost, self.dtype,
+                given,
+            )  # fmt: skip
         return self._direct[key]
 
     def _value_and_grad_by_graph(
-        self, x0: torch.Tensor, when: str | Sequence[int], control_cost: float
+        self, x0: torch.Tensor, when: str | Sequence[int], control_cost: float, parameters: Mapping[str, Any] | None
     ) -> torch.Tensor:
         """Do the same for any backend."""
-        for parameter in self.controller.parameters():
-            parameter.grad = None
+        _clear_gradients(self.controller.parameters())
+        own = {"parameters": parameters} if parameters else {}  # a foreign system's loss takes none
         with torch.enable_grad():
-            (states, controls), leaves = self._unroll(x0.detach(), None)
-            for leaf in leaves:
-                leaf.grad = None
-            loss = self.system.loss(states, controls, when=when, control_cost=control_cost)  # type: ignore[attr-defined]
+            rows = rows_of_parameters(self.system, parameters or {}, x0)
+            (states, controls), leaves = self._unroll(x0.detach(), rows)
+            _clear_gradients([*leaves, *(() if rows is None else leaves_of(rows))])
+            loss = self.system.loss(states, controls, when=when, control_cost=control_cost, **own)  # type: ignore[attr-defined]
             if loss.requires_grad:
                 loss.backward()
         return loss.detach()
@@ -546,3 +564,8 @@ class Rollout:
         if not isinstance(self.flow, Combined):
             return split(updates[0], trainable)
         return combined_changes(self.flow, trainable, updates[0], updates[1])
+
+
+def _clear_gradients(tensors: Iterable[torch.Tensor]) -> None:
+    for tensor in tensors:
+        tensor.grad = None

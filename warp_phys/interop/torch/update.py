@@ -63,6 +63,8 @@ class Update:
         clip: "none"; "value" clips each component of the update to [−clip_at, clip_at], "norm" the norm of all.
         clip_at: The limit.
         graph: Whether to replay graphs.
+        parameters: Physical parameters by name, as for `Rollout.value_and_grad`; those that require gradients may be
+            trained by the optimiser, too. With them the pass is a few recorded launches, its end step by step.
 
     Raises:
         TypeError, ValueError: Arguments that do not fit.
@@ -85,13 +87,15 @@ class Update:
         clip: str = "none",
         clip_at: float = 1.0,
         graph: bool = False,
+        parameters: Mapping[str, Any] | None = None,
     ):
         for name, value, kind in (("rollout", rollout, Rollout), ("optimiser", optimiser, torch.optim.Optimizer)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
         when = check_loss(rollout.system, when, rollout.steps, control_cost)
         check_number("clip_at", clip_at, positive=True)
-        check_trains(optimiser, rollout.controller)
+        self.parameters = dict(parameters or {})
+        check_trains(optimiser, [*rollout.controller.parameters(), *self.parameters.values()])
         self.rollout, self.optimiser = rollout, optimiser
         self._loss = when, float(control_cost)
         self._clipping = check_choice("clip", clip, tuple(CLIPPING)), float(clip_at)
@@ -100,6 +104,8 @@ class Update:
         """Whether the last call ran as recorded launches, or replayed a graph."""
         if self._graph_of_torchs:
             check_capturable(optimiser)
+            if self.parameters:
+                raise ValueError("parameters cannot be given to an update that is a graph on CUDA: leave graph out")
         self._forget()
 
     def _forget(self) -> None:
@@ -213,7 +219,7 @@ class Update:
 
     def _take_steps(self, minibatches: Sequence[torch.Tensor], losses: torch.Tensor, stop: Callable[[], bool]) -> int:
         """Take steps until `stop` says yes; write their losses, return their number."""
-        if self._graph_of_torchs or self.rollout.reduce is not None:
+        if self._graph_of_torchs or self.rollout.reduce is not None or self.parameters:
             return self._take_each(minibatches, losses, stop)
         direct = self.rollout.direct_pass(len(minibatches[0]), *self._loss)
         end = None if direct is None else self._end(direct)
@@ -308,7 +314,7 @@ class Update:
 
     def _step_by_step(self, x0: torch.Tensor) -> torch.Tensor:
         with beside(self._own_stream()) if self._graph_of_torchs else contextlib.nullcontext():
-            loss = value_and_grad(self.rollout, self._mean(), x0, *self._loss)
+            loss = value_and_grad(self.rollout, self._mean(), x0, *self._loss, self.parameters)
             clip_gradients(gradients_of(self._clipped()), *self._clipping)
             self.optimiser.step()
         return loss

@@ -1,0 +1,1 @@
+"""Gradients of physical parameters, beside those of a controller's weights."""
