@@ -9,6 +9,7 @@ import torch
 from warp_phys import CartPole
 from warp_phys.errors import NotRepeatable
 from warp_phys.interop.torch import Rollout
+from warp_phys.interop.torch.program import read_program
 
 NN, F = torch.nn, torch.nn.functional
 SYSTEM = CartPole(dt=0.02)
@@ -129,6 +130,20 @@ def recurrent_cells():
     return Module(forward, start=linear(SIZE, 5), last=linear(10), **cells)
 
 
+def recurrent_networks():
+    """Over the numbers of a state as a sequence, from zeros."""
+
+    def forward(m, x):
+        return m.last(torch.cat([m.gru(x[:, :, None])[0][:, -1], m.cell(x), m.lstm(x[:, :, None])[0][:, 1]], 1))
+
+    cells = {
+        "gru": NN.GRU(1, 3, batch_first=True),
+        "lstm": NN.LSTM(1, 2, batch_first=True),
+        "cell": NN.RNNCell(SIZE, 3),
+    }
+    return Module(forward, last=linear(8), **cells)
+
+
 def attention():
     def forward(m, x):
         tokens = m.embed(x[:, :, None]) + m.places
@@ -162,6 +177,25 @@ def layout():
         return m.last(h)
 
     return Module(forward, wide=linear(10, 12), last=linear(12))
+
+
+def products():
+    def forward(m, x):
+        h = torch.einsum("bi,ijk->bjk", x, m.tensor.exp()) + torch.einsum("bi,bj->bij", x, m.wide(x))
+        y = m.matrix @ h + (h @ m.matrix.T) * m.vector
+        y = m.pair(y.flatten(1).tanh(), x) + (x @ m.vector)[:, None]
+        return (y + torch.addmm(m.vector[:1], x, m.column, beta=0.5)).tanh()
+
+    own = {"tensor": parameter(4, 4, 4), "matrix": parameter(4, 4), "vector": parameter(4), "column": parameter(4, 1)}
+    return Module(forward, wide=linear(4, 4), pair=NN.Bilinear(16, 4, 1), **own)
+
+
+def angles():
+    def forward(m, x):
+        angle = (9 * x[:, 2:3] + torch.pi) % (2 * torch.pi) - torch.pi
+        return m.last(torch.cat([angle, torch.fmod(7 * x, 1.0), F.normalize(x)], 1))
+
+    return Module(forward, last=linear(1 + 2 * SIZE))
 
 
 def numbers_by_their_place():
@@ -224,6 +258,15 @@ def convolutions():
     return Module(forward, first=linear(SIZE, 12), last=linear(9), **parts)
 
 
+def convolutions_over_a_plane():
+    def forward(m, x):
+        h = F.max_pool2d(m.plane(m.first(x).unflatten(1, (1, 4, 4))).relu(), 2)
+        return m.last(torch.cat([h.flatten(1), m.apart(h).mean((2, 3))], 1))
+
+    parts = {"plane": NN.Conv2d(1, 2, 3, padding=1), "apart": NN.Conv2d(2, 2, 2, groups=2)}
+    return Module(forward, first=linear(SIZE, 16), last=linear(10), **parts)
+
+
 def in_place():
     """Written to on the way: temporaries, views of them, ReLU(inplace=True)."""
 
@@ -244,16 +287,6 @@ def dropout_that_rests():
     return NN.Sequential(linear(SIZE, 5), NN.Dropout(0.5), NN.Tanh(), NN.LayerNorm(5), linear(5))
 
 
-READ = [
-    norms_and_activations, recurrent_cells, attention, layout, choices, shared_and_frozen, dropout_that_rests,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("make", READ, ids=lambda make: make.__name__)
-def test_modules_that_are_programs(make):
-    check(double(make))
-
-
 def a_parameter_that_is_not_used():
     return Module(lambda m, x: m.last(x.sin()), last=linear(SIZE), unused=linear(3, 2))
 
@@ -270,6 +303,27 @@ def weight_norm():
 
 def spectral_norm():
     return NN.Sequential(NN.utils.parametrizations.spectral_norm(linear(SIZE, 5)), NN.Tanh(), linear(5))
+
+
+def computed_weights():
+    """Bounded ones, ones made by another network, a softmax over them, positive ones."""
+
+    def forward(m, x):
+        w = m.maker(m.code).view(5, SIZE)
+        h = F.linear(x, w, m.bias.tanh()) + F.linear(x, m.matrix.softmax(1)) + x @ m.matrix.T.exp()
+        return F.linear(h, m.last.weight.clamp(-0.1, 0.2) + 0.1 * m.last.weight)
+
+    parts = {"code": parameter(3), "matrix": parameter(5, SIZE), "bias": parameter(5)}
+    return Module(forward, maker=linear(3, 5 * SIZE), last=linear(5, bias=False), **parts)
+
+
+def a_large_matrix():
+    forward = lambda m, x: m.last(F.linear(m.first(x), m.wide.tanh()))  # noqa: E731
+    return Module(forward, first=linear(SIZE, 80), wide=parameter(80, 80), last=linear(80))
+
+
+def a_place_that_is_computed():
+    return Module(lambda m, x: m.last(m.table[(x[:, 2] > 0).long()] + x), table=parameter(2, SIZE), last=linear(SIZE))
 
 
 def a_branch_on_numbers():
@@ -351,11 +405,47 @@ def clipped_adjoints():
     return Module(forward, first=linear(SIZE, 5), last=linear(5))
 
 
+class Sum(NN.Module):
+    """The sum of several modules: one program, which takes less time to compile than one each."""
+
+    def __init__(self, *makes):
+        super().__init__()
+        self.parts = NN.ModuleList(make() for make in makes)
+
+    def forward(self, x):
+        return sum(part(x) for part in self.parts)
+
+
+TOGETHER = [
+    (norms_and_activations, more_norms_and_activations),
+    (recurrent_cells, recurrent_networks),
+    (attention, a_token_of_its_own),
+    (choices, more_choices, a_parameter_without_a_gradient),
+    (layout, numbers_by_their_place, in_place, products, a_length),
+    (convolutions, convolutions_over_a_plane),
+    (shared_and_frozen, dropout_that_rests, rounded, angles, no_gradient_inside, a_parameter_that_is_not_used),
+    (weight_norm, spectral_norm, computed_weights, a_part_of_weights),
+]
+"""Modules that are read as programs, some at a time."""
+
+
+@pytest.mark.parametrize("makes", TOGETHER, ids=lambda makes: makes[0].__name__)
+def test_modules_that_are_programs(makes):
+    check(double(lambda: Sum(*makes)))
+
+
+def test_attention_in_training_is_the_same_program():
+    module, like = double(a_token_of_its_own), torch.zeros((), dtype=torch.float64)
+    assert read_program(module, SIZE, like).plan == read_program(module.train(), SIZE, like).plan
+
+
+def test_a_module_without_layers():
+    check(double(no_layer), flows="MC", batches=(5,))
+
+
 GENERAL = [
-    weight_norm, spectral_norm, a_branch_on_numbers, a_number_of_a_tensor, a_length, rounded, truncated, counted,
-    sorted_rows, attention_over_the_batch, statistics_of_the_batch, no_layer, a_part_of_weights, no_gradient_inside,
-    another_way_for_one, a_hook, clipped_adjoints, a_parameter_that_is_not_used, a_parameter_without_a_gradient,
-    more_norms_and_activations, a_token_of_its_own, numbers_by_their_place, more_choices, convolutions, in_place,
+    a_branch_on_numbers, a_number_of_a_tensor, truncated, counted, sorted_rows, attention_over_the_batch,
+    statistics_of_the_batch, another_way_for_one, a_hook, clipped_adjoints, a_place_that_is_computed, a_large_matrix,
 ]  # fmt: skip
 
 

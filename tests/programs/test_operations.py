@@ -85,8 +85,121 @@ ZOO = {
     "mean": lambda x, u, p, q: (x * p).mean(1, keepdim=True) + x[:, :18].unflatten(1, (2, 9)).mean(1).sum(1)[:, None],
     "sum": lambda x, u, p, q: (x * p)[:, :18].unflatten(1, (3, 6)).sum(1) - x[:, :18].unflatten(1, (6, 3)).sum(dim=2),
     "product of rows": lambda x, u, p, q: ((x * p)[:, :12].view(-1, 3, 4) @ x[:, 4:16].reshape(-1, 4, 3)).flatten(1),
+    "hardsigmoid": lambda x, u, p, q: F.hardsigmoid(x) * p,
+    "hardswish": lambda x, u, p, q: F.hardswish(x) * p + F.hardswish(x * q),
+    "to the power of": lambda x, u, p, q: (u * q) ** (0.3 * x.sin() * p) + u**q + (x * p) ** 0 + torch.exp2(0.3 * x),
+    "to the power of, from zero": lambda x, u, p, q: x.relu() ** torch.where(p > 0, 1 + p, 0 * p),
+    "areas": lambda x, u, p, q: (x * p).asinh() + (1.1 + u * q).acosh() + (0.4 * x.sin() * q).atanh(),
+    "remainder": lambda x, u, p, q: (x + 10 * p) % 3.1 + (3 * x * p) % (q - 1.7) + torch.fmod(3 * x * p, q),
+    "rounded": lambda x, u, p, q: x.floor() * p + (3 * x).ceil() * p + (3 * x).round() * x + (3 * x).trunc() * p,
+    "both": lambda x, u, p, q: torch.where((x > p) & (x < 1.0), 2 * x, p),
+    "either": lambda x, u, p, q: torch.where((x > 1.0) | torch.logical_not(x > p), 2 * x, p),
+    "lengths": lambda x, u, p, q: (x * p).norm(dim=1, keepdim=True) + (x.relu() * 0).norm(dim=1, keepdim=True) * q,
     "arcsine": lambda x, u, p, q: (0.3 * x.sin() * q).asin() + (0.3 * x.sin() * q).acos() * p,
 }  # fmt: skip
+
+COMPOSED = {
+    "elu, scaled": lambda x, u, p, q: F.selu(x) + F.celu(x * p, 1.5) + F.celu(x),
+    "one sided": lambda x, u, p, q: F.relu6(x + p) + F.threshold(x, 0.5, 0.2) * p + F.prelu(x, q[:1]),
+    "shrunk": lambda x, u, p, q: F.softshrink(x, 0.5) * p + F.hardshrink(x, 0.5) + F.tanhshrink(x * p),
+    "log sigmoid": lambda x, u, p, q: F.logsigmoid(x + p) + F.softmin(x * p, 1),
+    "gated": lambda x, u, p, q: F.glu(torch.cat([x * p, x + q], 1), 1),
+    "log of softmax": lambda x, u, p, q: (x * p).log_softmax(1) + (x + 1000).log_softmax(1),
+    "log of a sum of exponentials": lambda x, u, p, q: (
+        (x * p).logsumexp(1, True) + (x + p).logsumexp(1)[:, None] + 0 * x
+    ),
+    "a number to the power of": lambda x, u, p, q: 1.5 ** (x + p) + p**2.0,
+    "other logarithms": lambda x, u, p, q: (u * q).log2() + (u + q).log10(),
+    "an angle between -π and π": lambda x, u, p, q: (9 * x * p + torch.pi) % (2 * torch.pi) - torch.pi,
+    "a rounded quotient": lambda x, u, p, q: (
+        torch.div(3 * x, q, rounding_mode="floor") + torch.div(x, 0.3, rounding_mode="trunc") * p
+    ),
+    "one alone": lambda x, u, p, q: torch.where(torch.logical_xor(x > 0.5, x > p) ^ (x != 1.0), 2 * x, p),
+    "true numbers": lambda x, u, p, q: (x > p).to(x.dtype) * p + x.bool().to(x.dtype) * x,
+    "any and all": lambda x, u, p, q: torch.where((x > p + 1.5).any(1, True) & (x < 9.0).all(1, True), x, 2 * x * p),
+    "masked": lambda x, u, p, q: (x * p).masked_fill(x > 0.5, 0.3).masked_fill(torch.arange(SIZE) < 4, 2.0),
+    "the largest, evenly": lambda x, u, p, q: x.clamp(-0.5, 0.5).amax(1, True) * p + (x * p).amax(1, keepdim=True),
+    "the smallest, evenly": lambda x, u, p, q: x.clamp(-0.5, 0.5).amin(1, True) * p + (x * p).amin(1, keepdim=True),
+    "the first largest": lambda x, u, p, q: (
+        (x.clamp(-0.5, 0.5) * q[0]).max(1, True)[0] + (x * p).max(1)[0][:, None] + p
+    ),
+    "the first smallest": lambda x, u, p, q: (x.clamp(-0.5, 0.5) * q[0]).min(1, True)[0] + (x * p).min(1)[0][:, None],
+    "product of all": lambda x, u, p, q: (0.8 + 0.1 * x * p).prod(1, True) + q,
+    "variance": lambda x, u, p, q: (
+        (x * p).var(1, keepdim=True) + x[:, :18].unflatten(1, (2, 9)).var(2, correction=0).sum(1, keepdim=True)
+    ),
+    "deviation": lambda x, u, p, q: (x * p).std(1, keepdim=True) + (0 * x + 1).std(1, keepdim=True) * q,
+    "other norms": lambda x, u, p, q: (x * p).norm(1, 1, True) + x.clamp(-0.5, 0.5).norm(float("inf"), 1, True) * p,
+    "unit vectors": lambda x, u, p, q: F.normalize(x * p, dim=1) + F.normalize(0 * x * q, dim=1),
+    "cumulated": lambda x, u, p, q: (x * p).cumsum(1) + x.cumsum(1) * q,
+    "between": lambda x, u, p, q: torch.lerp(x, p, 0.3) + torch.lerp(p, x, q) + torch.addcmul(x, p, x, value=0.5),
+    "a quotient on top": lambda x, u, p, q: torch.addcdiv(p, x, q, value=0.3),
+    "constants in between": lambda x, u, p, q: torch.cat([torch.ones_like(x[:, :2]), x * p, x.new_zeros(len(x), 3)], 1),
+    "parameters in between": lambda x, u, p, q: torch.cat([p[:3].expand(len(x), 3), x, (q * p).expand(len(x), -1)], 1),
+    "by place": lambda x, u, p, q: x[:, [0, 3, 3]] * p[[1, 2, 5]] + x.index_select(1, torch.tensor([4, 2, 0])),
+    "by a mask": lambda x, u, p, q: (
+        (x * p)[:, [k % 3 == 1 for k in range(SIZE)]] + x.gather(1, torch.ones(len(x), 6).long())
+    ),
+    "embedded": lambda x, u, p, q: F.embedding(torch.tensor([2, 0]), p[:18].view(3, 6)).flatten() * x[:, :12],
+    "written to": lambda x, u, p, q: _written(x, p),
+    "padded": lambda x, u, p, q: (
+        F.pad(x * p, (2, 1), value=0.5)[:, :SIZE] + F.pad((x * p)[:, None], (1, 3), "circular")[:, 0, :SIZE]
+    ),
+    "padded by what is there": lambda x, u, p, q: (
+        F.pad((x * p)[:, None], (1, 3), "reflect")[:, 0] + F.pad(x[:, None], (2, 2), "replicate")[:, 0]
+    ),
+    "moved": lambda x, u, p, q: (
+        (x * p).roll(3, 1).flip(1).repeat(1, 2)[:, 5:] + torch.stack([x, p.expand_as(x)], 2).flatten(1)[:, 5:]
+    ),
+    "normalised in groups": lambda x, u, p, q: (
+        F.group_norm((x * p)[:, :18].view(-1, 6, 3), 2, q[:6], p[:6], 1e-3).flatten(1)
+    ),
+    "normalised as seen": lambda x, u, p, q: F.batch_norm(x, p.detach(), q.detach(), q, p, False, 0.1, 1e-3),
+    "sums of products": lambda x, u, p, q: (
+        torch.einsum("bij,bkj->bik", (x * p)[:, :12].view(-1, 4, 3), x[:, :6].view(-1, 2, 3)).flatten(1)
+    ),
+    "products with parameters": lambda x, u, p, q: (
+        torch.einsum("bi,ij->bj", x[:, :6], (p * q)[:12].view(6, 2)) + F.linear(x[:, :3], q[:6].view(2, 3), p[:2].exp())
+    ),
+    "products of each": lambda x, u, p, q: (
+        torch.baddbmm(
+            x[:, :4].view(-1, 2, 2), x[:, :6].view(-1, 2, 3), (x * p)[:, :6].view(-1, 3, 2), beta=0.5, alpha=2
+        ).flatten(1)
+    ),
+    "products of vectors": lambda x, u, p, q: (x * p) @ q[:, None] + (x @ (p * q))[:, None] + p.dot(q),
+    "attention": lambda x, u, p, q: _attention(x, p),
+    "convolved": lambda x, u, p, q: F.conv1d((x * p)[:, None], q[:6].view(2, 1, 3), p[:2], 2, 1).flatten(1),
+    "convolved in groups": lambda x, u, p, q: (
+        F.conv1d(x[:, :18].view(-1, 2, 9), p[:12].view(4, 1, 3), None, 1, 2, 2, 2).flatten(1)
+    ),
+    "convolved over a plane": lambda x, u, p, q: (
+        F.conv2d(x[:, :16].view(-1, 1, 4, 4), p[:18].view(2, 1, 3, 3), q[:2], padding=(1, 0)).flatten(1)
+    ),
+    "pooled": lambda x, u, p, q: (
+        F.max_pool1d(x.clamp(-0.5, 0.5)[:, None], 3, 2, 1)[:, 0] * p[:10]
+        + F.avg_pool1d((x * p)[:, None], 3, 2, 1)[:, 0]
+    ),
+}  # fmt: skip
+"""What is made of these, in float64 alone: code takes time to compile."""
+
+
+def _written(x, p):
+    y = x * p
+    y[:, 0] = 1.0
+    y[:, 1:4] += x[:, 2:5]
+    y[:, [5, 7]] = p[:2] * x[:, :2]
+    z = torch.zeros_like(y)
+    z[:, ::2] = y[:, ::2]
+    z[:, 1].copy_(y[:, 0] * 2)
+    z.clamp_(max=0.5).mul_(y)
+    return z
+
+
+def _attention(x, p):
+    q, k, v = ((x * p)[:, i : i + 12].view(-1, 3, 4) for i in (0, 3, 7))
+    full, mask = F.scaled_dot_product_attention, torch.tensor([[0.0, -1.0, 0.3]] * 3, dtype=x.dtype)
+    y = full(q, k, v, mask) + full(q, k, v, mask > -0.5) + full(q, k, v, is_causal=True) + full(q, k, v, scale=0.3)
+    return y.flatten(1)
 
 
 class Zoo(torch.nn.Module):
@@ -96,16 +209,17 @@ class Zoo(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first = torch.nn.Linear(SIZE, 5, dtype=dtype)
+        self.zoo = ZOO | COMPOSED if dtype == torch.float64 else ZOO
         kinks = torch.tensor(KINKS, dtype=dtype)
         own = torch.randn(SIZE, dtype=dtype)
         own[: len(KINKS)] = kinks  # as in the first of the states
-        self.p = torch.nn.ParameterList(own.clone() for _ in ZOO)
-        self.q = torch.nn.ParameterList(0.5 + torch.rand(SIZE, dtype=dtype) for _ in ZOO)
+        self.p = torch.nn.ParameterList(own.clone() for _ in self.zoo)
+        self.q = torch.nn.ParameterList(0.5 + torch.rand(SIZE, dtype=dtype) for _ in self.zoo)
         self.sizes = []
 
     def forward(self, x):
         u = 0.3 + x * x
-        parts = [self.first(x), *(f(x, u, p, q) for f, p, q in zip(ZOO.values(), self.p, self.q, strict=True))]
+        parts = [self.first(x), *(f(x, u, p, q) for f, p, q in zip(self.zoo.values(), self.p, self.q, strict=True))]
         self.sizes = [part.shape[1] for part in parts]
         return torch.cat(parts, 1)
 
@@ -129,7 +243,7 @@ def _read(dtype):
 def _compared(dtype):
     """Return by name how far value, adjoint and gradients are from torch's: seeds go to one expression at a time."""
     zoo, read = _read(dtype)
-    x, names = _states(dtype), ["a layer", *ZOO]
+    x, names = _states(dtype), ["a layer", *zoo.zoo]
     own = x.clone().requires_grad_()
     expected = zoo(own)
     every, wide = x.repeat(len(names), 1), torch.zeros(len(names) * len(x), expected.shape[1], dtype=dtype)

@@ -19,11 +19,20 @@ UNARY = [
     lambda a: a.flip(-1), lambda a: a.roll(1, -1), lambda a: a - a.mean(-1, keepdim=True), lambda a: a.softmax(-1),
     lambda a: torch.cat([a[:, 1:], a[:, :1]], 1), lambda a: a.square().detach() * a,
     lambda a: F.layer_norm(a, a.shape[1:], eps=0.1), lambda a: a.sum(-1, keepdim=True).expand(a.shape) * 0.3,
+    lambda a: a.log_softmax(-1), lambda a: a.logsumexp(-1, keepdim=True) - a, lambda a: a.amax(-1, keepdim=True) - a,
+    lambda a: a * a.relu().min(-1, keepdim=True)[0], lambda a: F.normalize(a + 0.1), lambda a: a.cumsum(-1) * 0.3,
+    lambda a: a.masked_fill((a > 0.9) | ~(a > -0.7), 0.2), lambda a: a[:, list(range(a.shape[1]))[::-1]],
+    lambda a: (1 + 0.1 * a.sin()).prod(-1, keepdim=True) * a, lambda a: F.hardswish(a) + F.selu(a),
+    lambda a: F.pad(a, (1, 1), value=0.3)[:, :-2], lambda a: torch.cat([torch.ones_like(a[:, :1]), a[:, 1:]], 1),
+    lambda a: F.conv1d(a[:, None], torch.tensor([[[0.2, -0.5, 0.3]]], dtype=a.dtype), padding=1)[:, 0],
+    lambda a: (a + 3.5) % 2.5 - 1.0,
 ]  # fmt: skip
 BINARY = [
     torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, lambda a, b: a / (1 + b * b),
     lambda a, b: torch.where(a > b, a, 0.5 * b), lambda a, b: torch.atan2(a, 2 + b * b),
-    lambda a, b: ((a[:, :, None] * 0.5) @ b[:, None, :]).mean(1),
+    lambda a, b: ((a[:, :, None] * 0.5) @ b[:, None, :]).mean(1), lambda a, b: torch.lerp(a, b, 0.3),
+    lambda a, b: (0.1 + a * a) ** b.tanh(), lambda a, b: torch.where((a > b) & (b < 1), b, a * 0.5),
+    lambda a, b: torch.stack([a, b], 2).var(2), lambda a, b: torch.stack([a, b, a * 2]).norm(dim=0),
 ]  # fmt: skip
 OPERATIONS = len(UNARY) + len(BINARY) + 3
 

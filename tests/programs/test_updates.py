@@ -134,3 +134,27 @@ def test_single_precision():
         pairs = zip(own.parameters(), module.parameters(), strict=True)
         errors[backend] = max(float((p.grad - q.grad).abs().max() / q.grad.abs().max()) for p, q in pairs)
     assert errors["fused"] <= max(1e-5, 3 * errors["general"])
+
+
+def test_parameters_without_a_gradient():
+    """A critic's head and a spread beside the policy: torch leaves them alone, in weight decay and momentum too."""
+    modules, updates = [], []
+    for backend in ("fused", "general"):
+        module = double(policy)
+        module.critic, module.spread = NN.Linear(6, 1).double(), NN.Parameter(torch.ones(1, dtype=torch.float64))
+        modules.append(module)
+        rollout = Rollout(SYSTEM, module, STEPS, "C", backend=backend)
+        rollout.value_and_grad(states(5), "every", 0.1)
+        assert module.spread.grad is None and module.critic.weight.grad is None
+        SYSTEM.loss(*rollout(states(5)), when="final").backward()
+        assert module.spread.grad is None and module.last.weight.grad is not None
+        optimiser = torch.optim.AdamW([p for p in module.parameters() if p is not module.critic.bias], 0.01)
+        updates.append(Update(rollout, optimiser, "every", 0.1, clip="norm", clip_at=0.5))
+    values, version = modules[0].critic(torch.ones(1, 6).double()), modules[0].spread._version
+    for i in range(4):
+        close(*(update(states(5, i)) for update in updates), 1e-9)
+    assert updates[0].is_recorded and modules[0].spread._version == version
+    values.sum().backward()  # what a critic has computed before is still good
+    for p, q in zip(*(module.parameters() for module in modules), strict=True):
+        close(p.detach(), q.detach(), 1e-8)
+    assert modules[0].spread.item() == 1.0 and modules[0].spread not in updates[0].optimiser.state

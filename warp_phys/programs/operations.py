@@ -25,8 +25,16 @@ OPERATIONS: dict[str, Operation] = {
     "scale": Operation("a * {0}", ("d * {0}",)),
     "shift": Operation("a + {0}", ("d",)),
     "square": Operation("a * a", ("2 * a * d",)),
-    "power": Operation("power(a, {0})", ("d * {0} * power(a, {0} - 1)",)),
+    "power": Operation("power(a, V{{}} + {0})", ("d * {0} * power(a, V{{}} + ({0} - 1))",)),
     "reciprocal": Operation("1 / a", ("-d * y * y",)),
+    "raise": Operation(
+        "power(a, b)",
+        (
+            "b == V{{}} ? V{{}} : d * b * power(a, b - 1)",
+            "((a == V{{}}) & (b >= V{{}})) ? V{{}} : d * y * logarithm(a)",
+        ),
+    ),
+    "length": Operation("root(a)", ("y == V{{}} ? V{{}} : d / (2 * y)",)),
     "root": Operation("root(a)", ("d / (2 * y)",)),
     "reciprocal root": Operation("1 / root(a)", ("d * y / (-2 * a)",)),
     "sine": Operation("sine(a)", ("d * cosine(a)",)),
@@ -38,6 +46,9 @@ OPERATIONS: dict[str, Operation] = {
     "arccosine": Operation("arccosine(a)", ("-d / root(1 - a * a)",)),
     "hyperbolic sine": Operation("hyperbolic_sine(a)", ("d * hyperbolic_cosine(a)",)),
     "hyperbolic cosine": Operation("hyperbolic_cosine(a)", ("d * hyperbolic_sine(a)",)),
+    "inverse hyperbolic sine": Operation("inverse_hyperbolic_sine(a)", ("d / root(a * a + 1)",)),
+    "inverse hyperbolic cosine": Operation("inverse_hyperbolic_cosine(a)", ("d / root(a * a - 1)",)),
+    "inverse hyperbolic tangent": Operation("inverse_hyperbolic_tangent(a)", ("d / (1 - a * a)",)),
     "exponential": Operation("exponential_of(a)", ("d * y",)),
     "exponential less one": Operation("exponential_less_one(a)", ("d * (y + 1)",)),
     "logarithm": Operation("logarithm(a)", ("d / a",)),
@@ -71,10 +82,20 @@ OPERATIONS: dict[str, Operation] = {
         "smaller(a, b)",
         ("a < b ? d : a > b ? V{{}} : d * {0}", "b < a ? d : b > a ? V{{}} : d * {1}"),
     ),
+    "floor": Operation("__builtin_elementwise_floor(a)", ("V{{}}",)),
+    "ceiling": Operation("__builtin_elementwise_ceil(a)", ("V{{}}",)),
+    "truncated": Operation("__builtin_elementwise_trunc(a)", ("V{{}}",)),
+    "rounded": Operation("__builtin_elementwise_rint(a)", ("V{{}}",)),
+    "remainder": Operation("remainder(a, b)", ("d", "-d * __builtin_elementwise_floor(a / b)")),
+    "remainder towards zero": Operation(
+        "remainder_towards_zero(a, b)", ("d", "-d * __builtin_elementwise_trunc(a / b)")
+    ),
     "stop": Operation("a", ("",)),
     "greater": Operation("one_where<V>(a > b)", ("", "")),
     "greater or equal": Operation("one_where<V>(a >= b)", ("", "")),
     "equal": Operation("one_where<V>(a == b)", ("", "")),
+    "both": Operation("one_where<V>((a != V{{}}) & (b != V{{}}))", ("", "")),
+    "either": Operation("one_where<V>((a != V{{}}) | (b != V{{}}))", ("", "")),
     "choose": Operation("a != V{{}} ? b : c", ("", "a != V{{}} ? d : V{{}}", "a != V{{}} ? V{{}} : d")),
 }
 """The operations by name."""

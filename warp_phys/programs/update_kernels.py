@@ -63,7 +63,7 @@ def finish_kernel(rule: Any, memory: bool, either: bool, real: type) -> wp.Kerne
             const auto& group = *(const Adam*)(groups.data + at[4] * {GROUP});
             const long long start = starts.data[t], length = starts.data[t + 1] - start;
             auto *theta = ({scalar}*)at[0], *mean = ({scalar}*)at[1], *square = ({scalar}*)at[2];
-            adam(theta, grad.data + start, mean, square, (float*)at[3], length, group);
+            if (theta) adam(theta, grad.data + start, mean, square, (float*)at[3], length, group);
         }}
         """)
     def finish(

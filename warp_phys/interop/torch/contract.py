@@ -421,8 +421,11 @@ class PassCheck:
     A controller may well leave its parameters alone at some states, but not at all.
     """
 
-    def __init__(self, found: Found | None = None, masked: torch.Tensor | None = None):
+    def __init__(
+        self, found: Found | None = None, masked: torch.Tensor | None = None, unused: Sequence[torch.Tensor] = ()
+    ):
         self._found, self._is_known, self._reached = found, False, set[int]()
+        self._unused = {id(parameter) for parameter in unused}
         self._masked = masked if masked is not None and len(masked) else None
 
     def __call__(self, linear: Any, stored: wp.array) -> None:
@@ -462,11 +465,11 @@ class PassCheck:
             ) from None
 
     def includes(self, leaf: torch.Tensor) -> bool:
-        """Whether the controls depend on a leaf; those of layers that autograd does not run all count.
+        """Whether the controls depend on a leaf; those that autograd does not run say what is `unused`.
 
         torch leaves the `.grad` of one that they do not depend on alone, so that no optimiser moves it.
         """
-        return not self._is_known or id(leaf) in self._reached
+        return id(leaf) in self._reached if self._is_known else id(leaf) not in self._unused
 
     def finish(self) -> None:
         """Raise a ValueError if there are parameters to train, and nothing led back to them."""

@@ -63,6 +63,7 @@ class TorchController:
         self._network: Network | None = None
         self._blocks: BlockNetwork | None = None
         self._planned: tuple[tuple | None, Planned | None] = None, None
+        self._unused: tuple[Planned | None, list[int]] = None, []
         self.examination = Examination(module)
         """What is known of a module that is no chain of the engine's layers."""
         self._differentiates = False  # whether the module itself uses autograd
@@ -70,6 +71,7 @@ class TorchController:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory."""
         empty = {**dict.fromkeys(("_dense", "_key", "_linears", "_network", "_blocks")), "_planned": (None, None)}
+        empty["_unused"] = (None, [])
         own = {"examination": Examination(self.module), "_differentiates": self._differentiates}
         own |= {"system": self.system, "at_once": self.at_once, "_programs": {}}
         own |= {"_reads": 0, "_ready": self.at_once, "_runs": 0, "_is_program": False}
@@ -84,6 +86,18 @@ class TorchController:
     def trainable(self) -> list[torch.nn.Parameter]:
         """The parameters that require gradients."""
         return [p for p in self.module.parameters() if p.requires_grad]
+
+    def unused(self) -> list[torch.nn.Parameter]:
+        """Return the trained parameters that no adjoint of the controls reaches, where a row program tells."""
+        planned = self.planned()
+        if planned is None:
+            return []
+        trainable = self.trainable
+        if planned is not self._unused[0]:
+            pairs = zip(planned.tensors, planned.plan.reached(), strict=True)
+            used = {id(tensor) for tensor, is_reached in pairs if is_reached}
+            self._unused = planned, [i for i, p in enumerate(trainable) if id(p) not in used]
+        return [trainable[i] for i in self._unused[1]]
 
     @property
     def multiply_adds(self) -> int:

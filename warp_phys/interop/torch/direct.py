@@ -100,7 +100,10 @@ class DirectPass:
         self.lam = torch.zeros((len(self.flows), batch, system.state_size), dtype=dtype)
         self.costs = torch.zeros((len(times), batch), dtype=dtype)
         self.trainable = adapter.trainable
-        self.frozen = [p for p in adapter.module.parameters() if not p.requires_grad]
+        self.unused = adapter.unused()
+        self.still = [*self.unused, *(p for p in adapter.module.parameters() if not p.requires_grad)]
+        unused = {id(p) for p in self.unused}
+        self.moved = [p for p in self.trainable if id(p) not in unused]
         self._own_size = sum(p.numel() for p in self.trainable)
         self._leaves = [] if given is None else given.leaves
         self.receivers = [*self.trainable, *(leaf for _, leaf in self._leaves)]
@@ -241,7 +244,7 @@ class DirectPass:
     def report(self, update: torch.Tensor) -> Report:
         """See that the `.grad` of the parameters is what `grad` holds; return what the pass tells about itself."""
         hand_out(self.receivers, self.grads)
-        for parameter in self.frozen:
+        for parameter in self.still:
             parameter.grad = None
         return Report(self.flows, self.updates[:, : self._own_size], (update[: self._own_size],))
 

@@ -92,18 +92,25 @@ def has_step_hooks(optimiser: torch.optim.Optimizer) -> bool:
 
 
 def memory_of(
-    optimiser: torch.optim.Optimizer, trainable: Sequence[torch.Tensor], make_state: bool = False
+    optimiser: torch.optim.Optimizer,
+    trainable: Sequence[torch.Tensor],
+    unused: Sequence[torch.Tensor] = (),
+    make_state: bool = False,
 ) -> list[tuple[int, ...]] | None:
-    """Return the addresses of every trained parameter, of its state, and its group.
+    """Return the addresses of every trained parameter, of its state, and its group; 0 for those that have no gradient.
 
     None where there is no state yet, unless Adam's shall be made; None, too, if the optimiser trains anything else, or
     not all of them.
     """
     groups = {p: i for i, group in enumerate(optimiser.param_groups) for p in group["params"] if p.requires_grad}
-    if len(groups) != len(trainable) or any(parameter not in groups for parameter in trainable):
+    still = set(unused)
+    if groups.keys() - still != set(trainable) - still:
         return None
-    rows = []
+    rows: list[tuple[int, ...]] = []
     for parameter in trainable:
+        if parameter in still:
+            rows.append((0,) * TENSOR)
+            continue
         own = optimiser.state.get(parameter)
         if not own:
             if not make_state:

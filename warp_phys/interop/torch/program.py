@@ -5,14 +5,18 @@ is torch's own business (views, transposes, slices, concatenations, whatever the
 is left are the operations on numbers, each of which must take its operands from one sample.
 """
 
+import builtins
+import contextlib
+import functools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import warp as wp
+from torch.utils import _pytree
 
 from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import Seeds, Trajectory
@@ -34,6 +38,9 @@ LONGEST = 4096
 
 PLACES, NODES = 1 << 24, 1 << 20
 """Numbers of a node, and nodes, in the code of an entry: (sample + 1) · NODES · PLACES + node · PLACES + place."""
+
+BLOCK = NODES * PLACES
+"""Codes of a sample."""
 
 
 class Unreadable(Exception):
@@ -105,9 +112,9 @@ def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
     if read.plan.outputs != system.control_size:
         raise Unreadable(f"it returns {read.plan.outputs} numbers")
     held = {id(tensor) for tensor, reached in zip(read.tensors, read.plan.reached(), strict=True) if reached}
-    unused = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
-    if unused:
-        raise Unreadable(f"it does not use its parameter {unused[0]}, which then has no gradient")
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if trained and not any(id(p) in held for p in trained):
+        raise Unreadable("it uses none of its parameters")
     if state_of(module, outside=True) != before:
         raise Unreadable("calls change it")
     try:
@@ -149,10 +156,76 @@ def _export(module: torch.nn.Module, example: torch.Tensor) -> Any:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             batch = torch.export.Dim("batch", min=2)
-            return torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
+            with _symbolic_lengths():
+                exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
+            _detach_without_gradients(exported)
+            return exported.run_decompositions(_decompositions())
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise Unreadable(f"torch.export cannot read it: {first[:160]}") from None
+
+
+@contextlib.contextmanager
+def _symbolic_lengths() -> Iterator[None]:
+    """Have `len(x)` give the size that `x.shape[0]` is, which stands for any batch; Python's own is a number."""
+    own = builtins.len
+
+    def length(of: Any) -> Any:
+        return of.shape[0] if isinstance(of, torch.Tensor) and of.ndim else own(of)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = own
+
+
+def _detach_without_gradients(exported: Any) -> None:
+    """Detach what goes into a region without gradients, which decomposing dissolves.
+
+    Raises:
+        Unreadable: There are gradients within such a region.
+    """
+    for node in list(exported.graph.nodes):
+        if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
+            continue
+        inside = getattr(exported.graph_module, node.args[1].target).graph.nodes
+        if node.args[0] or any(other.target is node.target for other in inside):
+            raise Unreadable("it switches gradients on in a region without them")
+        with exported.graph.inserting_before(node):
+            for source in node.args[2:]:
+                if isinstance(source.meta["val"], torch.Tensor):
+                    detached = exported.graph.call_function(torch.ops.aten.detach.default, (source,))
+                    detached.meta["val"] = source.meta["val"]
+                    node.replace_input_with(source, detached)
+    exported.graph_module.recompile()
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable]:
+    """Return how torch writes operations in terms of others, but for those that there are rules for."""
+    known = {*RULES, *LAYOUT, *SAME, *CREATED}
+    table = dict(torch.export.default_decompositions().items())
+    more = [torch.ops.aten._adaptive_avg_pool2d]
+    table |= torch._decomp.get_decompositions(more)
+    return {op: rule for op, rule in table.items() if not {_name(op), _base(op)} & known}
+
+
+def _name(target: Any) -> str:
+    """Return the name of an operation without its namespace."""
+    return str(target).removeprefix("aten.")
+
+
+def _base(target: Any) -> str:
+    """Return the name of an operation without namespace and overload."""
+    return _name(target).partition(".")[0]
+
+
+class _Known:
+    """A tensor whose numbers are known: neither parameters nor rows lead to it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
 
 
 class _Reader:
@@ -183,13 +256,15 @@ class _Reader:
             raise Unreadable("it does not return one tensor alone")
         if output[0].ndim != 2:
             raise Unreadable(f"what it returns has {output[0].ndim} dimensions")
-        entries, sample = self._of_samples(output[0])
-        if sample is not None and not (sample == torch.arange(1, BATCH + 1)[:, None]).all():
+        groups = self._groups(output[0])
+        if groups.owner is None and groups.number > 1:
+            raise Unreadable("it returns rows that do not depend on the states, and are not all the same")
+        if groups.owner is not None and not torch.equal(groups.owner, torch.arange(1, BATCH + 1)):
             raise Unreadable("it returns its rows in another order")
-        program = self.build.finish(self.build.gather(entries))
+        program = self.build.finish(self.build.gather(groups.entries))
         tensors = [None if slot < 0 else self.tensors[slot] for slot in program.read]
-        if not any(program.nodes[i].operation == "dense" for i in program.readers):
-            raise Unreadable("it has no dense layer, so that there is nothing to gain")
+        if not program.readers:
+            raise Unreadable("it reads no parameter")
         return Planned(program, tuple(tensors), is_chain=False)
 
     def _placeholder(self, node: Any) -> Any:
@@ -197,7 +272,7 @@ class _Reader:
         name = node.name
         if name in signature.user_inputs:
             rows, size = BATCH, self.build.nodes[0].size
-            sample = torch.arange(1, rows + 1)[:, None] * NODES * PLACES
+            sample = torch.arange(1, rows + 1)[:, None] * BLOCK
             return sample + torch.arange(size)
         if name in signature.inputs_to_parameters:
             tensor: Any = self.module.get_parameter(signature.inputs_to_parameters[name])
@@ -208,9 +283,9 @@ class _Reader:
             tensor = self.exported.constants.get(target)
             if not isinstance(tensor, torch.Tensor):
                 raise Unreadable(f"it takes {name}, which is no tensor")
-            return self._constant(tensor.detach())
+            return _Known(tensor.detach())
         if not tensor.is_floating_point():
-            return self._constant(tensor.detach())
+            return _Known(tensor.detach())
         if tensor.dtype != self.dtype or not tensor.is_contiguous():
             raise Unreadable(f"{name} is not contiguous, or of another precision")
         return self._tensor(tensor)
@@ -222,34 +297,50 @@ class _Reader:
             self.tensors.append(tensor)
         return -1 - (self.slots[id(tensor)] * PLACES + torch.arange(tensor.numel()).reshape(tensor.shape))
 
-    def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
+    def places(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the places of numbers that are known, which become a node."""
         if tensor.numel() > LONGEST:
             raise Unreadable("it holds a large tensor that is neither parameter nor buffer")
-        node = self.build.add("constant", (), tensor.numel(), tuple(float(v) for v in tensor.flatten().tolist()))
-        return (node * PLACES + torch.arange(tensor.numel())).reshape(tensor.shape)
+        values, which = tensor.unique(return_inverse=True)  # the rows of a batch have one place
+        node = self.build.add("constant", (), len(values), tuple(map(float, values.tolist())))
+        return node * PLACES + which.reshape(tensor.shape)
 
     # --- places
 
-    def _of_samples(self, code: torch.Tensor) -> tuple[list[tuple[int, int]], torch.Tensor | None]:
-        """Return the entries of the first sample, and for each place of `code` its sample; None for no samples.
+    def _entries(self, code: torch.Tensor, sample: torch.Tensor | None) -> list[tuple[int, int]]:
+        """Return the entries of the first sample, given that of each place; None where there are no samples.
 
         Raises:
-            Unreadable: Samples do not take the same places.
+            Unreadable: Samples do not take the same places, or those of others.
         """
-        flat = code.flatten()
-        if flat.numel() > 64 * LONGEST:
+        if code.numel() > 64 * LONGEST:
             raise Unreadable("it has too many numbers between its layers")
-        flat = self._loaded(flat)
-        sample = flat // (NODES * PLACES)
-        rest = flat % (NODES * PLACES)
-        if (sample == 0).all():
-            return [(v // PLACES, v % PLACES) for v in rest.tolist()], None
-        if (sample == 0).any():
+        flat = self._loaded(code).flatten()
+        own, rest = flat // BLOCK, flat % BLOCK
+        if sample is not None:
+            owner = sample.flatten()
+            if not ((own == 0) | (own == owner)).all():
+                raise Unreadable("its rows depend on each other, or on their number")
+            parts = [rest[owner == b] for b in range(1, BATCH + 1)]
+            if any(not torch.equal(part, parts[0]) for part in parts[1:]):
+                raise Unreadable("its rows do not all take the same way, or depend on each other")
+            rest = parts[0]
+        return [(v // PLACES, v % PLACES) for v in rest.tolist()]
+
+    def _groups(self, code: torch.Tensor) -> "_Groups":
+        """Return what stands in places (groups, numbers), each group of one sample or the same for all rows.
+
+        Raises:
+            Unreadable: There are both kinds of groups.
+        """
+        owner = _sample(code).amax(1)
+        if not owner.any():
+            code, which = code.unique(dim=0, return_inverse=True)  # rows that are copies are computed once
+            return _Groups(self._entries(code, None), len(code), None, which)
+        if not owner.all():
             raise Unreadable("it joins what is the same for all rows with rows in one tensor")
-        parts = [rest[sample == b] for b in range(1, BATCH + 1)]
-        if any(not torch.equal(part, parts[0]) for part in parts[1:]):
-            raise Unreadable("its rows do not all take the same way, or depend on each other")
-        return [(v // PLACES, v % PLACES) for v in parts[0].tolist()], sample.reshape(code.shape)
+        entries = self._entries(code, owner[:, None].expand_as(code))
+        return _Groups(entries, len(entries) // code.shape[1], owner, None)
 
     def _loaded(self, flat: torch.Tensor) -> torch.Tensor:
         """Return places in which numbers of tensors have become numbers of nodes that load them."""
@@ -262,44 +353,83 @@ class _Reader:
             if len(places) > LONGEST:
                 raise Unreadable("it computes with a large tensor of weights, other than as a dense layer's")
             node = self.build.add("load", (), len(places), (slot, tuple(places)))
-            for k, place in enumerate(places):
-                flat[flat == -1 - (slot * PLACES + place)] = node * PLACES + k
+            own = (flat < 0) & ((-1 - flat) // PLACES == slot)
+            flat[own] = node * PLACES + torch.searchsorted(torch.tensor(places), (-1 - flat[own]) % PLACES)
         return flat
-
-    def _spread(self, node: int, sample: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor:
-        """Return the places of a new node whose numbers stand, sample by sample, where `sample` says."""
-        if sample is None:
-            return (node * PLACES + torch.arange(math.prod(shape))).reshape(tuple(shape))
-        flat, code = sample.flatten(), torch.empty(sample.numel(), dtype=torch.long)
-        for b in range(1, BATCH + 1):
-            own = flat == b
-            code[own] = b * NODES * PLACES + node * PLACES + torch.arange(int(own.sum()))
-        return code.reshape(tuple(shape))
 
     # --- operations
 
-    def _call(self, node: Any, arguments: tuple, options: dict) -> Any:
-        target = node.target
-        if target in SYMBOLIC:
-            return target(*arguments, **options)
-        name = str(target).removeprefix("aten.")
-        base = name.partition(".")[0]
+    def _call(self, node: Any, arguments: tuple, options: dict) -> Any:  # noqa: PLR0911, a kind of operation each
+        target, base = node.target, _base(node.target)
+        if target is operator.getitem:
+            return target(*arguments)
+        given = _pytree.tree_leaves((arguments, options))
+        places = [value for value in given if isinstance(value, torch.Tensor)]
+        if base in CREATED and places:  # of its shape and type alone
+            arguments, places = (torch.empty_like(arguments[0], dtype=self.dtype), *arguments[1:]), []
+        if target in SYMBOLIC or not places:
+            return self._evaluate(target, arguments, options)
+        if base.startswith("_assert"):
+            return None
+        if base in INDEXING:
+            return self._indexed(target, arguments, options)
+        arguments, options = self._as_places((arguments, options))
         if base in ("view", "_unsafe_view"):  # strides of places are not those of numbers
             return arguments[0].reshape(arguments[1])
         if base in LAYOUT:
-            return target(*arguments, **options)
+            return _pytree.tree_map_only(torch.Tensor, self._joined, target(*arguments, **options))
         if base in SAME:
             return arguments[0]
-        rule = RULES.get(base)
+        rule = RULES.get(_name(target)) or RULES.get(base)
         if rule is None:
-            raise Unreadable(f"it uses {name}, which is no operation of row programs")
+            raise Unreadable(f"it uses {base}, which is no operation of row programs")
         self._check_type(node, base)
+        self.node = node
         return rule(self, *arguments, **options)
+
+    def _evaluate(self, target: Any, arguments: tuple, options: dict) -> Any:
+        """Return what an operation gives on numbers that are known, or on sizes."""
+        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+            raise Unreadable(f"it draws random numbers, by {_base(target)}")
+        arguments, options = _pytree.tree_map_only(_Known, lambda v: v.tensor, (arguments, options))
+        result = target(*arguments, **options)
+        if "empty" in _base(target):
+            result.zero_()  # what nobody writes to does not matter
+        return _pytree.tree_map_only(torch.Tensor, _Known, result)
+
+    def _indexed(self, target: Any, arguments: tuple, options: dict) -> Any:
+        """Return the places that are chosen by numbers that are known."""
+        where = 2 if _base(target) in ("index_select", "gather") else 1
+        if _base(target) == "index_put" and arguments[3:] and arguments[3]:
+            raise Unreadable("it adds to numbers by their place")
+        if any(isinstance(v, torch.Tensor) for v in _pytree.tree_leaves(arguments[where])):
+            raise Unreadable(f"its {_base(target)} picks numbers by what it computes")
+        taken: list[Any] = [self._as_places(value) for value in arguments]
+        taken[where] = _pytree.tree_map_only(_Known, lambda v: v.tensor, arguments[where])
+        return self._joined(target(*taken, **options))
+
+    def _as_places(self, value: Any) -> Any:
+        return _pytree.tree_map_only(_Known, lambda v: self.places(v.tensor), value)
+
+    def _joined(self, code: torch.Tensor) -> torch.Tensor:
+        """Return places in which each row takes what is the same for all of them, along the dimension of the rows."""
+        sample = _sample(code)
+        if not sample.any() or sample.all():
+            return code
+        for d in range(code.ndim):
+            flat = sample.movedim(d, 0).flatten(1) if code.ndim > 1 else sample[:, None]
+            owner = flat.amax(1)
+            if owner.all() and torch.equal(flat.masked_fill(flat == 0, BATCH + 1).amin(1), owner):
+                shape = [-1 if k == d else 1 for k in range(code.ndim)]
+                return torch.where(sample > 0, code, self._loaded(code) + owner.reshape(shape) * BLOCK)
+        return code
 
     def _check_type(self, node: Any, base: str) -> None:
         """Raise `Unreadable` where numbers would be rounded, or truth values counted, by torch's rules for types."""
         values = node.meta.get("val")
-        for value in values if isinstance(values, (tuple, list)) else [values]:
+        if isinstance(values, (tuple, list)):
+            values = [values[user.args[1]] for user in node.users]
+        for value in values if isinstance(values, list) else [values]:
             if not isinstance(value, torch.Tensor) or value.dtype == self.dtype:
                 continue
             if value.dtype != torch.bool or base not in TRUTH:
@@ -308,97 +438,101 @@ class _Reader:
     def elementwise(self, operation: str, operands: Sequence[Any], *numbers: float) -> torch.Tensor:
         """Return the places of an operation on operands that are broadcast: tensors of places, or numbers."""
         shape = torch.broadcast_shapes(*(o.shape for o in operands if isinstance(o, torch.Tensor)))
-        spread = [self._number(o, shape) if not isinstance(o, torch.Tensor) else o.expand(shape) for o in operands]
-        nodes, samples = self.together(spread)
-        made = self.build.add(operation, nodes, self.build.nodes[nodes[0]].size, tuple(map(float, numbers)))
-        return self._spread(made, samples, shape)
-
-    def _number(self, value: Any, shape: Sequence[int]) -> torch.Tensor:
-        return self._constant(torch.tensor(float(value), dtype=torch.float64)).expand(shape)
-
-    def together(self, codes: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], torch.Tensor | None]:
-        """Return nodes with the numbers of tensors of one shape, place by place; and the sample of each place."""
-        sample = None
-        for code in codes:
-            loaded = self._loaded(code.flatten())
-            own = (loaded // (NODES * PLACES)).reshape(code.shape)
-            if (own > 0).any():
-                if (own == 0).any() or (sample is not None and not torch.equal(own, sample)):
-                    raise Unreadable("its rows depend on each other, or on their number")
-                sample = own
-        if sample is None:
-            return tuple(self.build.gather(self._of_samples(code)[0]) for code in codes), None
-        nodes = []
-        for code in codes:
-            loaded = self._loaded(code.flatten())
-            if (loaded // (NODES * PLACES) == 0).all():  # the same for all samples: taken at the places of each
-                parts = [loaded[sample.flatten() == b] for b in range(1, BATCH + 1)]
-                if any(not torch.equal(part, parts[0]) for part in parts[1:]):
-                    raise Unreadable("its rows have numbers of their own")
-                entries = [(v // PLACES, v % PLACES) for v in parts[0].tolist()]
-            else:
-                entries = self._of_samples(loaded.reshape(code.shape))[0]
-            nodes.append(self.build.gather(entries))
-        if any(self.build.nodes[n].size > LONGEST for n in nodes):
+        codes = [self.as_number(o, shape).flatten() for o in operands]
+        groups = self._groups(torch.stack(codes, 1))
+        if groups.number > LONGEST:
             raise Unreadable("it has too many numbers between its layers")
-        return tuple(nodes), sample
+        nodes = tuple(self.build.gather(groups.entries[i :: len(codes)]) for i in range(len(codes)))
+        made = self.build.add(operation, nodes, groups.number, tuple(map(float, numbers)))
+        return groups.places(made, 1).reshape(shape)
+
+    def as_number(self, value: Any, shape: Sequence[int]) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.expand(shape)
+        return self.places(torch.tensor(float(value), dtype=torch.float64)).expand(shape)
 
     def reduced(self, operation: str, code: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
         """Return the places of a reduction over dimensions, which become 1."""
         dims = [d % code.ndim for d in dims]
         others = [d for d in range(code.ndim) if d not in dims]
         moved = code.permute(*others, *dims)
-        shape = [code.shape[d] for d in others]
         length = math.prod(code.shape[d] for d in dims)
-        entries, sample = self._of_samples(moved.reshape(-1, length))
-        x = self.build.gather(entries)
-        if sample is not None:
-            if not (sample == sample[:, :1]).all():
-                raise Unreadable("it reduces over the batch")
-            sample = sample[:, 0]
-        made = self.build.add(operation, (x,), len(entries) // length, (length,))
-        kept = [1 if d in dims else code.shape[d] for d in range(code.ndim)]
-        return self._spread(made, sample, shape).reshape(kept)
+        groups = self._groups(moved.reshape(-1, length))
+        made = self.build.add(operation, (self.build.gather(groups.entries),), groups.number, (length,))
+        return groups.places(made, 1).reshape([1 if d in dims else code.shape[d] for d in range(code.ndim)])
 
-    def dense(self, x: torch.Tensor, weight: torch.Tensor, bias: Any, flipped: bool) -> torch.Tensor:
-        """Return the places of x Wᵀ + b, over the last dimension of x; W x for flipped weights."""
-        slot, size = self._slot_of(weight)
-        outputs, window = weight.shape if not flipped else weight.shape[::-1]
-        biases = -1 if bias is None else self._slot_of(bias)[0]
-        if size != outputs * window or (bias is not None and bias.shape != (outputs,)):
-            raise Unreadable("it uses a part of a tensor of weights as a layer's")
-        lead = x.shape[:-1]
-        entries, sample = self._of_samples(x.reshape(-1, window))
-        if sample is not None and not (sample == sample[:, :1]).all():
-            raise Unreadable("a layer runs over the batch")
-        positions = len(entries) // window
-        numbers = Dense(positions, window, window, outputs, slot, biases, flipped, channels=window)
-        made = self.build.add("dense", (self.build.gather(entries),), positions * outputs, tuple(numbers))
-        return self._spread(made, None if sample is None else sample[:, :1].expand(-1, outputs), (*lead, outputs))
+    def dense(self, x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        """Return the places of x Wᵀ + b, over the last dimension of x, for weights W (outputs, window)."""
+        outputs, window = weight.shape
+        slot, flipped = self._slot_of(weight), False
+        if slot is None:
+            slot, flipped = self._slot_of(weight.T), True
+        biases = -1 if bias is None else self._slot_of(bias)
+        if biases is None or (bias is not None and bias.shape != (outputs,)):
+            return self.elementwise("add", [self.dense(x, weight), bias])
+        if slot is None:  # computed, once for each row
+            y = self.product(x.reshape(-1, window), weight.T).reshape(*x.shape[:-1], outputs)
+            return y if bias is None else self.elementwise("add", [y, bias])
+        groups = self._groups(x.reshape(-1, window))
+        numbers = Dense(groups.number, window, window, outputs, slot, biases, flipped, channels=window)
+        made = self.build.add("dense", (self.build.gather(groups.entries),), groups.number * outputs, tuple(numbers))
+        return groups.places(made, outputs).reshape(*x.shape[:-1], outputs)
 
-    def _slot_of(self, code: torch.Tensor) -> tuple[int, int]:
-        """Return the slot whose tensor these places are, in order, and how many numbers it has."""
+    def _slot_of(self, code: torch.Tensor) -> int | None:
+        """Return the slot whose tensor these places are, all of it in order; None if they are something else."""
         flat = -1 - code.flatten()
         slot = int(flat[0]) // PLACES if len(flat) else -1
-        if slot < 0 or (flat != slot * PLACES + torch.arange(len(flat))).any():
-            raise Unreadable("a layer's weights are computed, or a part of something")
-        return slot, self.build.slots[slot]
+        if slot < 0 or self.build.slots[slot] != len(flat):
+            return None
+        return slot if torch.equal(flat, slot * PLACES + torch.arange(len(flat))) else None
 
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Return the places of a (…, M, K) times b (…, K, N)."""
         lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         m, inner, n = a.shape[-2], a.shape[-1], b.shape[-1]
         a, b = a.expand(*lead, m, inner).reshape(-1, m, inner), b.expand(*lead, inner, n).reshape(-1, inner, n)
-        (first, of_first), (second, of_second) = self._of_samples(a), self._of_samples(b)
-        if of_first is None or of_second is None:
-            raise Unreadable("it multiplies rows by a matrix that is no layer's")
-        owner = of_first[:, :1, :1]
-        if not (of_first == owner).all() or not (of_second == owner).all():
-            raise Unreadable("it multiplies rows with each other")
-        groups = len(first) // (m * inner)
+        if torch.equal(b, b[:1].expand_as(b)) and not _sample(b).any():  # one product for all rows of a sample
+            groups = self._groups(a.reshape(-1, inner))
+            first, second, count, rows = groups.entries, self._entries(b[0], None), 1, groups.number
+        else:
+            groups, each = self._groups(torch.cat([a.flatten(1), b.flatten(1)], 1)), (m + n) * inner
+            parts = [groups.entries[start : start + each] for start in range(0, len(groups.entries), each)]
+            first = [v for part in parts for v in part[: m * inner]]
+            second = [v for part in parts for v in part[m * inner :]]
+            count, rows = groups.number, m
+        if max(len(first), len(second), count * rows * n) > LONGEST:
+            raise Unreadable("it computes with a large tensor of weights, other than as a dense layer's")
         nodes = self.build.gather(first), self.build.gather(second)
-        made = self.build.add("product", nodes, groups * m * n, (groups, m, inner, n))
-        return self._spread(made, owner.expand(-1, m, n), (*lead, m, n))
+        made = self.build.add("product", nodes, count * rows * n, (count, rows, inner, n))
+        return groups.places(made, count * rows * n // groups.number).reshape(*lead, m, n)
+
+
+class _Groups(NamedTuple):
+    """Groups of numbers, each of which an operation takes at once."""
+
+    entries: list[tuple[int, int]]
+    """The numbers of one sample's groups, in turn."""
+    number: int
+    """Groups of one sample."""
+    owner: torch.Tensor | None
+    """Sample of each group of the batch; None for what is the same for all rows."""
+    which: torch.Tensor | None
+    """Then for each group which one of those it is."""
+
+    def places(self, node: int, size: int) -> torch.Tensor:
+        """Return the places (groups of the batch, size) of a node with `size` numbers for each group of a sample."""
+        first = node * PLACES + torch.arange(self.number * size).reshape(self.number, size)
+        if self.owner is None:
+            return first[self.which]
+        code = first.new_empty(len(self.owner), size)
+        for b in range(1, BATCH + 1):
+            code[self.owner == b] = b * BLOCK + first
+        return code
+
+
+def _sample(code: torch.Tensor) -> torch.Tensor:
+    """Return the sample of each place, counted from 1; 0 for what is the same for all rows."""
+    return code.clamp(min=0) // BLOCK
 
 
 def _binary(operation: str) -> Callable:
@@ -430,12 +564,19 @@ def _rsub(reader: _Reader, a: Any, b: Any, alpha: float = 1) -> Any:
 
 
 def _power(reader: _Reader, a: Any, n: Any) -> Any:
-    if isinstance(n, torch.Tensor) or not isinstance(a, torch.Tensor) or n == 0:
-        raise Unreadable("it raises to a power that is computed, or zero")
+    if isinstance(n, torch.Tensor) or not isinstance(a, torch.Tensor):
+        return reader.elementwise("raise", [a, n])
+    if n == 0:
+        return reader.elementwise("shift", [reader.elementwise("scale", [reader.elementwise("sign", [a])], 0.0)], 1.0)
     if n == 1:
         return a
     special = {2: "square", 0.5: "root", -1: "reciprocal", -0.5: "reciprocal root"}
     return reader.elementwise(special[n], [a]) if n in special else reader.elementwise("power", [a], n)
+
+
+def _rounded_quotient(reader: _Reader, a: Any, b: Any, rounding_mode: Any = None) -> Any:
+    y = _binary("divide")(reader, a, b)
+    return y if rounding_mode is None else reader.elementwise("floor" if rounding_mode == "floor" else "truncated", [y])
 
 
 def _clamp(reader: _Reader, a: Any, least: Any = None, most: Any = None) -> Any:
@@ -447,9 +588,16 @@ def _clamp(reader: _Reader, a: Any, least: Any = None, most: Any = None) -> Any:
 
 
 def _elu(reader: _Reader, a: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
-    if scale != 1 or input_scale != 1:
-        raise Unreadable("it uses elu with scales")
-    return reader.elementwise("elu", [a], alpha)
+    if input_scale == 1:
+        return reader.elementwise("scale", [reader.elementwise("elu", [a], alpha)], scale)
+    below = reader.elementwise("elu", [reader.elementwise("scale", [a], input_scale)], alpha)
+    y = reader.elementwise("choose", [reader.elementwise("greater", [a, 0.0]), a, below])
+    return reader.elementwise("scale", [y], scale)
+
+
+def _hard_sigmoid(reader: _Reader, a: Any) -> Any:
+    shifted = reader.elementwise("hardtanh", [reader.elementwise("shift", [a], 3.0)], 0.0, 6.0)
+    return reader.elementwise("scale", [shifted], 1.0 / 6.0)
 
 
 def _gelu(reader: _Reader, a: Any, approximate: str = "none") -> Any:
@@ -466,11 +614,6 @@ def _gelu(reader: _Reader, a: Any, approximate: str = "none") -> Any:
     return reader.elementwise("multiply", [a, half])
 
 
-def _mish(reader: _Reader, a: Any) -> Any:
-    soft = reader.elementwise("softplus", [a], 1.0, 20.0)
-    return reader.elementwise("multiply", [a, reader.elementwise("tanh", [soft])])
-
-
 def _mean(reader: _Reader, a: Any, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
     dims = [dims] if isinstance(dims, int) else dims
     total = _sum(reader, a, dims, keepdim)
@@ -478,10 +621,68 @@ def _mean(reader: _Reader, a: Any, dims: Any = None, keepdim: bool = False, dtyp
     return reader.elementwise("scale", [total], 1.0 / count)
 
 
+def _over(a: Any, dims: Any) -> list[int]:
+    """Return dimensions as a list; all of them where none are given."""
+    dims = [dims] if isinstance(dims, int) else list(dims or range(a.ndim))
+    return [d % a.ndim for d in dims]
+
+
 def _sum(reader: _Reader, a: Any, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
-    dims = list(range(a.ndim)) if not dims and dims != 0 else [dims] if isinstance(dims, int) else list(dims)
-    total = reader.reduced("sum", a, dims)
-    return total if keepdim else total.squeeze(tuple(d % a.ndim for d in dims))
+    total = reader.reduced("sum", a, _over(a, dims))
+    return total if keepdim else total.squeeze(_over(a, dims))
+
+
+def _extreme(sign: float) -> Callable:
+    """Return the rule of the largest number, or for -1 the smallest: those that are it share its adjoint evenly."""
+
+    def rule(reader: _Reader, a: Any, dims: Any = None, keepdim: bool = False) -> Any:
+        a = a if sign > 0 else reader.elementwise("negate", [a])
+        best = reader.elementwise("equal", [a, reader.reduced("largest", a, _over(a, dims))])
+        total = _sum(reader, reader.elementwise("choose", [best, a, 0.0]), dims, keepdim)
+        y = reader.elementwise("divide", [total, _sum(reader, best, dims, keepdim)])
+        return y if sign > 0 else reader.elementwise("negate", [y])
+
+    return rule
+
+
+def _pairwise(operation: str, *numbers: float) -> Callable:
+    """Return the rule of an operation on all numbers along a dimension, two by two; without the place of the result."""
+
+    def rule(reader: _Reader, a: Any, dim: Any = None, keepdim: bool = False) -> Any:
+        a = a.flatten() if dim is None else a.movedim(dim, -1)
+        while a.shape[-1] > 1:
+            pairs = a.shape[-1] // 2 * 2
+            made = reader.elementwise(operation, [a[..., 0:pairs:2], a[..., 1:pairs:2]], *numbers)
+            a = torch.cat([made, a[..., pairs:]], -1)
+        return a.movedim(-1, dim) if keepdim and dim is not None else a[..., 0]
+
+    return rule
+
+
+def _variance(reader: _Reader, a: Any, dims: Any = None, correction: Any = 1, keepdim: bool = False) -> Any:
+    apart = reader.elementwise("subtract", [a, _mean(reader, a, _over(a, dims), True)])
+    total = _sum(reader, reader.elementwise("square", [apart]), dims, keepdim)
+    count = math.prod(a.shape[d] for d in _over(a, dims)) - (1 if correction is None else correction)
+    return reader.elementwise("scale", [total], 1.0 / count)
+
+
+def _deviation(reader: _Reader, *arguments: Any, **options: Any) -> Any:
+    return reader.elementwise("length", [_variance(reader, *arguments, **options)])
+
+
+def _norm(reader: _Reader, a: Any, ord: Any = 2, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+    if ord == 2:
+        return reader.elementwise("length", [_sum(reader, reader.elementwise("square", [a]), dims, keepdim)])
+    sizes = reader.elementwise("absolute", [a])
+    if ord in (1, math.inf):
+        return (_sum if ord == 1 else _extreme(1))(reader, sizes, dims, keepdim)
+    raise Unreadable(f"it uses a norm of order {ord}")
+
+
+def _cumulated(reader: _Reader, a: Any, dim: int, dtype: Any = None) -> Any:
+    a = a.movedim(dim, -1)
+    sums = [_sum(reader, a[..., : k + 1], -1) for k in range(a.shape[-1])]
+    return torch.stack(sums, -1).movedim(-1, dim)
 
 
 def _normalise(reader: _Reader, a: Any, dims: int, eps: float, centre: bool) -> Any:
@@ -501,9 +702,24 @@ def _layer_norm(
     return y if bias is None else reader.elementwise("add", [y, bias])
 
 
-def _rms_norm(reader: _Reader, a: Any, shape: Any, weight: Any = None, eps: Any = None) -> Any:
-    y = _normalise(reader, a, len(shape), torch.finfo(reader.dtype).eps if eps is None else eps, centre=False)
-    return y if weight is None else reader.elementwise("multiply", [y, weight])
+def _group_norm(
+    reader: _Reader, a: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, _c=True
+) -> Any:
+    y = _normalise(reader, a.reshape(a.shape[0], groups, -1), 1, eps, centre=True).reshape(a.shape)
+    shape = (-1, *[1] * (a.ndim - 2))
+    y = y if weight is None else reader.elementwise("multiply", [y, weight.reshape(shape)])
+    return y if bias is None else reader.elementwise("add", [y, bias.reshape(shape)])
+
+
+def _batch_norm(
+    reader: _Reader, a: Any, weight: Any, bias: Any, mean: Any, variance: Any, momentum: float, eps: float
+) -> Any:
+    shape = (-1, *[1] * (a.ndim - 2))
+    factor = reader.elementwise("reciprocal root", [reader.elementwise("shift", [variance], eps)])
+    factor = factor if weight is None else reader.elementwise("multiply", [factor, weight])
+    apart = reader.elementwise("subtract", [a, mean.reshape(shape)])
+    y = reader.elementwise("multiply", [apart, factor.reshape(shape)])
+    return (y if bias is None else reader.elementwise("add", [y, bias.reshape(shape)]),)
 
 
 def _softmax(reader: _Reader, a: Any, dim: int, dtype: Any = None) -> Any:
@@ -513,64 +729,121 @@ def _softmax(reader: _Reader, a: Any, dim: int, dtype: Any = None) -> Any:
     return reader.elementwise("divide", [raised, reader.reduced("sum", raised, [dim])])
 
 
+def _log_softmax(reader: _Reader, a: Any, dim: int, dtype: Any = None) -> Any:
+    apart = reader.elementwise("subtract", [a, reader.reduced("largest", a, [dim])])
+    total = reader.reduced("sum", reader.elementwise("exponential", [apart]), [dim])
+    return reader.elementwise("subtract", [apart, reader.elementwise("logarithm", [total])])
+
+
+def _log_sum_exp(reader: _Reader, a: Any, dims: Any, keepdim: bool = False) -> Any:
+    most = reader.reduced("largest", a, _over(a, dims))
+    apart = reader.elementwise("exponential", [reader.elementwise("subtract", [a, most])])
+    total = reader.elementwise("logarithm", [reader.reduced("sum", apart, _over(a, dims))])
+    y = reader.elementwise("add", [total, reader.elementwise("stop", [most])])
+    return y if keepdim else y.squeeze(_over(a, dims))
+
+
 def _attention(
     reader: _Reader, q: Any, k: Any, v: Any, mask: Any = None, dropout: float = 0.0, causal: bool = False,
     scale: Any = None, **options: Any,
 ) -> Any:  # fmt: skip
-    if mask is not None or dropout or causal or options.get("enable_gqa"):
-        raise Unreadable("it uses attention with a mask or dropout")
+    if dropout or options.get("enable_gqa"):
+        raise Unreadable("it uses attention with dropout, or with groups of queries")
     scores = reader.product(q, k.transpose(-2, -1))
     scores = reader.elementwise("scale", [scores], 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if causal:
+        mask = reader.places(torch.ones(q.shape[-2], k.shape[-2]).tril().log())
+    if mask is not None:
+        given: Any = reader.node.args[3] if len(reader.node.args) > 3 else None
+        if given is not None and given.meta["val"].dtype == torch.bool:
+            mask = reader.elementwise("choose", [mask, 0.0, -math.inf])
+        scores = reader.elementwise("add", [scores, mask])
     return reader.product(_softmax(reader, scores, -1), v)
 
 
 def _linear(reader: _Reader, x: Any, weight: Any, bias: Any = None) -> Any:
-    return reader.dense(x, weight, bias, flipped=False)
+    return reader.dense(x, weight, bias)
 
 
 def _matmul(reader: _Reader, a: Any, b: Any) -> Any:
-    if b.ndim == 2 and (b < 0).all():
-        return reader.dense(a, *_weights(reader, b))
-    if a.ndim >= 2 and b.ndim >= 2:
-        return reader.product(a, b)
-    raise Unreadable("it multiplies with a vector")
+    if a.ndim == 1:
+        return _matmul(reader, a[None], b).squeeze(0 if b.ndim == 1 else -2)
+    if b.ndim == 1:
+        return _matmul(reader, a, b[:, None]).squeeze(-1)
+    if (a < 0).all() and not (b < 0).all():
+        return _matmul(reader, b.mT, a.mT).mT
+    flat = b.flatten(0, -3) if b.ndim > 2 else b[None]
+    if (b < 0).all() and torch.equal(flat, flat[:1].expand_as(flat)) and a.ndim >= b.ndim:
+        return reader.dense(a, flat[0].T)
+    return reader.product(a, b)
 
 
-def _weights(reader: _Reader, b: torch.Tensor) -> tuple[Any, None, bool]:
-    """Return the arguments of `dense` for a matrix b (window, outputs): a tensor, or one transposed."""
-    try:
-        reader._slot_of(b.T)
-        return b.T, None, False
-    except Unreadable:
-        return b, None, True
+def _add_product(reader: _Reader, c: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    parts = (c, beta), (_matmul(reader, a, b), alpha)
+    return reader.elementwise("add", [v if f == 1 else reader.elementwise("scale", [v], f) for v, f in parts])
 
 
-def _addmm(reader: _Reader, bias: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> Any:
-    if beta != 1 or alpha != 1:
-        raise Unreadable("it uses addmm with factors")
-    weight, _, flipped = _weights(reader, b)
-    return reader.dense(a, weight, bias, flipped)
+def _bilinear(reader: _Reader, a: Any, b: Any, weight: Any, bias: Any = None) -> Any:
+    pairs = reader.elementwise("multiply", [a[..., :, None], b[..., None, :]])
+    return reader.dense(pairs.flatten(-2), weight.flatten(1), bias)
 
 
-def _gru_cell(reader: _Reader, x: Any, h: Any, wi: Any, wh: Any, bi: Any = None, bh: Any = None) -> Any:
-    def add(operation: str, *operands: Any) -> Any:
-        return reader.elementwise(operation, list(operands))
+def _convolution(
+    reader: _Reader, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+    _output_padding: Any, groups: int,
+) -> Any:  # fmt: skip
+    if transposed:
+        raise Unreadable("it uses a transposed convolution")
+    kernel = weight.shape[2:]
+    windows = _windows(x, kernel, stride, padding, dilation, reader.places(torch.zeros(())))
+    parts = windows.movedim(1, len(kernel) + 1).chunk(groups, len(kernel) + 1)
+    weights = weight.flatten(1).chunk(groups)
+    biases = [None] * groups if bias is None or groups > 1 else [bias]
+    made = [reader.dense(p.flatten(-1 - len(kernel)), w, b) for p, w, b in zip(parts, weights, biases, strict=True)]
+    y = torch.cat(made, -1)
+    return (y if bias is None or groups == 1 else reader.elementwise("add", [y, bias])).movedim(-1, 1)
 
-    a, b = _linear(reader, x, wi, bi).chunk(3, 1), _linear(reader, h, wh, bh).chunk(3, 1)
-    reset, update = (add("sigmoid", add("add", a[i], b[i])) for i in range(2))
-    fresh = add("tanh", add("add", a[2], add("multiply", reset, b[2])))
-    return add("add", fresh, add("multiply", update, add("subtract", h, fresh)))
+
+def _windows(x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, filling: Any) -> Any:
+    """Return the windows of x (batch, channels, *grid) as (batch, channels, *positions, *kernel)."""
+    for k, size in enumerate(kernel):
+        pad, step, apart = (v[k % len(v)] for v in (padding, stride, dilation))
+        shape = [pad if d == k + 2 else size for d, size in enumerate(x.shape)]
+        edge = filling.expand(shape)
+        x = torch.cat([edge, x, edge], k + 2).unfold(k + 2, (size - 1) * apart + 1, step)[..., ::apart]
+    return x
 
 
-def _lstm_cell(reader: _Reader, x: Any, state: Any, wi: Any, wh: Any, bi: Any = None, bh: Any = None) -> Any:
-    def add(operation: str, *operands: Any) -> Any:
-        return reader.elementwise(operation, list(operands))
+def _max_pool(
+    reader: _Reader,
+    x: Any,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = (0,),
+    dilation: Any = (1,),
+    ceil: bool = False,
+) -> Any:
+    if ceil:
+        raise Unreadable("it pools over windows that are not whole")
+    least = reader.places(torch.tensor(-math.inf))
+    windows = reader._joined(_windows(x, kernel, stride or kernel, padding, dilation, least))
+    return (_pairwise("maximum", 1.0, 0.0)(reader, windows.flatten(-len(kernel)), -1),)
 
-    h, c = state
-    gates = add("add", _linear(reader, x, wi, bi), _linear(reader, h, wh, bh)).chunk(4, 1)
-    enter, forget, out = (add("sigmoid", gates[i]) for i in (0, 1, 3))
-    c = add("add", add("multiply", forget, c), add("multiply", enter, add("tanh", gates[2])))
-    return add("multiply", out, add("tanh", c)), c
+
+def _mean_pool(
+    reader: _Reader, x: Any, kernel: Any, stride: Any = (), padding: Any = (0,), ceil: bool = False,
+    counts_padding: bool = True, divisor: Any = None,
+) -> Any:  # fmt: skip
+    if ceil or divisor or (any(padding) and not counts_padding):
+        raise Unreadable("it pools over windows that are not whole")
+    windows = _windows(x, kernel, stride or kernel, padding, (1,), reader.places(torch.zeros(())))
+    return _mean(reader, reader._joined(windows).flatten(-len(kernel)), -1)
+
+
+def _pad(reader: _Reader, x: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
+    if mode == "constant":  # codes are whole numbers, exact in double precision
+        return reader._joined(torch.nn.functional.pad(x, pad, value=int(reader.places(torch.tensor(value or 0.0)))))
+    return torch.nn.functional.pad(x.double(), pad, mode).long()
 
 
 def _dropout(reader: _Reader, a: Any, p: float, train: bool) -> Any:
@@ -583,46 +856,69 @@ def _to(reader: _Reader, a: Any, *arguments: Any, dtype: Any = None, **_options:
     wanted = {dtype, *(v for v in arguments if isinstance(v, torch.dtype))} - {None}
     if wanted - {reader.dtype, torch.bool}:
         raise Unreadable(f"it converts numbers to {wanted.pop()}")
-    return a
+    return _not(reader, _not(reader, a)) if torch.bool in wanted else a
 
 
-def _where(reader: _Reader, which: Any, a: Any, b: Any) -> Any:
-    return reader.elementwise("choose", [which, a, b])
+def _not(reader: _Reader, a: Any) -> Any:
+    return reader.elementwise("equal", [a, 0.0])
 
 
-def _compare(operation: str, swapped: bool = False) -> Callable:
+def _differ(reader: _Reader, a: Any, b: Any) -> Any:
+    return _not(reader, reader.elementwise("equal", [a, b]))
+
+
+def _of_two(operation: str, swapped: bool = False) -> Callable:
     return lambda reader, a, b: reader.elementwise(operation, [b, a] if swapped else [a, b])
 
 
 SYMBOLIC = {
-    operator.mul, operator.add, operator.sub, operator.floordiv, operator.getitem, torch.sym_max, torch.sym_min,
+    operator.mul, operator.add, operator.sub, operator.floordiv, torch.sym_max, torch.sym_min,
     torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default,
 }  # fmt: skip
-"""Functions on sizes and on lists."""
+"""Functions on sizes."""
 
 LAYOUT = set(
-    "reshape permute transpose t slice select unsqueeze squeeze expand expand_as flatten unflatten movedim "
-    "split split_with_sizes chunk unbind flip roll narrow repeat repeat_interleave tile cat stack numpy_T mT".split()
+    "reshape permute transpose t slice select unsqueeze squeeze expand expand_as flatten unflatten movedim numpy_T mT "
+    "split split_with_sizes chunk unbind flip roll narrow repeat repeat_interleave tile cat stack select_scatter "
+    "slice_scatter unfold diagonal".split()
 )
 """Operations that move numbers, as torch itself does."""
 
-TRUTH = {"gt", "ge", "lt", "le", "eq", "where"}
+INDEXING = {"index", "index_select", "gather", "embedding", "index_put"}
+"""Those that move numbers to where others say."""
+
+CREATED = set("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split())
+"""Operations that take shape and type of their argument alone."""
+
+TRUTH = set(
+    "gt ge lt le eq ne where logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not "
+    "bitwise_xor any all _to_copy to".split()
+)
 """Operations that may give truth values."""
 
-SAME = {"clone", "contiguous", "alias", "lift_fresh_copy"}
+SAME = {"clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh", "lift"}
 """Operations that give back their argument, as far as numbers go."""
 
 RULES: dict[str, Callable] = {
     "add": _binary("add"), "sub": _binary("subtract"), "mul": _binary("multiply"), "div": _binary("divide"),
+    "div.Tensor_mode": _rounded_quotient,
     "rsub": _rsub, "neg": _unary("negate"), "reciprocal": _unary("reciprocal"), "sqrt": _unary("root"),
     "rsqrt": _unary("reciprocal root"), "square": _unary("square"), "pow": _power, "sin": _unary("sine"),
     "cos": _unary("cosine"), "tan": _unary("tangent"), "atan": _unary("arctangent"), "exp": _unary("exponential"),
     "log": _unary("logarithm"), "asin": _unary("arcsine"), "acos": _unary("arccosine"),
     "sinh": _unary("hyperbolic sine"), "cosh": _unary("hyperbolic cosine"), "expm1": _unary("exponential less one"),
-    "log1p": _unary("logarithm of one more"), "atan2": lambda r, a, b: r.elementwise("angle", [a, b]),
+    "asinh": _unary("inverse hyperbolic sine"), "acosh": _unary("inverse hyperbolic cosine"),
+    "atanh": _unary("inverse hyperbolic tangent"), "log1p": _unary("logarithm of one more"),
+    "log2": lambda r, a: r.elementwise("scale", [r.elementwise("logarithm", [a])], 1.0 / math.log(2.0)),
+    "log10": lambda r, a: r.elementwise("scale", [r.elementwise("logarithm", [a])], 1.0 / math.log(10.0)),
+    "exp2": lambda r, a: r.elementwise("exponential", [r.elementwise("scale", [a], math.log(2.0))]),
+    "atan2": lambda r, a, b: r.elementwise("angle", [a, b]), "remainder": _of_two("remainder"),
+    "fmod": _of_two("remainder towards zero"), "floor": _unary("floor"), "ceil": _unary("ceiling"),
+    "trunc": _unary("truncated"), "round": _unary("rounded"),
     "erf": _unary("error function", 2.0 / math.sqrt(math.pi)), "tanh": _unary("tanh"),
     "sigmoid": _unary("sigmoid"), "relu": _unary("relu"), "silu": _unary("silu"), "abs": _unary("absolute"),
-    "sign": _unary("sign"), "elu": _elu, "gelu": _gelu, "mish": _mish,
+    "sign": _unary("sign"), "elu": _elu, "gelu": _gelu, "hardsigmoid": _hard_sigmoid,
+    "hardswish": lambda r, a: r.elementwise("multiply", [a, _hard_sigmoid(r, a)]),
     "leaky_relu": lambda r, a, slope=0.01: r.elementwise("leaky relu", [a], slope),
     "softplus": lambda r, a, beta=1, threshold=20: r.elementwise("softplus", [a], beta, threshold),
     "hardtanh": lambda r, a, low=-1, high=1: r.elementwise("hardtanh", [a], low, high),
@@ -630,12 +926,25 @@ RULES: dict[str, Callable] = {
     "clamp_max": lambda r, a, high: _clamp(r, a, None, high),
     "maximum": lambda r, a, b: r.elementwise("maximum", [a, b], 0.5, 0.5),
     "minimum": lambda r, a, b: r.elementwise("minimum", [a, b], 0.5, 0.5),
-    "gt": _compare("greater"), "ge": _compare("greater or equal"), "lt": _compare("greater", True),
-    "le": _compare("greater or equal", True), "eq": _compare("equal"), "where": _where,
-    "mean": _mean, "sum": _sum, "softmax": _softmax, "_softmax": lambda r, a, dim, _half: _softmax(r, a, dim),
-    "layer_norm": _layer_norm, "rms_norm": _rms_norm, "scaled_dot_product_attention": _attention,
-    "linear": _linear, "addmm": _addmm, "mm": _matmul, "matmul": _matmul, "bmm": _matmul,
-    "dropout": _dropout, "to": _to, "_to_copy": _to, "type_as": _to, "detach": _unary("stop"),
-    "gru_cell": _gru_cell, "lstm_cell": _lstm_cell,
+    "gt": _of_two("greater"), "ge": _of_two("greater or equal"), "lt": _of_two("greater", True),
+    "le": _of_two("greater or equal", True), "eq": _of_two("equal"),
+    "ne": _differ, "bitwise_xor": _differ, "logical_xor": lambda r, a, b: _differ(r, _not(r, a), _not(r, b)),
+    "logical_not": _not, "bitwise_not": _not, "logical_and": _of_two("both"), "bitwise_and": _of_two("both"),
+    "logical_or": _of_two("either"), "bitwise_or": _of_two("either"),
+    "where": lambda r, which, a, b: r.elementwise("choose", [which, a, b]),
+    "any": _pairwise("either"), "all": _pairwise("both"), "prod": _pairwise("multiply"),
+    "max.dim": lambda r, *a: (_pairwise("maximum", 1.0, 0.0)(r, *a),),
+    "min.dim": lambda r, *a: (_pairwise("minimum", 1.0, 0.0)(r, *a),), "amax": _extreme(1), "amin": _extreme(-1),
+    "var.correction": _variance, "std.correction": _deviation, "linalg_vector_norm": _norm,
+    "cumsum": _cumulated, "mean": _mean, "sum": _sum, "logsumexp": _log_sum_exp,
+    "softmax": _softmax, "_softmax": lambda r, a, dim, _half: _softmax(r, a, dim),
+    "log_softmax": _log_softmax, "_log_softmax": lambda r, a, dim, _half: _log_softmax(r, a, dim),
+    "layer_norm": _layer_norm, "group_norm": _group_norm, "_native_batch_norm_legit_no_training": _batch_norm,
+    "scaled_dot_product_attention": _attention, "linear": _linear, "mm": _matmul, "matmul": _matmul, "bmm": _matmul,
+    "mv": _matmul, "dot": _matmul, "addmm": _add_product, "addmv": _add_product, "baddbmm": _add_product,
+    "bilinear": _bilinear, "convolution": _convolution, "max_pool2d_with_indices": _max_pool, "avg_pool1d": _mean_pool,
+    "avg_pool2d": _mean_pool, "pad": _pad, "dropout": _dropout, "to": _to, "_to_copy": _to, "type_as": _to,
+    "detach": _unary("stop"), "copy": lambda r, a, b: b.expand(a.shape),
+    "fill": lambda r, a, value: r.as_number(value, a.shape),
 }  # fmt: skip
 """What each operation of torch becomes, by its name."""

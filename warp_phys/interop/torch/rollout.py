@@ -520,13 +520,15 @@ class Rollout:
         """
         gates, gates_array = self._gates_of(flows, len(trajectory.controls))
         steps, controller = self._compared_steps(len(gates[0])), found or self._adapter
-        coupled = False
+        coupled, fused = False, found is None and self.backend == "fused"
+        unused = self._adapter.unused() if fused else ()
         while True:
-            check, simulator = PassCheck(found, masked), _Retreat(self.system, steps, masked, sources, updates[1])
+            check = PassCheck(found, masked, unused)
+            simulator = _Retreat(self.system, steps, masked, sources, updates[1])
             try:
                 adjoints = backward(
                     self.system, cast(Controller, controller), trajectory, seeds, gates, gates_array, list(updates[0]),
-                    workspace, want_rows, check=check, fused=found is None and self.backend == "fused",
+                    workspace, want_rows, check=check, fused=fused,
                     whole=found is not None and found.whole, simulator=simulator,
                 )  # fmt: skip
             except RowsCoupled:

@@ -275,7 +275,7 @@ class Update:
     def _conclude(self, direct: DirectPass, update: torch.Tensor) -> None:
         """Leave what the last of some recorded steps leaves."""
         self.rollout.report = direct.report(update)
-        self._tell_torch((*direct.grads, *direct.trainable))
+        self._tell_torch((*direct.grads, *direct.moved))
 
     def _replay(self, x0: torch.Tensor) -> torch.Tensor | None:
         """Replay a CUDA graph; None as above."""
@@ -330,12 +330,12 @@ class Update:
         groups = numbers_of(self.optimiser)
         if groups is None or (isinstance(flow, Combined) and flow.rule not in RULES):
             return None
-        memory = memory_of(self.optimiser, direct.trainable, make_state=True)
+        memory = memory_of(self.optimiser, direct.trainable, direct.unused, make_state=True)
         if memory is None:
             return None
         end = self._ends.get(direct)
         if end is None or end.memory != memory or end.mean is not mean or len(end.groups) != len(groups):
-            if not is_plain(self.optimiser, direct.trainable):
+            if not is_plain(self.optimiser, direct.moved):
                 return None
             end = self._ends[direct] = record_end(direct, flow, mean, memory, groups, self._clipping, self._graph)
         if end.numbers != groups:

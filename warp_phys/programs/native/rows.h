@@ -26,43 +26,38 @@ template <typename V> static inline V tanh_of(V z) { V unused; return hyperbolic
 template <typename V> static inline V sine(V x) { V s, c; sine_cosine(x, s, c); return s; }
 template <typename V> static inline V cosine(V x) { V s, c; sine_cosine(x, s, c); return c; }
 
-static inline float logarithm_of(float x) { return ::logf(x); }
-static inline double logarithm_of(double x) { return ::log(x); }
-template <typename V> static inline V logarithm(V x) { return each(x, [](auto a) { return logarithm_of(a); }); }
-
 template <typename V> static inline V root(V x) { return __builtin_elementwise_sqrt(x); }
-
-static inline float erf_of(float x) { return ::erff(x); }
-static inline double erf_of(double x) { return ::erf(x); }
-template <typename V> static inline V error_function(V x) { return each(x, [](auto a) { return erf_of(a); }); }
-
-static inline float power_of(float x, float n) { return ::powf(x, n); }
-static inline double power_of(double x, double n) { return ::pow(x, n); }
-template <typename V, typename T> static inline V power(V x, T n) { return each(x, [n](auto a) { return power_of(a, n); }); }
-
-static inline float tangent_of(float x) { return ::tanf(x); }
-static inline double tangent_of(double x) { return ::tan(x); }
-template <typename V> static inline V tangent(V x) { return each(x, [](auto a) { return tangent_of(a); }); }
-
-static inline float arctangent_of(float x) { return ::atanf(x); }
-static inline double arctangent_of(double x) { return ::atan(x); }
-template <typename V> static inline V arctangent(V x) { return each(x, [](auto a) { return arctangent_of(a); }); }
 
 #define WARP_PHYS_EACH(name, function) \
     static inline float name##_of(float x) { return ::function##f(x); } \
     static inline double name##_of(double x) { return ::function(x); } \
     template <typename V> static inline V name(V x) { return each(x, [](auto a) { return name##_of(a); }); }
+WARP_PHYS_EACH(logarithm, log)
+WARP_PHYS_EACH(error_function, erf)
+WARP_PHYS_EACH(tangent, tan)
+WARP_PHYS_EACH(arctangent, atan)
 WARP_PHYS_EACH(arcsine, asin)
 WARP_PHYS_EACH(arccosine, acos)
 WARP_PHYS_EACH(hyperbolic_sine, sinh)
 WARP_PHYS_EACH(hyperbolic_cosine, cosh)
 #undef WARP_PHYS_EACH
 
-static inline float angle_at(float y, float x) { return ::atan2f(y, x); }
-static inline double angle_at(double y, double x) { return ::atan2(y, x); }
-template <typename V> static inline V angle_of(V y, V x) {
-    for (int i = 0; i < int(sizeof(V) / sizeof(y[0])); ++i) y[i] = angle_at(y[i], x[i]);
-    return y;
+#define WARP_PHYS_EACH_OF_TWO(name, function) \
+    static inline float name##_of(float x, float y) { return ::function##f(x, y); } \
+    static inline double name##_of(double x, double y) { return ::function(x, y); } \
+    template <typename V> static __attribute__((noinline)) V name(V x, V y) { \
+        for (int i = 0; i < int(sizeof(V) / sizeof(x[0])); ++i) x[i] = name##_of(x[i], y[i]); \
+        return x; \
+    }
+WARP_PHYS_EACH_OF_TWO(angle_of, atan2)
+WARP_PHYS_EACH_OF_TWO(remainder_towards_zero, fmod)
+WARP_PHYS_EACH_OF_TWO(power, pow)
+#undef WARP_PHYS_EACH_OF_TWO
+
+// Of the sign of b.
+template <typename V> static inline V remainder(V a, V b) {
+    const V r = remainder_towards_zero(a, b);
+    return ((r != V{}) & ((r < V{}) != (b < V{}))) ? r + b : r;
 }
 
 // As in torch: what is no number stays so, and of limits that cross the upper one counts.
@@ -81,6 +76,15 @@ template <typename V> static inline V logarithm_of_one_more(V x) {
     const V value = more == V{} + 1 ? x : logarithm(more) * (x / (more - 1));
     return x > V{} + 1 ? logarithm(more) : value;
 }
+
+template <typename V> static inline V inverse_hyperbolic_sine(V x) {
+    const V size = x < V{} ? -x : x, y = logarithm_of_one_more(size + size * size / (1 + root(size * size + 1)));
+    return x < V{} ? -y : y;
+}
+template <typename V> static inline V inverse_hyperbolic_cosine(V x) {
+    return logarithm_of_one_more(x - 1 + root((x - 1) * (x + 1)));
+}
+template <typename V> static inline V inverse_hyperbolic_tangent(V x) { return logarithm_of_one_more(2 * x / (1 - x)) / 2; }
 
 // log(1 + e^z) without overflow
 template <typename V> static inline V softplus_of(V z) {
