@@ -8,8 +8,8 @@ import warp as wp
 
 from tests.springs import Springs
 from warp_phys import CartPole, Quantum, Repulsion
-from warp_phys.core import native_physics as native_blocks
 from warp_phys.programs import native_kernels
+from warp_phys.programs import native_physics
 from warp_phys.programs.plan import SAMPLES
 
 BATCH = 21  # two blocks and a part of one
@@ -35,7 +35,7 @@ def _kernels(system, real):
     """Step, and vector-Jacobian product, of a batch in blocks."""
     structure, samples = system.structure, SAMPLES
     Parameters = structure.types(real).Parameters
-    retreat = native_blocks.retreat_function(structure, real)
+    retreat = native_physics.retreat_function(structure, real)
 
     @wp.kernel(module="unique", module_options=native_kernels.module_options())
     def pull_blocks(

@@ -89,6 +89,13 @@ def _functions(State, Control, Parameters, real, system):
         return State(x[1], c[0] / (p.mass * real(4.0 / 3.0)))
 
     @wp.func
+    def beyond(x: State, c: Control, p: Parameters):
+        out = State()
+        for i in range(2):
+            out[i] = x[2 * i + 1]
+        return out
+
+    @wp.func
     def plain_cost(x: State, p: Parameters):
         return 0.5 * x[0] * x[0]
 
@@ -98,7 +105,7 @@ def _functions(State, Control, Parameters, real, system):
 
     return {
         "right": right, "attribute": attribute, "static": static, "plain": plain, "captured": captured,
-        "assigned": assigned, "quotient": quotient, "plain cost": plain_cost, "cost": cost,
+        "assigned": assigned, "quotient": quotient, "beyond": beyond, "plain cost": plain_cost, "cost": cost,
     }  # fmt: skip
 
 
@@ -136,6 +143,16 @@ def test_plain_numbers_are_refused_in_double_precision(way, function, line):
     with pytest.raises(TypeError, match=message):
         use(way, wp.float64)
     assert np.isfinite(use(way, wp.float32))
+
+
+@pytest.mark.parametrize("dtype", [wp.float32, wp.float64])
+def test_an_index_beyond_the_end_is_named(dtype):
+    message = (
+        "Mass.functions: index 3 is out of range for a vector of 2 numbers, in beyond at "
+        f"{re.escape(__file__)}:\\d+: 'out\\[i\\] = x\\[2 \\* i \\+ 1\\]'"
+    )
+    with pytest.raises(IndexError, match=message):
+        use("beyond", dtype)
 
 
 @pytest.mark.parametrize("dtype", [wp.float32, wp.float64])

@@ -73,9 +73,9 @@ class SystemFunctions(NamedTuple):
     cost: Any
     """`cost(x: State, p: Parameters) -> real`, the pointwise cost of one sample at one time."""
     advance: Any = None
-    """If given, the step of a block of samples, for a CPU: see `native_blocks.advance_function`."""
+    """If given, the step of a block of samples, for a CPU: see `native_physics.advance_function`."""
     retreat: Any = None
-    """Its vector-Jacobian product, likewise: see `native_blocks.retreat_function`."""
+    """Its vector-Jacobian product, likewise: see `native_physics.retreat_function`."""
 
 
 @functools.cache

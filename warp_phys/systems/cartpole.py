@@ -9,7 +9,6 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
-from warp_phys.core.native_physics import block_functions
 from warp_phys.errors import check_choice, check_count
 from warp_phys.systems.base import System, SystemFunctions
 from warp_phys.systems.integrators import INTEGRATORS, integrate
@@ -69,10 +68,7 @@ class CartPole(System):
     def functions(self, real: type) -> SystemFunctions:
         """Return the Warp functions in one precision."""
         types = self.types(real)
-        step = integrate(_rate(self, real), types, self.integrator)
-        if self.integrator != "semi-implicit":
-            return SystemFunctions(step, _cost(self, real))
-        return SystemFunctions(step, _cost(self, real), *block_functions(self, "CartPole", (self.poles,), real))
+        return SystemFunctions(integrate(_rate(self, real), types, self.integrator), _cost(self, real))
 
     def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
         """Return hanging states: x, x' and θ' uniform in [−1, 1], θ = π + uniform(−π/6, π/6); shape (batch, D)."""

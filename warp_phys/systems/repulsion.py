@@ -9,8 +9,8 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
-from warp_phys.core.native_physics import block_functions
 from warp_phys.errors import check_choice, check_count
+from warp_phys.programs.native_physics import block_functions
 from warp_phys.systems.base import System, SystemFunctions
 from warp_phys.systems.integrators import INTEGRATORS, integrate
 

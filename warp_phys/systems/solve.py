@@ -1,10 +1,12 @@
 """Small systems of linear equations inside Warp functions: `solve`, for mass matrices."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import warp as wp
 
 from warp_phys.core.rows import scalar_name
+from warp_phys.programs.trace import NATIVE, Matrix, Row, square_root
 
 LARGEST = 16
 """Most unknowns of `solve`."""
@@ -81,3 +83,28 @@ Args:
     a: Matrix, `wp.types.matrix(shape=(n, n), dtype=real)`, n ≤ 16, float32 or float64.
     b: Vector, `wp.types.vector(length=n, dtype=real)`.
 """
+
+
+def _solve_symbols(a: Matrix, b: Row) -> Row:
+    """Return the same, of symbols."""
+    n = len(b)
+    lower, inverse, x = Matrix([[0.0] * n] * n), [], Row(b.values)
+    for j in range(n):
+        inverse.append(1.0 / square_root(_less(a[j, j], [(lower[j, k], lower[j, k]) for k in range(j)])))
+        for i in range(j + 1, n):
+            mean = 0.5 * (a[i, j] + a[j, i])
+            lower[i, j] = _less(mean, [(lower[i, k], lower[j, k]) for k in range(j)]) * inverse[j]
+    for i in range(n):
+        x[i] = _less(x[i], [(lower[i, k], x[k]) for k in range(i)]) * inverse[i]
+    for i in reversed(range(n)):
+        x[i] = _less(x[i], [(lower[k, i], x[k]) for k in range(i + 1, n)]) * inverse[i]
+    return x
+
+
+def _less(value: Any, pairs: Sequence[tuple[Any, Any]]) -> Any:
+    for a, b in pairs:
+        value = value - a * b
+    return value
+
+
+NATIVE[solve] = _solve_symbols

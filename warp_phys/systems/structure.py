@@ -9,6 +9,8 @@ from typing import Any
 
 import warp as wp
 
+from warp_phys.programs.trace import check_indices
+
 
 def structure_of(system: Any) -> Any:
     """Return a system's structure: of its class, without physical parameters. Equal ones have one hash.
@@ -45,6 +47,7 @@ def _structure_class(kind: Any, parameter_names: tuple[str, ...]) -> type:
         made = kind.functions(self, real)
         for function in (made.step, made.cost):
             _check_function(kind.__name__, function, real)
+        check_indices(kind.__name__, self, made, real)
         return made
 
     members = {

@@ -1,4 +1,4 @@
-// Physics of eight samples at a time, one in each lane of a vector: what native_blocks.py puts into kernels.
+// Physics of eight samples at a time, one in each lane of a vector: what native_physics.py puts into kernels.
 //
 // A system is a struct with the numbers D of a state and K of a control, whether it READS_NEXT state, `step`, and a
 // constructor that linearises a step, after which `pull` takes the adjoint of its result to those of state and control.
@@ -116,6 +116,16 @@ template <typename V> static inline void sine_cosine(V x, V& sine, V& cosine) {
             cosine[i] = ::cos(x[i]);
         }
     }
+}
+
+// A function of the processor's own vectors, of eight numbers.
+template <typename T, typename F> static inline lanes<T> by_vectors(lanes<T> x, F function) {
+    constexpr int L = Vector<T>::lanes, N = L > LANES ? L : LANES;
+    T numbers[N] = {};
+    for (int s = 0; s < LANES; ++s) numbers[s] = x[s];
+    for (int k = 0; k < N; k += L) store(numbers + k, function(load(numbers + k)));
+    for (int s = 0; s < LANES; ++s) x[s] = numbers[s];
+    return x;
 }
 
 static inline lanes<float> square_root(lanes<float> x) {

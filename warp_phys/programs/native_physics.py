@@ -1,7 +1,8 @@
-"""Physics in C++ for blocks of samples on a CPU: what a system may bring besides its Warp functions, for speed.
+"""Physics in C++ for blocks of samples on a CPU, eight at a time, one in each lane of a vector.
 
-The Warp functions stay the definition of a system; the C++ of `native/` says the same for eight samples at a time, one
-in each lane of a vector, and the tests hold one against the other.
+It is made from a system's Warp functions by `trace`. Systems with very many operations may bring their own, with loops,
+in `native/`: the Warp functions stay the definition, and the tests hold one against the other. What has neither goes
+through Warp's own code, sample by sample.
 """
 
 import functools
@@ -11,6 +12,7 @@ import warp as wp
 
 from warp_phys.core.kernels import weighted_step_function
 from warp_phys.core.rows import row_functions, scalar_name
+from warp_phys.programs.trace import FAILURES, step_struct
 
 
 def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: type) -> tuple[Any, Any]:
@@ -24,12 +26,28 @@ def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: typ
         sizes: Its template arguments after the number type.
         real: wp.float32 or wp.float64.
     """
+    return _block_functions(
+        structure, f"warp_phys::{name}<{', '.join([scalar_name(real), *map(str, sizes)])}>", "", real
+    )
+
+
+@functools.cache
+def traced_functions(structure: Any, real: type) -> tuple[Any, Any]:
+    """Return the functions `advance` and `retreat` made from a system's step; None each where it cannot be traced."""
+    try:
+        source = step_struct(structure, structure.functions(real).step, real)
+    except FAILURES:
+        return None, None
+    return _block_functions(structure, "Step", source, real)
+
+
+def _block_functions(structure: Any, struct: str, source: str, real: type) -> tuple[Any, Any]:
     types, names = structure.types(real), structure.parameter_names
     Parameters, inputs, outputs = types.Parameters, structure.state_size, structure.control_size
     scalar = scalar_name(real)
-    block = f"warp_phys::Block<{scalar}, warp_phys::{name}<{', '.join([scalar, *map(str, sizes)])}>>"
+    block = f"warp_phys::Block<{scalar}, {struct}>"
     numbers = "\n".join(f"own[{i}][s] = from.{field};" for i, field in enumerate(names))
-    arguments = f"""
+    arguments = f"""{source}
         warp_phys::lanes<{scalar}> own[{len(names)}];
         for (int s = 0; s < warp_phys::LANES; ++s) {{
             const int sample = first + (s < count ? s : count - 1);
@@ -64,8 +82,9 @@ def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: typ
 def advance_function(structure: Any, real: type) -> Any:
     """Return `advance(states, controls, p, n, first, count)`: states[n + 1] of a block of samples from states[n]."""
     types, functions = structure.types(real), structure.functions(real)
-    if functions.advance is not None:
-        return functions.advance
+    given = functions.advance or traced_functions(structure, real)[0]
+    if given is not None:
+        return given
     Parameters, step = types.Parameters, functions.step
     x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
     load_x, store_x, load_c = x_row.load_at, x_row.store_at, c_row.load_at
@@ -101,8 +120,9 @@ def retreat_function(structure: Any, real: type, parameters: bool = False) -> An
     states[n + 1] may be read: it holds the step's result.
     """
     types, functions = structure.types(real), structure.functions(real)
-    if functions.retreat is not None and not parameters:
-        return functions.retreat
+    given = None if parameters else functions.retreat or traced_functions(structure, real)[1]
+    if given is not None:
+        return given
     Parameters, weighted_step = types.Parameters, weighted_step_function(structure, real)
     add_parameters = add_parameters_function(structure, real)
     x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
