@@ -71,10 +71,16 @@ def _functions(system, real):
     @wp.func
     def vectors(x: State, c: Control, p: Parameters):
         a = Pair(x[0], x[1])
-        b = a
-        b[0] = x[2]  # a copy: a stays
+        b = Pair(x[2], a[1])
         both = (a + real(2.0) * b - a * p.gain) / real(3.0)
         return wp.dot(a, both) + wp.length(-b) * wp.length_sq(both) - b[-1]
+
+    @wp.func
+    def copy(x: State, c: Control, p: Parameters):
+        a = Pair(x[0], x[1])
+        b = a
+        b[0] = x[2]  # a stays; Warp's own adjoint of this is wrong
+        return a[0] * b[0] + b[1] * b[1]
 
     @wp.func
     def squared(v: Pair):
@@ -110,7 +116,7 @@ def _functions(system, real):
 
     ways = {
         "tan": tan, "exp": exp, "log": log, "sqrt": sqrt, "tanh": tanh, "extremes": extremes, "where": where,
-        "vectors": vectors, "calls": calls, "branch": branch, "surrogate": surrogate,
+        "vectors": vectors, "copy": copy, "calls": calls, "branch": branch, "surrogate": surrogate,
     }  # fmt: skip
     chosen = ways[system.way]
 
@@ -133,6 +139,24 @@ WAYS = ["tan", "exp", "log", "sqrt", "tanh", "extremes", "where", "vectors", "ca
 def test_traced_steps_equal_warps(system):
     assert None not in traced_functions(system.structure, wp.float64)
     blocks.test_blocks_equal_functions(system)
+
+
+def test_a_component_that_is_written_twice():
+    """Warp's own adjoint of it is wrong, see docs/mathematics.md; the adjoint of the expression is right."""
+    system, h = Every(way="copy"), 1e-6
+    x, c, adj, _ = blocks._problem(system)
+    y, adj_x, _ = blocks._by_blocks(system, np.float64, {})
+
+    def steps(x):
+        out = wp.zeros_like(blocks._array(x, np.float64))
+        system.step(blocks._array(x, np.float64), blocks._array(c, np.float64), out)
+        return out.numpy()
+
+    np.testing.assert_allclose(y, steps(x), rtol=1e-14)
+    for i in range(3):
+        change = h * np.eye(3)[i]
+        slope = (steps(x + change) - steps(x - change)) / (2 * h)
+        np.testing.assert_allclose(adj_x[..., i], (adj * slope).sum(-1), atol=1e-8)
 
 
 @pytest.mark.parametrize("way", ["branch", "surrogate"])

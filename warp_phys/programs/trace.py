@@ -8,8 +8,8 @@ import ast
 import copy
 import re
 import traceback
-from collections import namedtuple
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import warp as wp
@@ -441,7 +441,7 @@ def step_struct(structure: Any, step: Any, real: type) -> str:
 
 
 def _parameters(structure: Any, numbers: Sequence[Number]) -> Any:
-    return namedtuple("Parameters", structure.parameter_names)(*numbers)
+    return SimpleNamespace(**dict(zip(structure.parameter_names, numbers, strict=True)))
 
 
 def check_indices(owner: str, structure: Any, functions: Any, real: type) -> None:
