@@ -4,10 +4,12 @@ import functools
 from pathlib import Path
 
 import pytest
+import torch
 import warp as wp
 
 import warp_phys
 from controllers import GridCNN
+from tests.programs import test_operations as operations
 from tests.toy import TwoControls
 from warp_phys import CartPole, Polynomial, Quantum, Repulsion
 from warp_phys.core import gate_kernels, kernels
@@ -17,7 +19,8 @@ from warp_phys.interop.newton import kernels as newton_kernels  # noqa: F401, bu
 from warp_phys.interop.torch.chain import read_plan
 from warp_phys.programs import block_kernels, native_kernels
 from warp_phys.programs.activations import ACTIVATIONS
-from warp_phys.programs.plan import dense_plan
+from warp_phys.programs.block_plan import TILES
+from warp_phys.programs.program import chain
 from warp_phys.programs.rules import RULES
 
 ARCHITECTURES = [80, 90]
@@ -40,6 +43,12 @@ OF_A_SYSTEM = [
     kernels.sweep_kernel,
     kernels.cost_kernel,
     kernels.cost_vjp_kernel,
+]
+OF_A_PROGRAM = [
+    block_kernels.pack_kernel,
+    block_kernels.evaluate_kernel,
+    block_kernels.pull_kernel,
+    block_kernels.contract_kernel,
 ]
 OF_A_PRECISION = [
     kernels.mean_kernel,
@@ -66,7 +75,12 @@ def _plan(system):
     """Return the network that the published experiments have for a system, or one of that size."""
     if isinstance(system, Quantum):  # in float64 its activations do not fit into the memory of a multiprocessor
         return read_plan(GridCNN(system), system.state_size).plan
-    return dense_plan((system.state_size, 100, 100, system.control_size), "tanh")
+    return chain((system.state_size, 100, 100, system.control_size), "tanh")
+
+
+def _everything(real):
+    """Return a program with every operation and every kind of node."""
+    return operations._read(torch.float64 if real is wp.float64 else torch.float32)[1].plan
 
 
 def _all_kernels():
@@ -93,8 +107,13 @@ def _all_kernels():
             for factory in OF_A_SYSTEM:
                 yield f"{factory.__name__}-{label}", lambda f=factory, s=system, r=real: f(s.structure, r)
             plan = _plan(system)
-            yield f"unroll-{label}", lambda s=system, n=plan, r=real: block_kernels.unroll_kernel(s.structure, n, r)
-            yield f"pack-{label}", lambda n=plan, r=real: block_kernels.pack_kernel(n, r)
+            for tile in TILES:
+                yield (
+                    f"unroll-{tile}-{label}",
+                    lambda s=system, n=plan, r=real, t=tile: block_kernels.unroll_kernel(s.structure, n, r, t),
+                )
+        for factory in OF_A_PROGRAM:
+            yield f"{factory.__name__}-{suffix}", lambda f=factory, r=real: f(_everything(r), r)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +140,8 @@ def test_the_list_is_complete():
     names = {path.stem for room in rooms for path in room.glob("*kernels.py")}
     assert {m.__name__.split(".")[-1] for m in modules} == names - FOR_A_CPU_ONLY
     factories = {f"{m.__name__}.{name}" for m in modules for name in vars(m) if name.endswith("_kernel")}
-    listed = {f"{f.__module__}.{f.__name__}" for f in (*OF_A_SYSTEM, *OF_A_PRECISION)}
+    listed = {f"{f.__module__}.{f.__name__}" for f in (*OF_A_SYSTEM, *OF_A_PRECISION, *OF_A_PROGRAM)}
     one_by_one = {
-        "warp_phys.programs.block_kernels.pack_kernel",
         "warp_phys.programs.block_kernels.unroll_kernel",
         "warp_phys.core.gate_kernels.gate_kernel",
         "warp_phys.engine.dense_kernels.dense_kernel",
@@ -139,6 +157,6 @@ def test_what_is_for_a_cpu_says_so():
     """Kernels that are left out above cannot be built for CUDA by mistake: their C++ is given for a CPU alone."""
     options = native_kernels.module_options()["extra_build_options"]
     assert "namespace warp_phys" in options.extra_cpu_preamble and not options.extra_cuda_preamble
-    plan = dense_plan((4, 5, 1), "tanh")
+    plan = chain((4, 5, 1), "tanh")
     for factory in (native_kernels.unroll_kernel, native_kernels.sweep_kernel):
         assert factory(CartPole(poles=1).structure, plan, wp.float32).module.options["extra_build_options"] is options

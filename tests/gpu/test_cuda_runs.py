@@ -5,6 +5,8 @@ import torch
 import warp as wp
 
 from controllers import GridCNN
+from tests.programs import test_modules as modules
+from tests.programs.test_blocks import POLICIES
 from tests.rollout.reference import relative
 from warp_phys import CartPole, Diverged, Quantum
 from warp_phys.interop.torch import Rollout, Update
@@ -43,6 +45,32 @@ def test_cuda_equals_cpu(flow, dtype, tolerance, backend):
     assert relative(cuda[0], cpu[0]) < tolerance
     if flow != "C" or dtype == torch.float64:  # in float32 a component near zero may change sides
         assert relative(cuda[1], cpu[1]) < 10 * tolerance
+
+
+@pytest.mark.parametrize("batch", [5, 300])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("name", POLICIES)
+def test_programs(name, dtype, tolerance, batch):
+    """Row programs by their own kernels, there and back, against the general backend of a CPU in float64."""
+    found = []
+    for device, backend, own in (("cpu", "general", torch.float64), ("cuda", "fused", dtype)):
+        module = modules.double(POLICIES[name]).to(device, own)
+        rollout = Rollout(modules.SYSTEM, module, 20, "R", backend=backend)
+        x0 = modules.states(batch).to(device, own).requires_grad_()
+        states, controls = rollout(x0)
+        modules.SYSTEM.loss(states, controls, "every").backward()
+        assert (rollout._adapter._blocks is not None) == (device == "cuda")
+        update = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        found.append([tensor.detach().cpu().double() for tensor in (states, controls, x0.grad, update)])
+    assert all(relative(b, a) < tolerance for a, b in zip(*found, strict=True))
+
+
+def test_a_program_waits_to_be_asked_for():
+    """ "auto" is general on CUDA."""
+    rollout = Rollout(modules.SYSTEM, modules.double(POLICIES["everything"]).cuda(), 20)
+    for _ in range(5):
+        modules.SYSTEM.loss(*rollout(modules.states(5).cuda())).backward()
+    assert rollout.backend == "general" and "cuda" in rollout.why_general
 
 
 @pytest.mark.parametrize("batch", [5, 300])

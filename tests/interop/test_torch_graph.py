@@ -76,15 +76,22 @@ def test_steps(make, flow, clip):
     check_steps(*whole(make(), flow, "every", 0.2, *clip))
 
 
+def bent():
+    return torch.nn.Sequential(*network(), torch.nn.Softsign())
+
+
+@pytest.mark.parametrize("make", [network, bent])
 @pytest.mark.parametrize("flow", ["R", "C"])
-def test_steps_with_the_fused_unrolling(flow, monkeypatch):
-    """As on CUDA: in blocks of threads, its activations kept for the backward pass."""
+def test_steps_of_a_program(make, flow, monkeypatch):
+    """As on CUDA, by kernels of its own."""
     monkeypatch.setattr(TorchController, "_on_cpu", lambda adapter: False)
-    update, body = whole(network(), flow, "every", 0.2)
+    monkeypatch.setattr(TorchController, "at_once", property(lambda adapter: True, lambda adapter, value: None), False)
+    update, body = whole(make(), flow, "every", 0.2)
     adapter = body.rollout._adapter
     monkeypatch.setattr(body.rollout, "_backend", "fused")
+    assert body.rollout.backend == "fused"
     check_steps(update, body)
-    assert adapter._blocks is not None and len(adapter._blocks._addresses) == 1
+    assert adapter._blocks is not None and len(adapter._blocks._constants) == 2
     assert any(adapter._blocks is item for held in body._held if isinstance(held, list) for item in held)
 
 

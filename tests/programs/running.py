@@ -2,11 +2,15 @@
 
 import functools
 
+import numpy as np
 import torch
 import warp as wp
 
+from warp_phys.core.arrays import CACHE_LINE
 from warp_phys.interop.torch.dense import as_array
+from warp_phys.programs import block_plan
 from warp_phys.programs import native_kernels as native
+from warp_phys.programs.block_network import BlockLinearisation, BlockNetwork
 from warp_phys.programs.layout import layout_of
 from warp_phys.programs.network import address_array
 from warp_phys.programs.plan import SAMPLES
@@ -66,6 +70,63 @@ def run_program(read, x, seeds):
     targets = address_array([[0 if t is None else found[id(t)].data_ptr() for t in read.tensors]])
     inputs = [as_array(packed), as_array(transposed), targets, as_array(gradients)]
     wp.launch(native.unpack_kernel(program, real), 1, inputs, device="cpu")
+    return controls, adj_x, found
+
+
+GUARD = 64
+"""Numbers on either side of an array that must stay what they are."""
+
+
+class Guarded:
+    """Arrays between nans, which nothing may write, and which would show up in any sum; aligned as Warp's are."""
+
+    def __init__(self, dtype):
+        self.dtype, self.real, self.all = dtype, wp.dtype_from_numpy(dtype), []
+
+    def values(self, values):
+        """Return these numbers as an array."""
+        values = np.asarray(values, self.dtype)
+        whole = np.full(values.size + 3 * GUARD, np.nan, self.dtype)
+        whole = whole[-whole.ctypes.data % CACHE_LINE // whole.itemsize :][: values.size + 2 * GUARD]
+        whole[GUARD : GUARD + values.size] = values.ravel()
+        inner = whole[GUARD : GUARD + values.size].reshape(values.shape)
+        self.all.append(whole)
+        return wp.array(ptr=inner.ctypes.data, shape=inner.shape, dtype=self.real, device="cpu", copy=False)
+
+    def array(self, _name, shape, _dtype, _device):
+        """Return an array of a workspace, in which nothing has been written."""
+        return self.values(np.full(shape, np.nan))
+
+    def check(self):
+        assert all(np.isnan(whole[:GUARD]).all() and np.isnan(whole[-GUARD:]).all() for whole in self.all)
+
+
+def run_in_blocks(read, x, seeds):
+    """Return the same from the kernels of CUDA; around every array is nan, and in scratch."""
+    guarded = Guarded(x.numpy().dtype)
+    network = BlockNetwork(read.plan, guarded.real, "cpu")
+    program = network.own
+    network._array = lambda name, length: guarded.array(name, (length,), None, None)
+    tensors = {id(t): t for t in read.tensors if t is not None}
+    starts = dict(zip(tensors, np.cumsum([0, *(t.numel() for t in tensors.values())]).tolist(), strict=False))
+    copies = {name: guarded.values(t.detach().numpy()) for name, t in tensors.items()}
+    addresses = [0 if t is None else copies[id(t)].ptr for t in read.tensors]
+    offsets = [-1 if t is None else starts[id(t)] for t in read.tensors]
+    linear = BlockLinearisation(network, addresses, offsets, guarded.values(x), guarded)
+    places = block_plan.places(program)
+    nodes = linear._rows.numpy().reshape(-1, block_plan.max_numbers(program), block_plan.SAMPLES)
+    out = nodes[:, places[len(program.nodes) - 1] :][:, : program.outputs].swapaxes(1, 2).reshape(-1, program.outputs)
+    adj_x, jacobian = guarded.values(np.zeros(x.shape)), guarded.values(np.zeros((len(x), program.outputs, x.shape[1])))
+    gradient = guarded.values(np.zeros(sum(t.numel() for t in tensors.values())))
+    linear.pull(guarded.values(seeds), adj_x)
+    linear.contract(guarded.values(seeds[None]), [gradient])
+    linear.jacobian(jacobian)
+    guarded.check()
+    controls, adj_x, gradient, jacobian = map(
+        torch.tensor, (out[: len(x)], *(a.numpy() for a in (adj_x, gradient, jacobian)))
+    )
+    assert relative(torch.einsum("nk,nkd->nd", seeds, jacobian), adj_x) < 1e-4 or not adj_x.any()
+    found = {n: gradient[starts[n] : starts[n] + t.numel()].view(t.shape) for n, t in tensors.items()}
     return controls, adj_x, found
 
 

@@ -76,16 +76,20 @@ def _functions(system, real):
         return wp.dot(a, both) + wp.length(-b) * wp.length_sq(both) - b[-1]
 
     @wp.func
+    def squared(v: Pair):
+        return v[0] * v[0] + v[1]
+
+    @wp.func
+    def moved(v: Pair):
+        v[0] = v[0] + real(0.5)
+        return squared(v)
+
+    @wp.func
     def copy(x: State, c: Control, p: Parameters):
         a = Pair(x[0], x[1])
         b = a
-        b[0] = x[2]  # a stays; Warp's own adjoint of this is wrong
-        return a[0] * b[0] + b[1] * b[1]
-
-    @wp.func
-    def squared(v: Pair):
-        v[0] = v[0] + real(0.5)
-        return v[0] * v[0] + v[1]
+        b[0] = x[2]  # a stays, as it does when `moved` writes to its argument
+        return a[0] * b[0] + b[1] * b[1] + moved(a) * a[0]
 
     @wp.func
     def calls(x: State, c: Control, p: Parameters):

@@ -106,7 +106,7 @@ class Dense:
             wp.launch(kernel, dim=y.shape, inputs=[x, weight, bias], outputs=[y], device=self.device)
             x = y
 
-    def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> "DenseLinearisation":
+    def linearise(self, x: wp.array, workspace: Workspace, fused: bool = False) -> "DenseLinearisation":
         """Return the controller linearised at the rows x (N, D)."""
         return DenseLinearisation(self, x, workspace)
 

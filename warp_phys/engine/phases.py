@@ -57,8 +57,8 @@ class Controller(Protocol):
     def evaluator(self, states: wp.array, controls: wp.array) -> Callable[[int], None]:
         """Return a function that writes controls[n] = N(states[n]), shapes (steps + 1, B, D) and (steps, B, K)."""
 
-    def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> Linearisation:
-        """Return the controller linearised at x (N, D); `kept` is what `unroll` returned, if x is all of it."""
+    def linearise(self, x: wp.array, workspace: Workspace, fused: bool = False) -> Linearisation:
+        """Return the controller linearised at x (N, D); if `fused`, by kernels of its own where it has such."""
 
     def fits(self, system: Any) -> bool:
         """Whether `unroll` can run the whole forward unrolling with this system as one kernel."""
@@ -100,7 +100,7 @@ class Trajectory(NamedTuple):
     parameters: wp.array | None
     """Physical parameters, a struct array of length 1 or batch; None for a simulator that has none."""
     kept: Any = None
-    """What the controller kept of its forward pass: at most one chunk's worth, or None."""
+    """What the controller kept of its forward pass for `Controller.sweep`, or None."""
 
 
 class Seeds(NamedTuple):
@@ -213,7 +213,8 @@ def backward(
         whole: Whether to linearise the controller at one step of the whole batch at a time, and to pull each flow's
             adjoint through it once, for states and parameters together (`pull_and_contract`).
         simulator: How a simulator that is no `System` is run backward, see `Retreat`; in the simplest way if None.
-        fused: Whether to run everything in one kernel, where the controller can.
+        fused: Whether to run everything in one kernel, where the controller can; else the controller's share in kernels
+            of its own, where it has such.
 
     Returns:
         The adjoints of x_0 and of the physical parameters.
@@ -233,7 +234,9 @@ def backward(
         wp.copy(lam[f], seeds.states[steps])
     if parallel is None:
         parallel = not whole and parallel_in_time(system, controller, trajectory, flows)
-    pass_ = _Pass(system, controller, gates, gates_array, gradients, workspace, parallel, check, whole, simulator)
+    pass_ = _Pass(
+        system, controller, gates, gates_array, gradients, workspace, parallel, check, whole, simulator, fused
+    )
     if adj_p is not None:
         adj_p.zero_()
     # a simulator may have just so many samples
@@ -314,9 +317,9 @@ class _Pass:
     """One backward pass: what its chunks share."""
 
     def __init__(
-        self, system, controller, gates, gates_array, gradients, workspace, parallel, check, whole, simulator
+        self, system, controller, gates, gates_array, gradients, workspace, parallel, check, whole, simulator, fused
     ):  # fmt: skip
-        self.whole, self.simulator = whole, simulator or Retreat(system)
+        self.whole, self.simulator, self.fused = whole, simulator or Retreat(system), fused
         self.system, self.controller, self.gradients, self.workspace = system, controller, gradients, workspace
         self.gates, self.gates_array = gates, gates_array
         self.parallel, self.check = parallel, check
@@ -327,8 +330,7 @@ class _Pass:
         # a block that is not the whole batch has one time step a chunk, so its rows are contiguous either way
         states, controls = _part(trajectory.states, span, block), _part(trajectory.controls, span, block)
         rows = states.shape[0] * states.shape[1]
-        kept = trajectory.kept if controls is trajectory.controls else None
-        linear = self.controller.linearise(_flat(states, rows), self.workspace, kept)
+        linear = self.controller.linearise(_flat(states, rows), self.workspace, self.fused)
         if self.check is not None:
             self.check(linear, _flat(controls, rows))
         mu = self._array("mu", (len(self.gates), *controls.shape), controls)
@@ -406,7 +408,7 @@ class _Pass:
             linear.pull_and_contract(mu, pulled, self.gradients, is_open.tolist())
             return
         for f in np.flatnonzero(is_open).tolist():
-            linear = linear or self.controller.linearise(x, self.workspace)
+            linear = linear or self.controller.linearise(x, self.workspace, self.fused)
             linear.pull(mu[f], pulled[f])
 
     def _array(self, name: str, shape: Sequence[int], like: wp.array) -> wp.array:

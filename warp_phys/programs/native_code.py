@@ -233,9 +233,8 @@ class _Part:
                 code.inside.append(
                     f"t{i} += kept<T, {stage.size}>({code.operand(node.inputs[0], recompute=False)}, k);"
                 )
-                code.after.append(
-                    f"store(r + {self.at[i]}, alone(total<T>(t{i}))); clear_tail<T, 1, L>(r + {self.at[i]});"
-                )
+                code.after.append(f"store(r + {self.at[i]}, alone(total<T>(t{i})));")
+                code.after.append(f"clear_tail<T, 1, L>(r + {self.at[i]});")
                 continue
             code.compute(i, recompute=False)
             if i in self.layout.stored:

@@ -1,8 +1,7 @@
 """A row program: what a network computes of one row of states, in single static assignment.
 
-A node is a vector of numbers of a row: its operation, the nodes that it takes, numbers that belong to it. A row in
-memory holds all nodes, the state first, the controls last; adjoints have the same layout. Weights and other numbers
-that come from tensors are read through slots, so that a program stays the same while they change.
+A node is a vector of numbers of a row: its operation, the nodes that it takes, numbers that belong to it. Weights and
+other numbers that come from tensors are read through slots, so that a program stays the same while they change.
 
 | operation | takes | numbers | gives |
 | --- | --- | --- | --- |

@@ -130,8 +130,11 @@ def number_of_hooks(parameter: torch.Tensor) -> int:
 
 def has_own_hooks(parameter: torch.Tensor) -> bool:
     """Whether a parameter has hooks besides those of its sums."""
+    count = number_of_hooks(parameter)
+    if count == 0:
+        return False
     with _LOCK:
-        return number_of_hooks(parameter) > (2 if parameter in _SUMS else 0)
+        return count > (2 if parameter in _SUMS else 0)
 
 
 def combined_changes(

@@ -79,7 +79,7 @@ class Found:
         """Number of parameters, see `phases.Controller`."""
         return sum(leaf.numel() for leaf in self.leaves)
 
-    def linearise(self, x: wp.array, workspace: Any, kept: Any = None) -> TorchLinearisation:
+    def linearise(self, x: wp.array, workspace: Any, fused: bool = False) -> TorchLinearisation:
         """Return the module linearised at the rows x (N, D), with respect to all of its leaves."""
         return self.at(wp.to_torch(x))
 
@@ -293,6 +293,17 @@ def _is_row_by_row(found: Found) -> bool:
     return all(is_close(a, b) for a, b in zip(adjoints, found.here.adjoints(seed), strict=True))
 
 
+def parts_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return a module and all its parts, each once: what `modules()` gives, in another order and much sooner."""
+    found, left = {id(module): module}, [module]
+    for part in left:
+        for inner in part._modules.values():
+            if inner is not None and id(inner) not in found:
+                found[id(inner)] = inner
+                left.append(inner)
+    return left
+
+
 def state_of(module: torch.nn.Module, outside: bool = False) -> tuple:
     """Return what calls of a module, or its user, may change besides numbers of parameters: cheap to compare.
 
@@ -300,7 +311,7 @@ def state_of(module: torch.nn.Module, outside: bool = False) -> tuple:
     they close over), but no numbers of buffers.
     """
     parts: list[Any] = []
-    for part in module.modules():
+    for part in parts_of(module):
         own = vars(part)
         parts += (_Same(part), type(part))
         for name, value in own.items():
@@ -309,11 +320,11 @@ def state_of(module: torch.nn.Module, outside: bool = False) -> tuple:
         for name in HOOKS:
             if own.get(name):
                 parts.append(tuple(map(_Same, own[name].values())))
-        for p in part.parameters(recurse=False):
-            parts += (_Same(p), p.requires_grad)
-        for buffer in part.buffers(recurse=False):
-            is_read = outside and buffer.is_floating_point()  # by kernels, in each pass
-            parts.append((_Same(buffer), buffer.shape) if is_read else _mark(buffer))
+        for p in part._parameters.values():
+            parts += (_Same(p), p is not None and p.requires_grad)
+        for buffer in part._buffers.values():
+            is_read = outside and buffer is not None and buffer.is_floating_point()  # by kernels, in each pass
+            parts.append((_Same(buffer), buffer.shape) if is_read and buffer is not None else _mark(buffer))
         if outside:
             functions = [part.forward, *(value for value in own.values() if isinstance(value, FunctionType))]
             owner: Any = type(part)

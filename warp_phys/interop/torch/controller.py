@@ -1,14 +1,13 @@
 """Any torch module as the controller of a rollout."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, TypeGuard
 
 import torch
 import warp as wp
 
 from warp_phys.engine.layers import Dense, Workspace
-from warp_phys.engine.phases import CHUNK_ROWS
+from warp_phys.engine.phases import Linearisation
 from warp_phys.interop.torch.chain import (
     ACTIVATIONS,
     PRECISIONS,
@@ -26,15 +25,15 @@ from warp_phys.interop.torch.contract import (
     Found,
     check_repeated_controls,
     check_shape,
+    parts_of,
     refuse_lazy,
     state_of,
 )
-from warp_phys.interop.torch.dense import OF_VALUE, DenseLinearisation, as_array
+from warp_phys.interop.torch.dense import DenseLinearisation, as_array
 from warp_phys.interop.torch.leaves import plainly_saved
 from warp_phys.interop.torch.linearisation import TorchLinearisation, controls_of
 from warp_phys.interop.torch.program import Unreadable, read_and_check
-from warp_phys.programs.block_network import BlockNetwork
-from warp_phys.programs.block_plan import kept_starts
+from warp_phys.programs.block_network import BlockLinearisation, BlockNetwork
 from warp_phys.programs.network import Network
 
 PROGRAMS = 4
@@ -149,12 +148,14 @@ class TorchController:
         """Return what the controls depend on and how they are differentiated, before some steps from x0 (batch, D)."""
         return self.examination.begin(self.trainable, x0, controls, steps, always, cut)
 
-    def linearise(self, x: wp.array, workspace: Workspace, kept: Any = None) -> TorchLinearisation | DenseLinearisation:
-        """Return the module linearised at the rows x (N, D); `workspace` is not needed."""
+    def linearise(self, x: wp.array, workspace: Workspace, fused: bool = False) -> Linearisation:
+        """Return the module linearised at the rows x (N, D); if `fused`, on CUDA, by the kernels of its program."""
+        if fused and not self._on_cpu():
+            network, tensors = self.blocks()
+            return ProgramLinearisation(network, addresses_of(tensors), self.offsets(tensors), x, workspace)
         if self.by_hand and self.dense() is not None:
             assert self._linears is not None
-            hidden = kept if isinstance(kept, list) else None
-            return DenseLinearisation(*self._linears, wp.to_torch(x), hidden, self.trainable)
+            return DenseLinearisation(*self._linears, wp.to_torch(x), self.trainable)
         return TorchLinearisation(self.module, self.trainable, wp.to_torch(x))
 
     def fits(self, system: Any) -> bool:
@@ -170,19 +171,13 @@ class TorchController:
         """Write states[1:] and controls from states[0] in one kernel.
 
         Returns:
-            The activations, if `keep` asks for them: on a CPU what `sweep` takes; elsewhere those of the hidden layers
-            that `linearise` can use, shape (rows, outputs) each, if they are no more than a backward pass holds anyway.
+            On a CPU, if `keep` asks for them, the activations, which `sweep` takes.
         """
         if self._on_cpu():
             return self._packed_network()[0].unroll(system, states, controls, parameters, keep)
-        (network, tensors), dense = self.blocks(), self.dense()
-        rows, kept = controls.shape[0] * controls.shape[1], None
-        starts = [rows * start for start in kept_starts(network.plan)]
-        if keep and 0 < starts[-1] and rows <= CHUNK_ROWS and dense is not None and dense.activation in OF_VALUE:
-            kept = wp.to_torch(controls).new_empty(starts[-1])
-        room = None if kept is None else as_array(kept)
-        network.unroll(addresses_of(tensors), system, states, controls, parameters, room)
-        return None if kept is None else [kept[start:stop].view(rows, -1) for start, stop in pairwise(starts)]
+        network, tensors = self.blocks()
+        network.unroll(addresses_of(tensors), system, states, controls, parameters)
+        return None
 
     def sweeps(self, system: Any) -> bool:
         """Whether `sweep` can run the whole backward pass: where `fits` holds, on a CPU."""
@@ -199,11 +194,16 @@ class TorchController:
 
     def targets(self, tensors: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor]) -> list[list[int]]:
         """Return where the gradients of weights and biases go in flat tensors, one per flow: addresses, or 0."""
+        starts = self.offsets(tensors)
+        return [[0 if n < 0 else g.data_ptr() + n * g.element_size() for n in starts] for g in gradients]
+
+    def offsets(self, tensors: Sequence[torch.Tensor | None]) -> list[int]:
+        """Return where the gradients of tensors begin in a flat one of all that is trained; −1 for one that is not."""
         starts, start = {}, 0
         for parameter in self.trainable:
-            starts[id(parameter)] = start * parameter.element_size()
+            starts[id(parameter)] = start
             start += parameter.numel()
-        return [[g.data_ptr() + starts[id(t)] if id(t) in starts else 0 for t in tensors] for g in gradients]
+        return [starts.get(id(tensor), -1) for tensor in tensors]
 
     def fingerprint(self) -> tuple | None:
         """What the plan of the module depends on, and the addresses of its parameters; None if there can be no plan.
@@ -216,12 +216,16 @@ class TorchController:
         return self._program_fingerprint()
 
     def _program_fingerprint(self) -> tuple | None:
-        if not self._ready or self._reads > MOST_READS or not self._on_cpu() or not hasattr(self.system, "functions"):
+        ready = self._ready if self._on_cpu() else self.at_once
+        if not ready or self._reads > MOST_READS or not hasattr(self.system, "functions"):
             return None
         if are_hooks_everywhere():
             return None
-        parameters = tuple((p.data_ptr(), p.shape, has_own_hooks(p)) for p in self.module.parameters())
-        return state_of(self.module, outside=True), parameters, tuple(b.data_ptr() for b in self.module.buffers())
+        parts = parts_of(self.module)
+        parameters = [p for part in parts for p in part._parameters.values() if p is not None]
+        buffers = [b.data_ptr() for part in parts for b in part._buffers.values() if b is not None]
+        found = tuple((p.data_ptr(), p.shape, has_own_hooks(p)) for p in parameters)
+        return state_of(self.module, outside=True), found, tuple(buffers)
 
     def _chain_fingerprint(self) -> tuple | None:
         if not is_sequential(self.module):
@@ -262,7 +266,7 @@ class TorchController:
             self._reads += 1
             try:
                 with plainly_saved():
-                    self._programs[key] = read_and_check(self.module, self.system)
+                    self._programs[key] = read_and_check(self.module, self.system, blocks=not self._on_cpu())
             except Unreadable as reason:
                 self._programs[key] = str(reason)
         found = self._programs[key]
@@ -330,6 +334,14 @@ class TorchController:
             self._dense, self._key = Dense(sizes, activation, arrays), key
         self._linears = layers  # other layers may hold the same memory
         return self._dense
+
+
+class ProgramLinearisation(BlockLinearisation):
+    """A program linearised on CUDA, whose gradients are flat tensors."""
+
+    def contract(self, mu: wp.array, gradients: Sequence[torch.Tensor]) -> None:
+        """Add Σ (∂N/∂θ)ᵀ mu[f] over the rows of each flow f to the flat tensor gradients[f]."""
+        super().contract(mu, [as_array(gradient) for gradient in gradients])
 
 
 def addresses_of(tensors: Sequence[torch.Tensor | None]) -> list[int]:

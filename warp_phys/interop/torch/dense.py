@@ -1,7 +1,7 @@
 """Dense torch layers linearised by hand: torch's matrix products, activations and slopes by a Warp kernel."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,25 +9,12 @@ import warp as wp
 
 from warp_phys.engine.dense_kernels import LANES, activate_kernel
 
-OF_VALUE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "tanh": lambda y: (y * y).neg_().add_(1.0),
-    "relu": lambda y: (y > 0.0).to(y.dtype),
-    "elu": lambda y: torch.clamp(y, max=0.0).add_(1.0),
-    "sigmoid": lambda y: (y * y).neg_().add_(y),
-}
-"""Slopes of those activations whose value tells them."""
-
 
 class DenseLinearisation:
     """Dense layers at N rows: activations h, slopes, and the adjoints of unit seeds before each activation."""
 
     def __init__(
-        self,
-        linears: Sequence[torch.nn.Linear],
-        name: str,
-        x: torch.Tensor,
-        kept: Sequence[torch.Tensor] | None,
-        trainable: Sequence[torch.Tensor],
+        self, linears: Sequence[torch.nn.Linear], name: str, x: torch.Tensor, trainable: Sequence[torch.Tensor]
     ):
         self.linears = linears
         self.starts, start = {}, 0
@@ -35,12 +22,8 @@ class DenseLinearisation:
             self.starts[id(parameter)] = start
             start += parameter.numel()
         self.h, self.slopes = [x.detach()], []
-        for i, layer in enumerate(linears[:-1]):
-            if kept is None:
-                y, slope = _activated(self.h[-1], layer, name)
-            else:
-                y = kept[i]
-                slope = OF_VALUE[name](y)
+        for layer in linears[:-1]:
+            y, slope = _activated(self.h[-1], layer, name)
             self.h.append(y)
             self.slopes.append(slope)
         self.units: list[torch.Tensor] | None = None

@@ -177,7 +177,8 @@ def key_of(rollout: Rollout, batch: int) -> tuple | None:
     parts = tuple((id(module), type(module), plain_attributes(module)) for module in modules)
     buffers = tuple((id(buffer), buffer.data_ptr()) for buffer in _buffers(rollout))
     _, parameters = rollout._adapter.signature()
-    own = rollout.steps, batch, rollout.flow, tuple(rollout.observe), id(rollout._adapter.dense())
+    adapter = rollout._adapter
+    own = rollout.steps, batch, rollout.flow, tuple(rollout.observe), id(adapter.dense()), adapter.program_key()
     return *own, parts, buffers, tuple(parameters)
 
 

@@ -22,8 +22,11 @@ from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import Seeds, Trajectory
 from warp_phys.errors import NotRepeatable
 from warp_phys.interop.torch.chain import PRECISIONS, Planned, has_hooks
+from warp_phys.interop.torch.combine import split
 from warp_phys.interop.torch.contract import Examination, is_close, is_compiled, state_of
 from warp_phys.interop.torch.dense import as_array
+from warp_phys.interop.torch.loss import torch_stream
+from warp_phys.programs.block_network import BlockLinearisation, BlockNetwork
 from warp_phys.programs.network import Network
 from warp_phys.programs.program import Builder, Dense
 
@@ -80,8 +83,13 @@ def _refuse(module: torch.nn.Module) -> None:
             raise Unreadable(f"a {kind.__name__} does more than to compute")
 
 
-def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
+def read_and_check(module: torch.nn.Module, system: Any, blocks: bool) -> Planned:
     """Return a module as a program that gives the module's own controls and derivatives with a system.
+
+    Args:
+        module: The module.
+        system: The system.
+        blocks: Whether it is to run in blocks of threads, as on CUDA.
 
     Raises:
         Unreadable: As `read_program`; or there is none that does.
@@ -91,7 +99,7 @@ def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
     if like.dtype not in PRECISIONS:
         raise Unreadable(f"its numbers are {like.dtype}")
     before = state_of(module, outside=True)
-    x = torch.as_tensor(system.sample(TRIED, seed=0, dtype=str(like.dtype).removeprefix("torch.")))
+    x = torch.as_tensor(system.sample(TRIED, seed=0, dtype=str(like.dtype).removeprefix("torch."))).to(like.device)
     try:
         found = Examination(module).begin(
             [p for p in module.parameters() if p.requires_grad], x, system.control_size, 1, always=True
@@ -118,7 +126,8 @@ def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
     if state_of(module, outside=True) != before:
         raise Unreadable("calls change it")
     try:
-        _check_numbers(read, found, system)
+        with torch_stream(like.device):
+            _check_numbers(found, (_run_in_blocks if blocks else _run)(read, found, system))
     except Unreadable:
         raise
     except Exception as error:
@@ -126,8 +135,29 @@ def read_and_check(module: torch.nn.Module, system: Any) -> Planned:
     return read
 
 
-def _check_numbers(read: Planned, found: Any, system: Any) -> None:
-    """Raise `Unreadable` unless one fused step gives the controls and adjoints that autograd gives."""
+def _run_in_blocks(read: Planned, found: Any, system: Any) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return what `_run` returns, by the kernels of CUDA."""
+    x, seed = found.here.x.detach(), found.seed
+    states, controls = x.new_zeros((2, *x.shape)), x.new_zeros((1, *seed.shape))
+    states[0] = x
+    x_array, c_array = as_array(states), as_array(controls)
+    network = BlockNetwork(read.plan, x_array.dtype, x_array.device)
+    addresses = [0 if t is None else t.data_ptr() for t in read.tensors]
+    network.unroll(addresses, system, x_array, c_array, system.check_parameters(None, x_array, len(x)))
+    places, size = {}, 0
+    for leaf in found.leaves:
+        places[id(leaf)] = size
+        size += leaf.numel()
+    offsets = [places.get(id(t), -1) for t in read.tensors]
+    linear = BlockLinearisation(network, addresses, offsets, x_array[0], Workspace())
+    lam, gradient = torch.zeros_like(x), x.new_zeros(size)
+    linear.pull(as_array(seed), as_array(lam))
+    linear.contract(as_array(seed[None]), [as_array(gradient)])
+    return controls[0], lam, split(gradient, found.leaves)
+
+
+def _run(read: Planned, found: Any, system: Any) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return controls, adjoints of the states and gradients of all leaves from one fused step there and back."""
     x, seed = found.here.x.detach(), found.seed
     network = Network(read.plan, wp.dtype_from_torch(x.dtype))
     network.pack([0 if t is None else t.data_ptr() for t in read.tensors])
@@ -143,8 +173,14 @@ def _check_numbers(read: Planned, found: Any, system: Any) -> None:
     updates = {id(leaf): torch.zeros_like(leaf) for leaf in found.leaves}
     targets = [updates[id(t)].data_ptr() if id(t) in updates else 0 for t in read.tensors]
     network.unpack(packed, [targets])
-    expected = found.here.adjoints(seed)
-    pairs = [(controls[0], found.here.output.detach()), *zip([lam[0], *updates.values()], expected, strict=True)]
+    return controls[0], lam[0], list(updates.values())
+
+
+def _check_numbers(found: Any, numbers: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]) -> None:
+    """Raise `Unreadable` unless the numbers that a program gave are the controls and adjoints that autograd gives."""
+    controls, adj_x, updates = numbers
+    expected = found.here.adjoints(found.seed)
+    pairs = [(controls, found.here.output.detach()), *zip([adj_x, *updates], expected, strict=True)]
     scale = torch.stack([e.abs().max() for e in expected if e.numel()]).max()
     for i, (got, wanted) in enumerate(pairs):
         if not is_close(got, wanted, scale if i else None):

@@ -67,8 +67,8 @@ class Rollout:
         steps: Number of time steps T.
         flow: A name, a letter, a `Flow` or a `Combined`.
         device: "cpu", "cuda", "cuda:1", …; that of the controller's parameters if None.
-        backend: "fused" (whole passes in one kernel: for chains of the engine's layers, and on a CPU for any module
-            that `torch_program` reads as a row program), "general" (any module) or "auto": fused where it can be,
+        backend: "fused" (in kernels of their own: chains of the engine's layers, and any module that `torch_program`
+            reads as a row program), "general" (any module) or "auto": on CUDA general; on a CPU fused where it can be,
             programs from the fourth pass with gradients on, since making code of one takes some seconds. See
             `why_general`.
         on_divergence: "raise" raises `Diverged`; "mask" freezes the samples that diverge in their last finite state,
@@ -333,7 +333,8 @@ class Rollout:
         threads = torch.get_num_threads()
         own = None if given is None else given.key
         key = (self.steps, batch, self._flow, tuple(self.observe), when, control_cost, threads, own, fingerprint)
-        if key not in self._direct:
+        found = self._direct.get(key)
+        if found is None:
             self._check_place()
             if not isinstance(self.system, System) or self.backend != "fused":
                 return None
@@ -345,11 +346,11 @@ class Rollout:
             times, shape = chosen_times(when, self.steps), (self.steps, batch)
             if len(self._direct) >= DIRECT_PASSES:
                 self._direct.pop(next(iter(self._direct)))
-            self._direct[key] = DirectPass(
+            found = self._direct[key] = DirectPass(
                 self.system, self._adapter, shape, self._flow, self.running_flows(), times, control_cost, self.dtype,
                 given,
             )  # fmt: skip
-        return self._direct[key]
+        return found
 
     def _value_and_grad_by_graph(
         self, x0: torch.Tensor, when: str | Sequence[int], control_cost: float, parameters: Mapping[str, Any] | None

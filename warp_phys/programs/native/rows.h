@@ -6,6 +6,10 @@ template <typename V, typename F> static __attribute__((noinline)) V each(V x, F
     for (int i = 0; i < int(sizeof(V) / sizeof(x[0])); ++i) x[i] = function(x[i]);
     return x;
 }
+template <typename V, typename F> static __attribute__((noinline)) V each(V x, V y, F function) {
+    for (int i = 0; i < int(sizeof(V) / sizeof(x[0])); ++i) x[i] = function(x[i], y[i]);
+    return x;
+}
 
 // The vectors' own e^z ends at e^-87 and e^88: beyond 60 it is taken in two factors, so that it goes on to 0 and infinity.
 static inline vector<float> exponential_of(vector<float> z) {
@@ -45,10 +49,7 @@ WARP_PHYS_EACH(hyperbolic_cosine, cosh)
 #define WARP_PHYS_EACH_OF_TWO(name, function) \
     static inline float name##_of(float x, float y) { return ::function##f(x, y); } \
     static inline double name##_of(double x, double y) { return ::function(x, y); } \
-    template <typename V> static __attribute__((noinline)) V name(V x, V y) { \
-        for (int i = 0; i < int(sizeof(V) / sizeof(x[0])); ++i) x[i] = name##_of(x[i], y[i]); \
-        return x; \
-    }
+    template <typename V> static inline V name(V x, V y) { return each(x, y, [](auto a, auto b) { return name##_of(a, b); }); }
 WARP_PHYS_EACH_OF_TWO(angle_of, atan2)
 WARP_PHYS_EACH_OF_TWO(remainder_towards_zero, fmod)
 WARP_PHYS_EACH_OF_TWO(power, pow)
