@@ -67,8 +67,10 @@ def _expected(flow, when):
 
 
 def _loss(system, controller, flow, when):
+    backend = "fused" if controller is FUSED else "general"
+
     def loss(params, x0):
-        states, controls = bridge.rollout(system, controller, params, x0, STEPS, flow)
+        states, controls = bridge.rollout(system, controller, params, x0, STEPS, flow, backend=backend)
         return SYSTEM.loss(states, controls, when=when, control_cost=COST)
 
     return loss

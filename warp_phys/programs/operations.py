@@ -91,6 +91,7 @@ OPERATIONS: dict[str, Operation] = {
         "remainder_towards_zero(a, b)", ("d", "-d * __builtin_elementwise_trunc(a / b)")
     ),
     "stop": Operation("a", ("",)),
+    "derivative of": Operation("a", ("", "d")),
     "greater": Operation("one_where<V>(a > b)", ("", "")),
     "greater or equal": Operation("one_where<V>(a >= b)", ("", "")),
     "equal": Operation("one_where<V>(a == b)", ("", "")),

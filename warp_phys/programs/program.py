@@ -137,6 +137,8 @@ class Builder:
 
     def add(self, operation: str, inputs: tuple[int, ...], size: int, numbers: tuple = ()) -> int:
         """Return a node."""
+        if operation == "stop" and self.nodes[inputs[0]].operation == "derivative of":
+            inputs = self.nodes[inputs[0]].inputs[:1]
         node = Node(operation, inputs, size, numbers)
         if operation in OPERATIONS:
             assert len(inputs) == len(OPERATIONS[operation].adjoints)
@@ -154,6 +156,12 @@ class Builder:
         if entries == [(first, k) for k in range(self.nodes[first].size)]:
             return first
         inputs = tuple(dict.fromkeys(node for node, _ in entries))
+        sources = {self.nodes[i].operation for i in inputs}
+        if sources == {"constant"}:
+            return self.add("constant", (), len(entries), tuple(self.nodes[i].numbers[k] for i, k in entries))
+        if sources == {"load"} and len(slots := {self.nodes[i].numbers[0] for i in inputs}) == 1:
+            places = tuple(self.nodes[i].numbers[1][k] for i, k in entries)
+            return self.add("load", (), len(entries), (slots.pop(), places))
         return self.add("gather", inputs, len(entries), tuple((inputs.index(node), k) for node, k in entries))
 
     def finish(self, output: int) -> Program:
@@ -161,7 +169,7 @@ class Builder:
         node = self.nodes[output]
         if node.operation in ("input", "load", "constant"):
             output = self.add("gather", (output,), node.size, tuple((0, k) for k in range(node.size)))
-        nodes = _fused(self.nodes, output)
+        nodes = _fused(_biased(self.nodes, self.slots, output), output)
         kept, stack = {0, output}, [output]
         while stack:
             for i in nodes[stack.pop()].inputs:
@@ -172,6 +180,20 @@ class Builder:
         number = {old: new for new, old in enumerate(order)}
         moved = [nodes[i]._replace(inputs=tuple(number[j] for j in nodes[i].inputs)) for i in order]
         return Program(tuple(moved), tuple(self.slots))
+
+
+def _biased(nodes: list[Node], slots: list[int], output: int) -> list[Node]:
+    """Return nodes in which dense nodes add the tensor that is added to them, if nothing else is made of them."""
+    out, uses = list(nodes), Counter(i for node in nodes for i in node.inputs)
+    uses[output] += 1
+    for i, node in enumerate(nodes):
+        for x, b in (node.inputs, node.inputs[::-1]) if node.operation == "add" else ():
+            if out[x].operation == "dense" and uses[x] == 1 and out[b].operation == "load":
+                dense, (slot, places) = Dense(*out[x].numbers), out[b].numbers
+                whole = slots[slot] == dense.outputs and places == tuple(range(dense.outputs)) * dense.positions
+                if whole and dense.biases < 0 and dense.activation == "identity":
+                    out[i] = out[x]._replace(numbers=tuple(dense._replace(biases=slot)))
+    return out
 
 
 def _fused(nodes: list[Node], output: int) -> list[Node]:

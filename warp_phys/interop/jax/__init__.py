@@ -8,6 +8,6 @@ from warp_phys.interop.jax.costs import loss  # noqa: E402
 from warp_phys.interop.jax.mlp import MLP  # noqa: E402
 from warp_phys.interop.jax.stepping import step  # noqa: E402
 from warp_phys.interop.jax.system import JaxSystem  # noqa: E402
-from warp_phys.interop.jax.unrolling import check_finite, rollout, trajectory  # noqa: E402
+from warp_phys.interop.jax.unrolling import check_finite, rollout, trajectory, why_general  # noqa: E402
 
-__all__ = ["MLP", "JaxSystem", "check_finite", "loss", "rollout", "step", "trajectory"]
+__all__ = ["MLP", "JaxSystem", "check_finite", "loss", "rollout", "step", "trajectory", "why_general"]

@@ -1,7 +1,6 @@
-"""Dense controllers with the physics, whole passes in one call of JAX's foreign function interface."""
+"""Controllers with the physics, whole passes in one call of JAX's foreign function interface."""
 
 import functools
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import warp as wp
@@ -10,43 +9,35 @@ from warp_phys.core.arrays import as_structs
 from warp_phys.engine.layers import Dense, Workspace
 from warp_phys.engine.phases import Seeds, Trajectory
 from warp_phys.interop.jax.calls import EAGER
+from warp_phys.programs.network import Network
+from warp_phys.programs.program import Program
 from warp_phys.systems.base import System
 
 
-class _Layers:
-    """Layers with weights of their own, to be overwritten by each call: JAX's calls into Warp come one at a time."""
+class _Passes:
+    """A program with memory of its own, to be overwritten by each call: JAX's calls into Warp come one at a time."""
 
-    def __init__(self, sizes: tuple[int, ...], activation: str, real: type, device: str):
-        self.dense = Dense(sizes, activation, device=device, dtype=real)
-        self.workspace = Workspace()
+    def __init__(self, program: Program, offsets: tuple[int, ...], real: type):
+        self.network, self.offsets, self.workspace = Network(program, real), offsets, Workspace()
 
-    def load(self, weights: wp.array) -> Dense:
-        """Return the layers with these weights."""
-        for parameter, part in self._parts(self.dense.parameters, weights):
-            wp.copy(parameter, part)
-        return self.dense
+    def pack(self, weights: wp.array) -> Network:
+        """Return the network with these weights."""
+        self.network.pack(self.addresses(weights))
+        return self.network
 
-    def store(self, gradients: Sequence[wp.array], out: wp.array) -> None:
-        """Write gradients to a flat array."""
-        for gradient, part in self._parts(gradients, out):
-            wp.copy(part, gradient)
-
-    @staticmethod
-    def _parts(arrays: Sequence[wp.array], flat: wp.array) -> Iterator[tuple[wp.array, wp.array]]:
-        start = 0
-        for array in arrays:
-            yield array, flat[start : start + array.size].reshape(array.shape)
-            start += array.size
+    def addresses(self, flat: wp.array) -> list[int]:
+        """Return where the tensors that the program reads stand in a flat array."""
+        return [0 if offset < 0 else flat.ptr + offset * flat.strides[-1] for offset in self.offsets]
 
 
 @functools.cache
-def _layers(sizes: tuple[int, ...], activation: str, real: type, device: str) -> _Layers:
-    return _Layers(sizes, activation, real, device)
+def _passes(program: Program, offsets: tuple[int, ...], real: type) -> _Passes:
+    return _Passes(program, offsets, real)
 
 
 @functools.cache
-def unroll_call(structure: System, sizes: tuple[int, ...], activation: str, real: type) -> Any:
-    """A whole forward pass: x0, p and flat weights to states and controls."""
+def unroll_call(structure: System, program: Program, offsets: tuple[int, ...], real: type) -> Any:
+    """A whole forward pass on a CPU: x0, p and flat weights to states and controls."""
     struct = structure.types(real).Parameters
 
     def unroll(
@@ -56,15 +47,15 @@ def unroll_call(structure: System, sizes: tuple[int, ...], activation: str, real
         states: wp.array3d[real],
         controls: wp.array3d[real],
     ):
-        dense = _layers(sizes, activation, real, str(x0.device)).load(weights)
         wp.copy(states[0], x0)
-        dense.unroll(structure, states, controls, as_structs(p, struct))
+        network = _passes(program, offsets, real).pack(weights)
+        network.unroll(structure, states, controls, as_structs(p, struct), keep=False)
 
     return wp.jax_callable(unroll, num_outputs=2, vmap_method="sequential", **EAGER)
 
 
 @functools.cache
-def sweep_call(structure: System, sizes: tuple[int, ...], activation: str, real: type) -> Any:
+def sweep_call(structure: System, program: Program, offsets: tuple[int, ...], real: type) -> Any:
     """A whole backward pass of all flows, on a CPU: λ_0 (flows, batch, D), flat updates of the weights.
 
     And the physical parameters' adjoints (flows, batch, P), or none of them if that array has no flows.
@@ -83,13 +74,40 @@ def sweep_call(structure: System, sizes: tuple[int, ...], activation: str, real:
         updates: wp.array2d[real],
         adj_p: wp.array3d[real],
     ):
-        layers = _layers(sizes, activation, real, str(states.device))
-        dense, workspace = layers.load(weights), layers.workspace
-        gradients = [dense.gradients(workspace, f"gradient of flow {f}, ") for f in range(len(gates))]
-        trajectory = Trajectory(states, controls, as_structs(p, struct))
-        seeds, wanted = Seeds(adj_states, adj_controls), adj_p if len(adj_p) else None
-        dense.sweep(structure, trajectory, seeds, gates, lam, gradients, workspace, wanted)
-        for f, gradient in enumerate(gradients):
-            layers.store(gradient, updates[f])
+        passes = _passes(program, offsets, real)
+        trajectory, seeds = Trajectory(states, controls, as_structs(p, struct)), Seeds(adj_states, adj_controls)
+        network = passes.pack(weights)
+        packed = network.sweep(
+            structure, trajectory, seeds, gates, lam, passes.workspace, adj_p if len(adj_p) else None
+        )
+        updates.zero_()
+        network.unpack(packed, [passes.addresses(updates[f]) for f in range(len(gates))])
 
     return wp.jax_callable(sweep, num_outputs=3, vmap_method="sequential", **EAGER)
+
+
+@functools.cache
+def dense_unroll_call(structure: System, sizes: tuple[int, ...], activation: str, real: type) -> Any:
+    """A whole forward pass of dense layers, on CUDA too: x0, p and flat weights to states and controls."""
+    struct = structure.types(real).Parameters
+
+    def unroll(
+        x0: wp.array2d[real],
+        p: wp.array2d[real],
+        weights: wp.array[real],
+        states: wp.array3d[real],
+        controls: wp.array3d[real],
+    ):
+        dense, start = _dense(sizes, activation, real, str(x0.device)), 0
+        for parameter in dense.parameters:
+            wp.copy(parameter, weights[start : start + parameter.size].reshape(parameter.shape))
+            start += parameter.size
+        wp.copy(states[0], x0)
+        dense.unroll(structure, states, controls, as_structs(p, struct))
+
+    return wp.jax_callable(unroll, num_outputs=2, vmap_method="sequential", **EAGER)
+
+
+@functools.cache
+def _dense(sizes: tuple[int, ...], activation: str, real: type, device: str) -> Dense:
+    return Dense(sizes, activation, device=device, dtype=real)

@@ -1,4 +1,4 @@
-"""A dense network as a JAX function that the engine can also run itself, physics and all."""
+"""A dense network as a JAX function that the engine can also run itself on CUDA, physics and all."""
 
 import math
 from dataclasses import dataclass
@@ -10,22 +10,19 @@ import numpy as np
 
 from warp_phys.errors import check_choice, check_count
 from warp_phys.interop.jax.arrays import real_of
-from warp_phys.interop.jax.dense_calls import sweep_call, unroll_call
+from warp_phys.interop.jax.dense_calls import dense_unroll_call
+from warp_phys.interop.jax.program import WIDEST
 from warp_phys.programs.activations import ACTIVATIONS
 from warp_phys.systems.base import System
 
 Params = list[tuple[jax.Array, jax.Array]]
-
-FUSED_WIDTH = 256
-"""Widest layer that the engine runs itself: beyond it a matrix library is as good."""
 
 
 @dataclass(frozen=True)
 class MLP:
     """Dense layers c = N(params, x), an activation after every layer but the last.
 
-    As a controller of `rollout` with a `System` it is unrolled together with the physics in one kernel. A function of
-    one's own gives the same numbers, and takes a call from JAX to the engine each step.
+    As a controller of `rollout` with a `System` it is unrolled together with the physics in one kernel, on CUDA too.
 
     Args:
         sizes: Layer sizes from D to K, for instance (10, 100, 100, 1).
@@ -86,55 +83,10 @@ class MLP:
 
     def fits(self, system: Any) -> bool:
         """Whether the engine can run whole passes with this system."""
-        return isinstance(system, System) and max(self.sizes) <= FUSED_WIDTH
+        return isinstance(system, System) and max(self.sizes) <= WIDEST
 
-    def unroll(self, system: System, params: Params, x0: jax.Array, rows: jax.Array, steps: int) -> tuple:
-        """Return states and controls of a rollout, from one call of the engine."""
+    def unroll(self, system: System, inputs: Any, x0: jax.Array, rows: jax.Array, steps: int) -> tuple:
+        """Return states and controls of a rollout, from one call of the engine, on any device."""
         dims = {"states": (steps + 1, *x0.shape), "controls": (steps, len(x0), self.control_size)}
-        call = unroll_call(system.structure, self.sizes, self.activation, real_of(x0))
-        return tuple(call(x0, rows, _flat(params), output_dims=dims))
-
-    def sweep(
-        self,
-        system: System,
-        params: Params,
-        trajectory: tuple,
-        rows: jax.Array,
-        seeds: tuple,
-        gates: jax.Array,
-        want_rows: bool,
-    ) -> tuple[list[Params], jax.Array, jax.Array | None]:
-        """Return what the flows find, from one call of the engine, on a CPU.
-
-        Their updates, λ_0 (flows, batch, D) and, if wanted, the physical parameters' adjoints (flows, batch, P).
-
-        Args:
-            system: The system.
-            params: Weights and biases.
-            trajectory: States (steps + 1, batch, D) and controls (steps, batch, K).
-            rows: Physical parameters, shape (batch, P).
-            seeds: The explicit derivatives of the loss, likewise.
-            gates: α and β, shape (flows, steps, 2).
-            want_rows: Whether the parameters' adjoints are wanted.
-        """
-        weights, (states, controls) = _flat(params), trajectory
-        dims = {
-            "lam": (len(gates), *states.shape[1:]),
-            "updates": (len(gates), len(weights)),
-            "adj_p": (len(gates) if want_rows else 0, *rows.shape),
-        }
-        call = sweep_call(system.structure, self.sizes, self.activation, real_of(states))
-        lam, updates, adj_p = call(states, controls, rows, weights, *seeds, gates, output_dims=dims)
-        return [_like(params, update) for update in updates], lam, adj_p if want_rows else None
-
-
-def _flat(params: Params) -> jax.Array:
-    return jnp.concatenate([array.reshape(-1) for layer in params for array in layer])
-
-
-def _like(params: Params, flat: jax.Array) -> Params:
-    """Return the parts of a flat array in the shapes and the structure of `params`."""
-    leaves, structure = jax.tree.flatten(params)
-    bounds = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    parts = [part.reshape(leaf.shape) for part, leaf in zip(jnp.split(flat, bounds), leaves, strict=True)]
-    return jax.tree.unflatten(structure, parts)
+        call = dense_unroll_call(system.structure, self.sizes, self.activation, real_of(x0))
+        return tuple(call(x0, rows, jnp.concatenate([leaf.reshape(-1) for leaf in inputs[0]]), output_dims=dims))

@@ -73,8 +73,8 @@ class Program:
         known = False
         try:
             with jax.ensure_compile_time_eval():
-                for draw in range(3):
-                    coupled, finite = leaks(*_draw(self, draw), masks)
+                for kind in range(3):
+                    coupled, finite = leaks(*draw(self, kind), masks)
                     if bool(coupled):
                         return True
                     known |= bool(finite)
@@ -260,7 +260,7 @@ def _primitives(jaxpr: Any) -> Iterator[str]:
             yield from _primitives(inner)
 
 
-def _draw(program: Program, kind: int) -> tuple:
+def draw(program: Program, kind: int) -> tuple:
     """Return inputs and last argument of random numbers: of both signs, positive, and small ones with large states."""
     generator = np.random.default_rng(kind)
 
@@ -295,7 +295,7 @@ def _leaks(program: Program, inputs: tuple, last: jax.Array, masks: jax.Array) -
 def _check_callbacks(name: str, function: Callable, program: Program) -> None:
     """Raise if calls back to Python give other numbers the second time."""
     with jax.ensure_compile_time_eval():  # without `jit`, which would keep here what a callback without arguments says
-        one, other = (np.asarray(program(*_draw(program, 0))) for _ in range(2))
+        one, other = (np.asarray(program(*draw(program, 0))) for _ in range(2))
     if one.tobytes() != other.tobytes():
         raise NotRepeatable(
             f"{name} {_name_of(function)} calls back to Python and gets other numbers for the same arguments: what is "

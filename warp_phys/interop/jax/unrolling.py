@@ -12,7 +12,7 @@ import numpy as np
 from warp_phys.core.arrays import shape_message
 from warp_phys.core.checks import check_instance
 from warp_phys.engine.phases import flow_gates
-from warp_phys.errors import Diverged, check_count
+from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, combine, linear_parts, refuse_memory, resolve
 from warp_phys.interop.jax import calls
 from warp_phys.interop.jax.arrays import (
@@ -21,13 +21,13 @@ from warp_phys.interop.jax.arrays import (
     key_of,
     real_of,
     rows_of_parameters,
-    shape_of,
     shared_columns,
 )
 from warp_phys.interop.jax.mlp import MLP
+from warp_phys.interop.jax.program import Fused, read_and_check
 from warp_phys.interop.jax.stepping import check_function, step_pull, step_rows
-from warp_phys.interop.jax.trace import trace
-from warp_phys.rollout import check_sizes
+from warp_phys.interop.jax.trace import Program, trace
+from warp_phys.rollout import BACKENDS, check_sizes
 from warp_phys.systems.base import Simulator, System
 
 
@@ -39,6 +39,7 @@ def rollout(
     steps: int,
     flow: str | Flow | Combined = "combined",
     parameters: Mapping[str, Any] | None = None,
+    backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Return states (steps + 1, batch, D) and controls (steps, batch, K) of x_{n+1} = S(x_n, N(params, x_n)).
 
@@ -57,9 +58,13 @@ def rollout(
         steps: Number of time steps T.
         flow: A name, a letter, a `Flow` or a `Combined`.
         parameters: Physical parameters by name, a number or one per sample each, differentiable.
+        backend: "fused" (whole passes in one call of the engine, on a CPU: the controller is read as a row program,
+            its code compiled at first sight), "general" (`lax.scan` and JAX's own derivatives) or "auto": fused where
+            that is possible. `why_general` says why it is not.
 
     Raises:
         TypeError, ValueError: Arguments that do not fit; the message names the argument, what came, what is expected.
+            The backend "fused" for a controller that is no row program.
             A combined flow of weights and x0 together, or of a part of a batch on a named axis, when it is
             differentiated: it would be no combination of the whole.
         NotRepeatable: The controller is another function when it is traced again.
@@ -69,16 +74,41 @@ def rollout(
         hint = ": hand its apply" if hasattr(controller, "apply") else ""
         raise TypeError(f"controller must be a function of (params, states), got {type(controller).__name__}{hint}")
     check_sizes(system, controller)
+    check_choice("backend", backend, BACKENDS)
     flow, steps = resolve(flow), check_count("steps", steps)
     refuse_memory(flow)
     x0 = check_rows("x0", x0, system)
     rows = rows_of_parameters(system, parameters, x0)
     flow_gates(linear_parts(flow), steps)  # raises if gates are given for another number of steps
     program, inputs = _traced(system, controller, params, x0)
-    shared = shared_columns(system, parameters)
-    spec = _Spec(key_of(system), program, steps, flow, bool(parameters), shared, _named_axes())
+    fused = _fused(system, program) if backend != "general" else "the backend is 'general'"
+    if backend == "fused" and isinstance(fused, str):
+        raise ValueError(f"backend 'fused' cannot run this controller: {fused}; use 'general' or 'auto'")
+    dense = controller if isinstance(controller, MLP) and backend != "general" and controller.fits(system) else None
+    spec = _Spec(
+        key_of(system), program, steps, flow, bool(parameters), shared_columns(system, parameters), _named_axes(),
+        None if isinstance(fused, str) else fused, dense,
+    )  # fmt: skip
     states, controls = _unroll(spec, inputs, x0, rows)
     return check_finite(states), controls
+
+
+def why_general(
+    system: Simulator, controller: Callable[[Any, jax.Array], jax.Array], params: Any, x0: Any
+) -> str | None:
+    """Return in one sentence why `rollout` runs a controller by the general backend; None if it is fused.
+
+    Args:
+        system: As for `rollout`.
+        controller: Likewise.
+        params: Likewise; their numbers do not count.
+        x0: Likewise.
+
+    Raises:
+        TypeError, ValueError, NotRepeatable: As `rollout`.
+    """
+    fused = _fused(system, _traced(system, controller, params, check_rows("x0", x0, system))[0])
+    return fused if isinstance(fused, str) else None
 
 
 def trajectory(
@@ -152,13 +182,26 @@ class _Spec(NamedTuple):
     """Which physical parameters all samples share."""
     axes: tuple[str, ...] = ()
     """Named axes over which the call is mapped: the batch may be a part of a whole."""
+    fused: Fused | None = None
+    """The controller as a row program, for a CPU."""
+    dense: MLP | None = None
+    """The controller as dense layers, for other devices."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(spec: _Spec, params: Any, x0: jax.Array, rows: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    if _is_fused(spec):
-        return spec.controller.unroll(spec.system, params, x0, rows, spec.steps)
+    if spec.fused is None and spec.dense is None:
+        return _scan(spec, params, x0, rows)
 
+    def unroll(passes):
+        if passes is None:
+            return functools.partial(_scan, spec)
+        return lambda params, x0, rows: passes.unroll(spec.system, params, x0, rows, spec.steps)
+
+    return jax.lax.platform_dependent(params, x0, rows, cpu=unroll(spec.fused), default=unroll(spec.dense))
+
+
+def _scan(spec: _Spec, params: Any, x0: jax.Array, rows: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     def advance(x, _):
         c = spec.controller(params, x)
         y = step_rows(spec.system, x, c, rows)
@@ -189,7 +232,7 @@ def _pull(spec: _Spec, residuals: tuple, seeds: tuple) -> tuple:
     rows = residuals[-1]
     gates = flow_gates(linear_parts(spec.flow), spec.steps)
     phases = functools.partial(_phases, spec, gates)
-    if _is_fused(spec):
+    if spec.fused:
         fused = functools.partial(_fused_phases, spec, gates)
         updates, lam, adj_rows = jax.lax.platform_dependent(residuals, seeds, cpu=fused, default=phases)
     else:
@@ -203,7 +246,7 @@ def _phases(spec: _Spec, gates: np.ndarray, residuals: tuple, seeds: tuple) -> t
     """Linearise, sweep, contract: the flows' updates of params, λ_0, and the adjoints of physical parameters."""
     params, states, controls, rows = residuals
     feeds_back, program = gates[:, :, 1].any(), spec.controller
-    if not isinstance(program, MLP) and (program.has_own_rules or (feeds_back and program.couples_rows)):
+    if program.has_own_rules or (feeds_back and program.couples_rows):
         return _walk(spec, gates, residuals, seeds, contract=True)
     over_time = jax.vmap(program, in_axes=(None, 0))
     if isinstance(spec.system, System):
@@ -218,12 +261,9 @@ def _phases(spec: _Spec, gates: np.ndarray, residuals: tuple, seeds: tuple) -> t
 def _fused_phases(spec: _Spec, gates: np.ndarray, residuals: tuple, seeds: tuple) -> tuple:
     """Do the same in one call of the engine."""
     params, states, controls, rows = residuals
+    assert spec.fused is not None
     on_device = jnp.asarray(gates, states.dtype)
-    return spec.controller.sweep(spec.system, params, (states, controls), rows, seeds, on_device, spec.want_rows)
-
-
-def _is_fused(spec: _Spec) -> bool:
-    return isinstance(spec.controller, MLP) and spec.controller.fits(spec.system)
+    return spec.fused.sweep(spec.system, params, (states, controls), rows, seeds, on_device, spec.want_rows)
 
 
 _unroll.defvjp(_unroll_forward, _unroll_backward, symbolic_zeros=True)
@@ -430,9 +470,9 @@ def _traced(system: Any, controller: Callable, params: Any, x0: jax.Array) -> tu
         hash(controller)
     except TypeError:
         raise TypeError("controller must be hashable, it is a key of compiled programs: use a plain function") from None
-    size, fused = system.control_size, isinstance(controller, MLP) and controller.fits(system)
-    found = None if fused else trace("controller", controller, params, x0)
-    out = jax.eval_shape(controller, params, shape_of(x0)) if found is None else found.out
+    size = system.control_size
+    found = trace("controller", controller, params, x0)
+    out = found.out
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise TypeError(f"controller must return an array, got {type(out).__name__}")
     if out.shape != (len(x0), size):
@@ -443,4 +483,11 @@ def _traced(system: Any, controller: Callable, params: Any, x0: jax.Array) -> tu
     if kinds - {str(x0.dtype)}:
         raise TypeError(f"params of an MLP must hold {x0.dtype} as x0 does, got {', '.join(sorted(kinds))}")
     check_function(system, x0)
-    return (controller, params) if found is None else (found.program, (jax.tree.leaves(params), found.held))
+    return found.program, (jax.tree.leaves(params), found.held)
+
+
+def _fused(system: Any, program: Program) -> Fused | str:
+    """Return a controller as a row program, or why it is none."""
+    device = jax.config.read("jax_default_device")
+    platform = getattr(device, "platform", device) or jax.default_backend()
+    return f"row programs run on a CPU, JAX on {platform}" if platform != "cpu" else read_and_check(program, system)
