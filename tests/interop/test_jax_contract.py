@@ -18,6 +18,7 @@ from warp_phys.errors import NotRepeatable  # noqa: E402
 from warp_phys.flow import geometric, linear_parts, resolve  # noqa: E402
 from warp_phys.interop import jax as bridge  # noqa: E402
 from warp_phys.interop.jax import trace as jax_trace  # noqa: E402
+from warp_phys.interop.jax import unrolling  # noqa: E402
 from warp_phys.interop.jax.system import JaxSystem  # noqa: E402
 from warp_phys.interop.torch import Rollout  # noqa: E402
 
@@ -52,7 +53,9 @@ SIMULATORS = {"System": SYSTEM, "JaxSystem": OF_JAX, "foreign": FOREIGN}
 
 
 @pytest.fixture(autouse=True)
-def _double(device):
+def _double(device, monkeypatch):
+    """In float64, by the general backend; what is fused has tests of its own."""
+    monkeypatch.setattr(unrolling, "_fused", lambda system, program: "here it is not")
     with in_jax.double(device):
         yield
 
@@ -486,9 +489,9 @@ def test_nothing_is_compiled_again():
     first = jax_trace.trace("controller", controller, _params(), _start()).program
     assert jax_trace.trace("controller", controller, _params(), _start()).program is first
     assert len(calls) == 3 + 1 + 2  # one look per call, and a second one at the very first
-    sizes = bridge._forward._cache_size()
+    sizes = unrolling._forward._cache_size()
     jax.grad(lambda p: _loss(*bridge.rollout(SYSTEM, controller, p, _start(), STEPS, "R")))(_params())
-    assert bridge._forward._cache_size() == sizes
+    assert unrolling._forward._cache_size() == sizes
 
 
 @pytest.mark.parametrize("flow", ["R", "M", "C"])

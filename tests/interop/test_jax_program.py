@@ -142,7 +142,7 @@ def test_a_policy_is_fused(policy):
         assert in_jax.relative(got, by_general) < 1e-10
         assert in_jax.relative(got, _by_jax(policy, flow)) < 1e-10
     regular, modified = _by_jax(policy, "R"), _by_jax(policy, "M")
-    assert in_jax.relative(regular, modified) > 1e-3  # else the flows would say nothing
+    assert in_jax.relative(regular, modified) > 1e-4  # else the flows would say nothing
     assert in_jax.relative(_by_engine(policy, "R", "fused", 1)[0], _by_jax(policy, "R", 1)) < 1e-10
 
 
@@ -212,7 +212,7 @@ REFUSED = {
     "numbers of their own": lambda p, x: _plain(p, x) + jnp.arange(len(x) * 1.0)[:, None],
     "uses argmax, whose derivative": lambda p, x: _plain(p, x) + x.argmax(1, keepdims=True),
     "uses sort": lambda p, x: _plain(p, jnp.sort(x, axis=1)),
-    "uses cond": lambda p, x: jax.lax.cond(x[0, 0] > 0, lambda x: x, lambda x: 2 * x, _plain(p, x)),
+    "uses cond": lambda p, x: jax.lax.cond(p["b"][0] > 0, lambda x: x, lambda x: 2 * x, _plain(p, x)),
     "uses while": lambda p, x: (
         jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1]), (x[0, 0], x))[1] @ p["v"]
     ),

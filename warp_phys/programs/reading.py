@@ -56,7 +56,8 @@ class Reading:
         """Return the places of a tensor, which gets a slot once its numbers are used."""
         self.tensors.append(value)
         self._sizes.append(math.prod(shape))
-        return -1 - ((len(self.tensors) - 1 << IN_NODE) + np.arange(self._sizes[-1]).reshape(tuple(shape)))
+        places = (len(self.tensors) - 1 << IN_NODE) + np.arange(self._sizes[-1])
+        return (-1 - places).reshape(tuple(shape))
 
     def constant(self, values: Any) -> np.ndarray:
         """Return the places of numbers that stand in the program; equal ones have one."""

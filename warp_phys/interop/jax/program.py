@@ -250,10 +250,9 @@ class _Reader(Reading):
         return outs
 
     def _key(self, value: _Value) -> int:
-        if value.key is None:
-            (known,) = self._record(lambda: (value.number,), (), (value.aval,))
-            value = known
-        return value.key
+        if value.key is not None:
+            return value.key
+        return self._record(lambda: (value.number,), (), (value.aval,))[0].key
 
     def _constant(self, const: Any) -> _Value:
         """Return what the function closes over: an array is read at run time, so that code does not depend on it."""
