@@ -488,6 +488,6 @@ def _traced(system: Any, controller: Callable, params: Any, x0: jax.Array) -> tu
 
 def _fused(system: Any, program: Program) -> Fused | str:
     """Return a controller as a row program, or why it is none."""
-    device = jax.config.jax_default_device
+    device = getattr(jax.config, "jax_default_device", None)  # its own types do not know it
     platform = getattr(device, "platform", device) or jax.default_backend()
     return f"row programs run on a CPU, JAX on {platform}" if platform != "cpu" else read_and_check(program, system)
