@@ -32,11 +32,6 @@ def is_traced(array: Any) -> bool:
     return isinstance(array, jax.core.Tracer)
 
 
-def shape_of(array: jax.Array) -> jax.ShapeDtypeStruct:
-    """Return shape and precision alone."""
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
 def check_rows(name: str, value: Any, system: Any) -> jax.Array:
     """Return states as a JAX array of shape (batch, D), or raise a TypeError or ValueError that says why not.
 

@@ -11,8 +11,6 @@ from warp_phys.core.arrays import alias
 
 Joint = newton.JointType
 ROTATION, FLOATING = (Joint.BALL,), (Joint.FREE, Joint.DISTANCE)
-WIDTHS = {"body_q": 7, "body_qd": 6, "particle_q": 3, "particle_qd": 3}
-"""Numbers per body or particle in an array of the state."""
 TARGETS = {"joint_f": "joint_qd", "joint_target_qd": "joint_qd", "joint_target_q": "joint_q"}
 """Arrays of `newton.Control` that may be steered, and the array of the state that each is laid out like."""
 AXES = ("x", "y", "z")

@@ -157,8 +157,6 @@ struct silu {
     template <typename V> static inline V slope(V y) { return y; }
 };
 
-template <typename A, typename T> static inline T slope_at(T y) { return A::slope(vector<T>{} + y)[0]; }
-
 // ---- products
 
 // y[i] = activation(bias + x[i] W) for ROWS rows and NV vectors of columns; slopes go to y + slopes where they are kept.
