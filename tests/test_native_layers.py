@@ -13,8 +13,7 @@ from warp_phys.flow import agree, geometric, minmod
 from warp_phys.programs import native_kernels, update_kernels
 from warp_phys.programs.network import Network, Sweeps, address_array, run
 from warp_phys.programs.operations import FUSED
-from warp_phys.programs.plan import PAD
-from warp_phys.programs.program import Builder, Dense
+from warp_phys.programs.program import PAD, Builder, Dense
 
 EXACT = {
     "identity": lambda z: z,

@@ -13,7 +13,7 @@ from warp_phys.programs import native_kernels as native
 from warp_phys.programs.block_network import BlockLinearisation, BlockNetwork
 from warp_phys.programs.layout import layout_of
 from warp_phys.programs.network import address_array
-from warp_phys.programs.plan import SAMPLES
+from warp_phys.programs.program import SAMPLES
 
 
 @functools.cache

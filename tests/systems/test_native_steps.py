@@ -9,7 +9,7 @@ import warp as wp
 from tests.springs import Springs
 from warp_phys import CartPole, Quantum, Repulsion
 from warp_phys.programs import native_kernels, native_physics
-from warp_phys.programs.plan import SAMPLES
+from warp_phys.programs.program import SAMPLES
 
 BATCH = 21  # two blocks and a part of one
 FLOWS = 2

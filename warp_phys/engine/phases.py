@@ -24,7 +24,7 @@ from warp_phys.engine.layers import Workspace
 from warp_phys.errors import NotRepeatable
 from warp_phys.flow import Flow
 from warp_phys.programs import native_kernels
-from warp_phys.programs.plan import SAMPLES
+from warp_phys.programs.program import SAMPLES
 from warp_phys.systems.base import Simulator, System
 
 CHUNK_ROWS = 2048

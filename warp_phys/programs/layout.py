@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from warp_phys.programs.operations import KEPT_SLOPES, OPERATIONS, Operation
-from warp_phys.programs.plan import CHUNK_NUMBERS, SAMPLES, padded
-from warp_phys.programs.program import Dense, Program
+from warp_phys.programs.program import SAMPLES, Dense, Program, padded
+
+CHUNK_NUMBERS = 16384
+"""Numbers of a flow's rows that a backward pass works on at a time: they stay in the second-level cache."""
 
 MOST = 32
 """Most nodes that are computed together: registers are few."""

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from warp_phys.programs.layout import Layout, Place, Stage, layout_of, node_is_elementwise, runs
 from warp_phys.programs.operations import FUSED, OPERATIONS
-from warp_phys.programs.plan import padded
-from warp_phys.programs.program import Dense, Program
+from warp_phys.programs.program import Dense, Program, padded
 
 FEWEST = 4
 """Fewest numbers side by side that are copied by a loop rather than by a table."""

@@ -16,8 +16,7 @@ from warp_phys.core.rows import row_functions, scalar_name
 from warp_phys.programs import native_code
 from warp_phys.programs.layout import layout_of
 from warp_phys.programs.native_physics import add_parameters_function, advance_function, retreat_function
-from warp_phys.programs.plan import SAMPLES
-from warp_phys.programs.program import Program
+from warp_phys.programs.program import SAMPLES, Program
 
 HEADERS = ("layers.h", "lanes.h", "rows.h", "repulsion.h", "quantum.h", "update.h")
 """The C++ that stands in front of the kernels' own."""

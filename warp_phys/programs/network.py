@@ -14,8 +14,7 @@ from warp_phys.core.arrays import aligned_zeros
 from warp_phys.programs import native_kernels as native
 from warp_phys.programs import row_buffers
 from warp_phys.programs.layout import layout_of
-from warp_phys.programs.plan import SAMPLES
-from warp_phys.programs.program import Program
+from warp_phys.programs.program import SAMPLES, Program
 from warp_phys.programs.row_buffers import Buffers, Rows
 
 CACHED_BYTES = 2**20

@@ -20,7 +20,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from warp_phys.programs.operations import FUSED, OPERATIONS
-from warp_phys.programs.plan import FEW, padded
+
+SAMPLES = 8
+"""Samples of a block: they are unrolled together and share the weights that are loaded."""
+
+FEW = 8
+"""Most outputs of a last layer that is worth no register's width of outputs."""
+
+PAD = 16
+"""Widths of layers are padded to a multiple of this, as in native/layers.h."""
 
 
 class Node(NamedTuple):
@@ -224,3 +232,8 @@ def chain(sizes: Sequence[int], activation: str) -> Program:
         numbers = Dense(1, n, n, m, builder.slot(n * m), builder.slot(m), False, n, name)
         x = builder.add("dense", (x,), m, tuple(numbers))
     return builder.finish(x)
+
+
+def padded(n: int) -> int:
+    """Return the width that n numbers take."""
+    return -(-n // PAD) * PAD
