@@ -6,9 +6,10 @@ batch dimension) is the business of whatever moves integers, and what is left ar
 which must take its operands from one sample.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from warp_phys.programs.program import Builder, Dense
 LONGEST = 4096
 """Most numbers of a node that is no dense layer's."""
 
+WIDEST = 64 * LONGEST
+"""Most numbers that a dense layer takes."""
+
 LARGEST = 1 << 22
 """Most numbers of an array of places."""
 
@@ -26,9 +30,49 @@ IN_NODE, IN_SAMPLE = 24, 44
 
 POSITION, OF_SAMPLE = (1 << IN_NODE) - 1, (1 << IN_SAMPLE) - 1
 
+OF_WEIGHTS = "it computes with a large tensor of weights, other than as a dense layer's"
+
+ALIKE: dict[str, tuple[str, *tuple[float, ...]]] = {
+    "neg": ("negate",), "sqrt": ("root",), "rsqrt": ("reciprocal root",), "square": ("square",), "abs": ("absolute",),
+    "sign": ("sign",), "sin": ("sine",), "cos": ("cosine",), "tan": ("tangent",), "asin": ("arcsine",),
+    "acos": ("arccosine",), "atan": ("arctangent",), "sinh": ("hyperbolic sine",), "cosh": ("hyperbolic cosine",),
+    "tanh": ("tanh",), "asinh": ("inverse hyperbolic sine",), "acosh": ("inverse hyperbolic cosine",),
+    "atanh": ("inverse hyperbolic tangent",), "exp": ("exponential",), "expm1": ("exponential less one",),
+    "log": ("logarithm",), "log1p": ("logarithm of one more",), "erf": ("error function", 2.0 / math.sqrt(math.pi)),
+}  # fmt: skip
+"""Operations on one number by the name that torch and JAX have for them: what they are here, and its numbers."""
+
 
 class Unreadable(Exception):
     """A function is no row program; the message says why, in one sentence."""
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Raise `Unreadable` with the first line of an error, after what it means."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise Unreadable(f"{what}: {type(error).__name__} {first[:160]}") from None
+
+
+class _Groups(NamedTuple):
+    """Groups of numbers, each of which an operation takes at once."""
+
+    rows: np.ndarray
+    """Nodes and positions of one sample's groups, in turn, shape (groups, numbers)."""
+    sample: np.ndarray
+    """Sample of each group of the batch; 0 for what is the same for all of them."""
+    which: np.ndarray
+    """Which of `rows` each is."""
+
+    def places(self, node: int, size: int) -> np.ndarray:
+        """Return the places (groups of the batch, size) of a node with `size` numbers for each of `rows`."""
+        first = (self.sample << IN_SAMPLE) + (node << IN_NODE) + self.which * size
+        return first[:, None] + np.arange(size)
 
 
 class Reading:
@@ -43,6 +87,7 @@ class Reading:
         self.build, self.samples = Builder(inputs), samples
         self.tensors: list[Any] = []
         """What the places below zero refer to, by number."""
+        self._numbers: dict[int, int] = {}
         self._sizes: list[int] = []
         self._slots: dict[int, int] = {}
         self._moving: list[bool] = []
@@ -54,10 +99,11 @@ class Reading:
 
     def tensor(self, value: Any, shape: Sequence[int]) -> np.ndarray:
         """Return the places of a tensor, which gets a slot once its numbers are used."""
-        self.tensors.append(value)
-        self._sizes.append(math.prod(shape))
-        places = (len(self.tensors) - 1 << IN_NODE) + np.arange(self._sizes[-1])
-        return (-1 - places).reshape(tuple(shape))
+        size, number = math.prod(shape), self._numbers.setdefault(id(value), len(self.tensors))
+        if number == len(self.tensors):
+            self.tensors.append(value)
+            self._sizes.append(size)
+        return (-1 - (number << IN_NODE) - np.arange(size)).reshape(tuple(shape))
 
     def constant(self, values: Any) -> np.ndarray:
         """Return the places of numbers that stand in the program; equal ones have one."""
@@ -69,62 +115,62 @@ class Reading:
 
     def finish(self, output: np.ndarray) -> tuple[Any, tuple[Any, ...]]:
         """Return the program whose controls stand at places (samples, K), and what its slots read in turn, or None."""
-        (node,), sample = self.together([output])
-        if sample is not None and (sample != np.arange(1, self.samples + 1)[:, None]).any():
+        groups = self._groups(output)
+        if not groups.sample.any() and len(groups.rows) > 1:
+            raise Unreadable("it returns rows that do not depend on the states, and are not all the same")
+        if groups.sample.any() and not np.array_equal(groups.sample, np.arange(1, self.samples + 1)):
             raise Unreadable("it returns its rows in another order")
-        program = self.build.finish(node)
+        program = self.build.finish(self._node(groups.rows))
         of_slot = {slot: self.tensors[number] for number, slot in self._slots.items()}
         return program, tuple(None if slot < 0 else of_slot[slot] for slot in program.read)
 
     # --- samples and nodes
 
-    def together(self, codes: Sequence[np.ndarray]) -> tuple[tuple[int, ...], np.ndarray | None]:
-        """Return nodes with the numbers of arrays of one shape, place by place, and the sample of each place.
+    def joined(self, code: np.ndarray) -> np.ndarray:
+        """Return places in which each row takes what is the same for all of them, along the axis of the rows."""
+        sample = _samples(code)
+        if not sample.any() or sample.all():
+            return code
+        for axis in range(code.ndim):
+            flat = np.moveaxis(sample, axis, 0).reshape(code.shape[axis], -1)
+            owner = flat.max(1)
+            if owner.all() and ((flat == 0) | (flat == owner[:, None])).all():
+                shape = [-1 if d == axis else 1 for d in range(code.ndim)]
+                return np.where(sample > 0, code, self._loaded(code) + (owner.reshape(shape) << IN_SAMPLE))
+        return code
 
-        The samples are None where all is the same for all of them.
+    def _groups(self, code: np.ndarray, mixed: str = "its rows depend on each other, or on their number") -> _Groups:
+        """Return what stands in places (groups, numbers), each group of one sample or the same for all rows.
 
         Raises:
-            Unreadable: Samples do not take the same places, or places of each other.
+            Unreadable: There are both kinds of groups; samples do not take the same places; or, which is called
+                `mixed`, those of each other.
         """
-        codes = [self._loaded(code) for code in codes]
-        owners = [code >> IN_SAMPLE for code in codes]
-        sample: Any = np.maximum.reduce(owners)
+        _limit(code.size, "its batches are too large", LARGEST)
+        own = _samples(code)
+        sample = own.max(1, initial=0)
         if not sample.any():
-            return tuple(self._gathered(code.ravel()) for code in codes), None
-        if any(((own > 0) & (own != sample)).any() for own in owners):
-            raise Unreadable("its rows depend on each other, or on their number")
-        sample = self._completed(sample)
-        order, nodes = self._order(sample), []
-        for code in codes:
-            rows = (code & OF_SAMPLE).ravel()[order]
-            if (rows != rows[0]).any():
-                raise Unreadable("its rows do not all take the same way, or have numbers of their own")
-            nodes.append(self._gathered(rows[0]))
-        return tuple(nodes), sample
-
-    def _gathered(self, row: np.ndarray) -> int:
-        _limit(len(row), "it has too many numbers between its layers")
-        return self.build.gather(list(zip((row >> IN_NODE).tolist(), (row & POSITION).tolist(), strict=True)))
-
-    def _completed(self, sample: np.ndarray) -> np.ndarray:
-        """Return samples with those of numbers that are the same for all, which stand among rows: by their position."""
-        if sample.all():
-            return sample
-        for axis in range(sample.ndim):
-            if sample.shape[axis] == self.samples:
-                shape = [-1 if d == axis else 1 for d in range(sample.ndim)]
-                position = np.broadcast_to(np.arange(1, self.samples + 1).reshape(shape), sample.shape)
-                if ((sample == 0) | (sample == position)).all():
-                    return position
-        raise Unreadable("it joins what is the same for all rows with rows in one tensor")
-
-    def _order(self, sample: np.ndarray) -> np.ndarray:
-        """Return the positions of each sample in order, shape (samples, …)."""
-        flat = sample.ravel()
-        _limit(flat.size, "its batches are too large", LARGEST)
-        if (np.bincount(flat, minlength=self.samples + 1)[1:] * self.samples != flat.size).any():
+            code, which = np.unique(code, axis=0, return_inverse=True)  # rows that are copies are computed once
+            return _Groups(self._loaded(code), sample, which.reshape(-1))
+        if ((own > 0) & (own != sample[:, None])).any():
+            raise Unreadable(mixed)
+        if not sample.all():
+            raise Unreadable("it joins what is the same for all rows with rows in one tensor")
+        if (np.bincount(sample, minlength=self.samples + 1)[1:] * self.samples != len(sample)).any():
             raise Unreadable("its rows are not all treated alike")
-        return np.argsort(flat, kind="stable").reshape(self.samples, -1)
+        order = np.argsort(sample, kind="stable").reshape(self.samples, -1)
+        rows = (self._loaded(code) & OF_SAMPLE)[order]
+        if (rows != rows[0]).any():
+            raise Unreadable("its rows do not all take the same way, or have numbers of their own")
+        which = np.empty_like(sample)
+        which[order] = np.arange(order.shape[1])
+        return _Groups(rows[0], sample, which)
+
+    def _node(self, rows: np.ndarray, most: int = LONGEST) -> int:
+        """Return a node of these numbers, in turn."""
+        _limit(rows.size, "it has too many numbers between its layers", most)
+        flat = rows.ravel()
+        return self.build.gather(list(zip((flat >> IN_NODE).tolist(), (flat & POSITION).tolist(), strict=True)))
 
     def _loaded(self, code: np.ndarray) -> np.ndarray:
         """Return places in which numbers of tensors have become numbers of nodes that load them."""
@@ -136,7 +182,7 @@ class Reading:
         for number in np.unique(wanted >> IN_NODE).tolist():
             own = wanted >> IN_NODE == number
             places, index = np.unique(wanted[own] & POSITION, return_inverse=True)
-            _limit(len(places), "it computes with a large tensor of weights, other than as a dense layer's")
+            _limit(len(places), OF_WEIGHTS)
             node = self.build.add("load", (), len(places), (self._slot(number), tuple(places.tolist())))
             loaded[own] = (node << IN_NODE) + index
         code[below] = loaded
@@ -147,23 +193,15 @@ class Reading:
             self._slots[number] = self.build.slot(self._sizes[number])
         return self._slots[number]
 
-    def spread(self, node: int, sample: np.ndarray | None, shape: Sequence[int]) -> np.ndarray:
-        """Return the places of a node whose numbers stand, sample by sample, where `sample` says."""
-        if sample is None:
-            return ((node << IN_NODE) + np.arange(math.prod(shape))).reshape(tuple(shape))
-        order, code = self._order(sample), np.empty(sample.size, np.int64)
-        first = (np.arange(1, self.samples + 1)[:, None] << IN_SAMPLE) + (node << IN_NODE)
-        code[order] = first + np.arange(order.shape[1])
-        return code.reshape(tuple(shape))
-
     # --- operations
 
     def elementwise(self, operation: str, operands: Sequence[Any], *numbers: float) -> np.ndarray:
         """Return the places of an operation on operands that are broadcast: arrays of places, or numbers."""
         codes = np.broadcast_arrays(*(o if isinstance(o, np.ndarray) else self.constant(o) for o in operands))
-        nodes, sample = self.together(codes)
-        made = self.build.add(operation, nodes, self.build.nodes[nodes[0]].size, tuple(map(float, numbers)))
-        return self.spread(made, sample, codes[0].shape)
+        groups = self._groups(np.stack([code.ravel() for code in codes], 1))
+        nodes = tuple(self._node(operand) for operand in groups.rows.T)
+        made = self.build.add(operation, nodes, len(groups.rows), tuple(map(float, numbers)))
+        return groups.places(made, 1).reshape(codes[0].shape)
 
     def arithmetic(self, operation: str, a: Any, b: Any) -> np.ndarray:
         """Return the places of a sum, difference, product or quotient; numbers become a part of the operation."""
@@ -192,36 +230,44 @@ class Reading:
         others = [d for d in range(code.ndim) if d not in axes]
         length = math.prod(code.shape[d] for d in axes)
         kept = [1 if d in axes else code.shape[d] for d in range(code.ndim)]
-        (node,), sample = self.together([code.transpose(*others, *axes)])
-        if sample is not None:
-            sample = sample.reshape(-1, length)
-            if (sample != sample[:, :1]).any():
-                raise Unreadable("it reduces over the batch")
-            sample = sample[:, 0]
-        made = self.build.add(operation, (node,), self.build.nodes[node].size // length, (length,))
-        return self.spread(made, sample, kept)
+        moved = code.transpose(*others, *axes).reshape(-1, length)
+        groups = self._groups(moved, "it reduces over the batch")
+        made = self.build.add(operation, (self._node(groups.rows),), len(groups.rows), (length,))
+        return groups.places(made, 1).reshape(kept)
 
-    def dense(self, x: np.ndarray, weights: int, outputs: int, flipped: bool, biases: int | None = None) -> np.ndarray:
-        """Return the places of x Wᵀ + b over the last axis of x.
+    def total(self, code: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        """Return the places of sums over axes, which become 1."""
+        return self.reduced("sum", code, axes)
 
-        Args:
-            x: Places (…, window).
-            weights: Number of the tensor W (outputs, window), or (window, outputs) if it is `flipped`.
-            outputs: Outputs of a window.
-            flipped: As said.
-            biases: Number of the tensor b (outputs,).
-        """
-        window = x.shape[-1]
-        (node,), sample = self.together([x.reshape(-1, window)])
-        if sample is None:
-            raise Unreadable("a layer's input is the same for all rows")
-        if (sample != sample[:, :1]).any():
-            raise Unreadable("a layer runs over the batch")
-        positions = self.build.nodes[node].size // window
-        slots = self._slot(weights), -1 if biases is None else self._slot(biases)
-        numbers = Dense(positions, window, window, outputs, *slots, flipped, channels=window)
-        made = self.build.add("dense", (node,), positions * outputs, tuple(numbers))
-        return self.spread(made, np.broadcast_to(sample[:, :1], (len(sample), outputs)), (*x.shape[:-1], outputs))
+    def largest(self, code: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        """Return the places of the largest numbers over axes, which become 1; equal ones share their derivative."""
+        largest = self.reduced("largest", code, axes)
+        first = self.elementwise("equal", [code, largest])
+        share = self.elementwise("divide", [first, self.total(first, axes)])
+        shared = self.elementwise("multiply", [code, self.elementwise("stop", [share])])
+        return self.elementwise("derivative of", [largest, self.total(shared, axes)])
+
+    def smallest(self, code: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        """Return the places of the smallest numbers, likewise."""
+        return self.elementwise("negate", [self.largest(self.elementwise("negate", [code]), axes)])
+
+    def dense(self, x: np.ndarray, weights: np.ndarray, biases: np.ndarray | None = None) -> np.ndarray:
+        """Return the places of x Wᵀ + b, over the last axis of x, for weights W (outputs, window)."""
+        outputs, window = weights.shape
+        number, flipped = self.whole(weights), False
+        if number is None:
+            number, flipped = self.whole(weights.T), True
+        of_biases = None if biases is None else self.whole(biases)
+        if biases is not None and (of_biases is None or biases.shape != (outputs,)):
+            return self.elementwise("add", [self.dense(x, weights), biases])
+        if number is None:  # computed, once for each row
+            y = self.product(x.reshape(-1, window), weights.T).reshape(*x.shape[:-1], outputs)
+            return y if biases is None else self.elementwise("add", [y, biases])
+        groups = self._groups(x.reshape(-1, window), "a layer runs over the batch")
+        slots = self._slot(number), -1 if of_biases is None else self._slot(of_biases)
+        numbers = Dense(len(groups.rows), window, window, outputs, *slots, flipped, channels=window)
+        made = self.build.add("dense", (self._node(groups.rows, WIDEST),), len(groups.rows) * outputs, tuple(numbers))
+        return groups.places(made, outputs).reshape(*x.shape[:-1], outputs)
 
     def moves(self, code: np.ndarray) -> bool:
         """Whether adjoints at places lead back to the states or to tensors, rather than to what is stopped."""
@@ -244,18 +290,27 @@ class Reading:
     def product(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Return the places of a (…, M, K) times b (…, K, N)."""
         lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        shape = *lead, a.shape[-2], b.shape[-1]
         (m, inner), n = a.shape[-2:], b.shape[-1]
         a = np.broadcast_to(a, (*lead, m, inner)).reshape(-1, m, inner)
         b = np.broadcast_to(b, (*lead, inner, n)).reshape(-1, inner, n)
-        ((first,), of_first), ((second,), of_second) = self.together([a]), self.together([b])
-        if of_first is None or of_second is None:
-            raise Unreadable("it multiplies rows by a matrix that is no layer's")
-        owner = of_first[:, :1, :1]
-        if (of_first != owner).any() or (of_second != owner).any():
-            raise Unreadable("it multiplies rows with each other")
-        groups = self.build.nodes[first].size // (m * inner)
-        made = self.build.add("product", (first, second), groups * m * n, (groups, m, inner, n))
-        return self.spread(made, np.broadcast_to(owner, (len(a), m, n)), (*lead, m, n))
+        if (b == b[:1]).all() and not _samples(b).any():  # one product for all rows of a sample
+            groups = self._groups(a.reshape(-1, inner))
+            first, second, count, m = groups.rows, self._loaded(b[0]), 1, len(groups.rows)
+        else:
+            both = np.concatenate([a.reshape(len(a), -1), b.reshape(len(b), -1)], 1)
+            groups = self._groups(both, "it multiplies rows with each other")
+            first, second = np.split(groups.rows, [m * inner], 1)
+            count = len(groups.rows)
+        size = count * m * n
+        _limit(max(first.size, second.size, size), OF_WEIGHTS)
+        made = self.build.add("product", (self._node(first), self._node(second)), size, (count, m, inner, n))
+        return groups.places(made, size // len(groups.rows)).reshape(shape)
+
+
+def _samples(code: np.ndarray) -> np.ndarray:
+    """Return the sample of each place, counted from 1; 0 for what is the same for all rows."""
+    return np.maximum(code, 0) >> IN_SAMPLE
 
 
 def _limit(count: int, what: str, most: int = LONGEST) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from warp_phys.interop.jax import trace as jax_trace
 from warp_phys.interop.jax.arrays import real_of, rows_of_parameters
 from warp_phys.interop.jax.dense_calls import sweep_call, unroll_call
-from warp_phys.programs.reading import Reading, Unreadable
+from warp_phys.programs.reading import ALIKE, Reading, Unreadable, explained
 from warp_phys.systems.base import System
 
 WIDEST = 256
@@ -115,13 +115,8 @@ def _read(program: jax_trace.Program) -> Fused:
         raise Unreadable("it has a backward pass of its own (custom_vjp), which sees the adjoints of each step")
     if not jax_trace.CALLBACKS.isdisjoint(program.primitives):
         raise Unreadable("it calls back to Python")
-    try:
+    with explained("it cannot be read"):  # a primitive with parameters that its rule does not know
         return _Reader(program).read()
-    except Unreadable:
-        raise
-    except Exception as error:  # a primitive with parameters that its rule does not know
-        first = str(error).strip().partition("\n")[0]
-        raise Unreadable(f"it cannot be read: {type(error).__name__} {first[:160]}") from None
 
 
 def _check_numbers(read: Fused, program: jax_trace.Program, system: System) -> None:
@@ -145,10 +140,8 @@ def _check_numbers(read: Fused, program: jax_trace.Program, system: System) -> N
     seed = jnp.cos(jnp.arange(len(x) * read.plan.outputs, dtype=x.dtype)).reshape(len(x), -1)
     for kind in (2, 1, 0):
         inputs = jax_trace.draw(program, kind)[0]
-        try:
+        with explained("no code can be made of it"):
             got, expected = (_numbers(function(inputs, seed)) for function in (fused, by_jax))
-        except Exception as error:
-            raise Unreadable(f"no code can be made of it: {str(error).strip()[:160]}") from None
         known |= all(np.isfinite(part).all() for part in expected)
         bound = 1e-4 if x.dtype == np.float32 else 1e-10
         scales = [_size(expected[:1]), *[_size(expected[1:])] * (len(expected) - 1)]
@@ -346,7 +339,7 @@ class _Reader(Reading):
         codes = move(arguments, equation.params | {"nan": int(self.constant(math.nan))})
         avals = [var.aval for var in equation.outvars]
         if any(value.of_rows for value in data):
-            return [_Value(code=code, aval=aval) for code, aval in zip(codes, avals, strict=True)]
+            return [_Value(code=self.joined(code), aval=aval) for code, aval in zip(codes, avals, strict=True)]
         outs = self._record(_bound(equation), ins, avals)
         for out, code in zip(outs, codes, strict=True):
             out.code = code
@@ -384,15 +377,14 @@ class _Reader(Reading):
         """Return values side by side along a new first axis."""
         aval = jax.ShapeDtypeStruct((len(values), *values[0].aval.shape), values[0].aval.dtype)
         if any(value.of_rows for value in values):
-            return _Value(code=np.stack([self.places(value) for value in values]), aval=aval)
+            return _Value(code=self.joined(np.stack([self.places(value) for value in values])), aval=aval)
         return self._record(lambda *parts: (jnp.stack(parts),), values, [aval])[0]
 
-    def matrix(self, value: _Value, order: Sequence[int], shape: Sequence[int], i: int) -> int:
-        """Return the number of a tensor: matrix i of a value whose axes are brought in order, and to a shape."""
+    def matrix(self, value: _Value, order: Sequence[int], shape: Sequence[int], i: int) -> np.ndarray:
+        """Return the places of a tensor: matrix i of a value whose axes are brought in order, and to a shape."""
         aval = jax.ShapeDtypeStruct(shape[1:], value.aval.dtype)
         (out,) = self._record(lambda a: (a.transpose(order).reshape(shape)[i],), [value], [aval])
-        self.tensor(out.key, aval.shape)
-        return len(self.tensors) - 1
+        return self.tensor(out.key, aval.shape)
 
     def stopped(self, value: _Value) -> _Value:
         """Return a value without a derivative."""
@@ -668,26 +660,11 @@ def _is_finite(reader: _Reader, _equation: Any, a: _Value) -> np.ndarray:
     return reader.elementwise("equal", [reader.elementwise("subtract", [code, code]), 0.0])
 
 
-def _sum(reader: _Reader, equation: Any, a: _Value) -> np.ndarray:
-    return reader.reduced("sum", reader.places(a), equation.params["axes"]).reshape(equation.outvars[0].aval.shape)
+def _over_axes(find: Callable) -> Callable:
+    def rule(reader: _Reader, equation: Any, a: _Value) -> np.ndarray:
+        return find(reader, reader.places(a), equation.params["axes"]).reshape(equation.outvars[0].aval.shape)
 
-
-def _largest(reader: _Reader, code: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-    """Return the largest numbers; their derivative is shared among equal ones."""
-    largest = reader.reduced("largest", code, axes)
-    first = reader.elementwise("equal", [code, largest])
-    share = reader.elementwise("divide", [first, reader.reduced("sum", first, axes)])
-    shared = reader.elementwise("multiply", [code, reader.elementwise("stop", [share])])
-    return reader.elementwise("derivative of", [largest, reader.reduced("sum", shared, axes)])
-
-
-def _reduce_max(reader: _Reader, equation: Any, a: _Value) -> np.ndarray:
-    return _largest(reader, reader.places(a), equation.params["axes"]).reshape(equation.outvars[0].aval.shape)
-
-
-def _reduce_min(reader: _Reader, equation: Any, a: _Value) -> np.ndarray:
-    opposite = _largest(reader, reader.elementwise("negate", [reader.places(a)]), equation.params["axes"])
-    return reader.elementwise("negate", [opposite]).reshape(equation.outvars[0].aval.shape)
+    return rule
 
 
 def _matrices(reader: _Reader, equation: Any, a: _Value, b: _Value) -> tuple[np.ndarray, np.ndarray, list]:
@@ -722,31 +699,23 @@ def _layers(reader: _Reader, x: np.ndarray, w: np.ndarray, weights: _Value, orde
         x, w = x.reshape(1, groups * m, -1), w[:1]
     made = []
     for i, (rows, matrix) in enumerate(zip(x, w, strict=True)):
-        number, flipped = reader.whole(matrix), False
-        if number is None:
-            number, flipped = reader.whole(matrix.T), True
-        if number is None:
-            number, flipped = reader.matrix(weights, order, w.shape, i), False
-        made.append(reader.dense(rows, number, len(matrix), flipped))
+        whole = any(reader.whole(places) is not None for places in (matrix, matrix.T))
+        made.append(reader.dense(rows, matrix if whole else reader.matrix(weights, order, w.shape, i)))
     return np.stack(made).reshape(groups, m, -1)
 
 
-RULES: dict[str, Callable] = {
+RULES: dict[str, Callable] = {name: _unary(*operation) for name, operation in ALIKE.items()} | {
     "add": _binary("add"), "add_any": _binary("add"), "sub": _binary("subtract"), "mul": _binary("multiply"),
-    "div": _binary("divide"), "neg": _unary("negate"), "square": _unary("square"), "sqrt": _unary("root"),
-    "rsqrt": _unary("reciprocal root"), "integer_pow": _power, "pow": _power, "sin": _unary("sine"),
-    "cos": _unary("cosine"), "tan": _unary("tangent"), "asin": _unary("arcsine"), "acos": _unary("arccosine"),
-    "atan": _unary("arctangent"), "atan2": _binary("angle"), "sinh": _unary("hyperbolic sine"),
-    "cosh": _unary("hyperbolic cosine"), "tanh": _unary("tanh"), "logistic": _unary("sigmoid"),
-    "exp": _unary("exponential"), "expm1": _unary("exponential less one"), "log": _unary("logarithm"),
-    "log1p": _unary("logarithm of one more"), "erf": _unary("error function", 2.0 / math.sqrt(math.pi)),
-    "erfc": _erfc, "abs": _unary("absolute"), "sign": _unary("sign"), "stop_gradient": _unary("stop"),
+    "div": _binary("divide"), "integer_pow": _power, "pow": _power,
+    "atan2": lambda r, _equation, a, b: r.elementwise("angle", [r.operand(a), r.operand(b)]),
+    "logistic": _unary("sigmoid"), "erfc": _erfc, "stop_gradient": _unary("stop"),
     "max": _extreme("maximum", -math.inf), "min": _extreme("minimum", math.inf), "clamp": _clamp,
     "gt": _compare("greater"), "ge": _compare("greater or equal"), "lt": _compare("greater", swapped=True),
     "le": _compare("greater or equal", swapped=True), "eq": _compare("equal"), "ne": _compare("equal", negated=True),
     "and": _logical("multiply"), "or": _logical("maximum"), "not": _logical("not"), "select_n": _select,
-    "is_finite": _is_finite, "convert_element_type": _convert, "reduce_sum": _sum, "reduce_max": _reduce_max,
-    "reduce_min": _reduce_min, "dot_general": _dot_general,
+    "is_finite": _is_finite, "convert_element_type": _convert, "dot_general": _dot_general,
+    "reduce_sum": _over_axes(_Reader.total), "reduce_max": _over_axes(_Reader.largest),
+    "reduce_min": _over_axes(_Reader.smallest),
 }  # fmt: skip
 """What each primitive becomes, by its name."""
 

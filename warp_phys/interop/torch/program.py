@@ -1,8 +1,7 @@
 """Any torch module read as a row program, by `torch.export`, and held against the module itself.
 
-The exported graph is run on tensors that hold no numbers but where numbers come from: sample, node, place. So layout
-is torch's own business (views, transposes, slices, concatenations, whatever they do to the batch dimension), and what
-is left are the operations on numbers, each of which must take its operands from one sample.
+The exported graph is run on tensors of places (`programs.reading`): layout is torch's own business, and each operation
+on numbers becomes one of the table.
 """
 
 import builtins
@@ -11,8 +10,8 @@ import functools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import warp as wp
@@ -28,26 +27,13 @@ from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.loss import torch_stream
 from warp_phys.programs.block_network import BlockLinearisation, BlockNetwork
 from warp_phys.programs.network import Network
-from warp_phys.programs.program import Builder, Dense
+from warp_phys.programs.reading import ALIKE, Reading, Unreadable, explained
 
 TRIED = 9
 """States at which a program is held against its module."""
 
 BATCH = 3
 """Samples of the tensors that stand for a batch of any size."""
-
-LONGEST = 4096
-"""Most numbers of a node that is no dense layer's."""
-
-PLACES, NODES = 1 << 24, 1 << 20
-"""Numbers of a node, and nodes, in the code of an entry: (sample + 1) · NODES · PLACES + node · PLACES + place."""
-
-BLOCK = NODES * PLACES
-"""Codes of a sample."""
-
-
-class Unreadable(Exception):
-    """A module is no row program; the message says why, in one sentence."""
 
 
 def read_program(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> Planned:
@@ -62,13 +48,8 @@ def read_program(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> Pl
         Unreadable: It is none; the message says in one sentence what stands in the way.
     """
     exported = _export(module, torch.zeros((5, inputs), dtype=like.dtype, device=like.device))
-    try:
+    with explained("it cannot be read"):  # an operation with arguments that its rule does not know
         return _Reader(exported, module, inputs, like.dtype).read()
-    except Unreadable:
-        raise
-    except Exception as error:  # an operation with arguments that its rule does not know
-        first = str(error).strip().partition("\n")[0]
-        raise Unreadable(f"it cannot be read: {first[:160]}") from None
 
 
 def _refuse(module: torch.nn.Module) -> None:
@@ -125,13 +106,8 @@ def read_and_check(module: torch.nn.Module, system: Any, blocks: bool) -> Planne
         raise Unreadable("it uses none of its parameters")
     if state_of(module, outside=True) != before:
         raise Unreadable("calls change it")
-    try:
-        with torch_stream(like.device):
-            _check_numbers(found, (_run_in_blocks if blocks else _run)(read, found, system))
-    except Unreadable:
-        raise
-    except Exception as error:
-        raise Unreadable(f"no code can be made of it: {str(error).strip()[:160]}") from None
+    with explained("no code can be made of it"), torch_stream(like.device):
+        _check_numbers(found, (_run_in_blocks if blocks else _run)(read, found, system))
     return read
 
 
@@ -188,17 +164,13 @@ def _check_numbers(found: Any, numbers: tuple[torch.Tensor, torch.Tensor, list[t
 
 
 def _export(module: torch.nn.Module, example: torch.Tensor) -> Any:
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            batch = torch.export.Dim("batch", min=2)
-            with _symbolic_lengths():
-                exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
-            _detach_without_gradients(exported)
-            return exported.run_decompositions(_decompositions())
-    except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        raise Unreadable(f"torch.export cannot read it: {first[:160]}") from None
+    with explained("torch.export cannot read it"), warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        batch = torch.export.Dim("batch", min=2)
+        with _symbolic_lengths():
+            exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
+        _detach_without_gradients(exported)
+        return exported.run_decompositions(_decompositions())
 
 
 @contextlib.contextmanager
@@ -264,14 +236,34 @@ class _Known:
         self.tensor = tensor
 
 
+def _on_tensors(method: Callable) -> Any:
+    """Return a method of `Reading` on arrays of places as one on tensors of them."""
+
+    def on_tensors(reader: "_Reader", *arguments: Any) -> torch.Tensor:
+        taken = _pytree.tree_map_only(torch.Tensor, lambda v: v.numpy(force=True), arguments)
+        return torch.from_numpy(method(reader.reading, *taken))
+
+    return on_tensors
+
+
 class _Reader:
     """Runs an exported graph on places, and builds the program of what it computes."""
 
     def __init__(self, exported: Any, module: torch.nn.Module, inputs: int, dtype: torch.dtype):
         self.exported, self.module, self.dtype = exported, module, dtype
-        self.build = Builder(inputs)
-        self.tensors: list[torch.Tensor] = []  # by slot
-        self.slots: dict[int, int] = {}
+        self.reading = Reading(inputs, BATCH)
+
+    constant = _on_tensors(Reading.constant)
+    joined = _on_tensors(Reading.joined)
+    elementwise = _on_tensors(Reading.elementwise)
+    arithmetic = _on_tensors(Reading.arithmetic)
+    power = _on_tensors(Reading.power)
+    reduced = _on_tensors(Reading.reduced)
+    total = _on_tensors(Reading.total)
+    largest = _on_tensors(Reading.largest)
+    smallest = _on_tensors(Reading.smallest)
+    dense = _on_tensors(Reading.dense)
+    product = _on_tensors(Reading.product)
 
     def read(self) -> Planned:
         """Return the program."""
@@ -292,24 +284,16 @@ class _Reader:
             raise Unreadable("it does not return one tensor alone")
         if output[0].ndim != 2:
             raise Unreadable(f"what it returns has {output[0].ndim} dimensions")
-        groups = self._groups(output[0])
-        if groups.owner is None and groups.number > 1:
-            raise Unreadable("it returns rows that do not depend on the states, and are not all the same")
-        if groups.owner is not None and not torch.equal(groups.owner, torch.arange(1, BATCH + 1)):
-            raise Unreadable("it returns its rows in another order")
-        program = self.build.finish(self.build.gather(groups.entries))
-        tensors = [None if slot < 0 else self.tensors[slot] for slot in program.read]
+        program, tensors = self.reading.finish(output[0].numpy())
         if not program.readers:
             raise Unreadable("it reads no parameter")
-        return Planned(program, tuple(tensors), is_chain=False)
+        return Planned(program, tensors, is_chain=False)
 
     def _placeholder(self, node: Any) -> Any:
         signature = self.exported.graph_signature
         name = node.name
         if name in signature.user_inputs:
-            rows, size = BATCH, self.build.nodes[0].size
-            sample = torch.arange(1, rows + 1)[:, None] * BLOCK
-            return sample + torch.arange(size)
+            return torch.from_numpy(self.reading.states())
         if name in signature.inputs_to_parameters:
             tensor: Any = self.module.get_parameter(signature.inputs_to_parameters[name])
         elif name in signature.inputs_to_buffers:
@@ -324,76 +308,7 @@ class _Reader:
             return _Known(tensor.detach())
         if tensor.dtype != self.dtype or not tensor.is_contiguous():
             raise Unreadable(f"{name} is not contiguous, or of another precision")
-        return self._tensor(tensor)
-
-    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the places of a tensor that kernels read: in a node that stands for its slot, made when it is used."""
-        if id(tensor) not in self.slots:
-            self.slots[id(tensor)] = self.build.slot(tensor.numel())
-            self.tensors.append(tensor)
-        return -1 - (self.slots[id(tensor)] * PLACES + torch.arange(tensor.numel()).reshape(tensor.shape))
-
-    def places(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the places of numbers that are known, which become a node."""
-        if tensor.numel() > LONGEST:
-            raise Unreadable("it holds a large tensor that is neither parameter nor buffer")
-        values, which = tensor.unique(return_inverse=True)  # the rows of a batch have one place
-        node = self.build.add("constant", (), len(values), tuple(map(float, values.tolist())))
-        return node * PLACES + which.reshape(tensor.shape)
-
-    # --- places
-
-    def _entries(self, code: torch.Tensor, sample: torch.Tensor | None) -> list[tuple[int, int]]:
-        """Return the entries of the first sample, given that of each place; None where there are no samples.
-
-        Raises:
-            Unreadable: Samples do not take the same places, or those of others.
-        """
-        if code.numel() > 64 * LONGEST:
-            raise Unreadable("it has too many numbers between its layers")
-        flat = self._loaded(code).flatten()
-        own, rest = flat // BLOCK, flat % BLOCK
-        if sample is not None:
-            owner = sample.flatten()
-            if not ((own == 0) | (own == owner)).all():
-                raise Unreadable("its rows depend on each other, or on their number")
-            parts = [rest[owner == b] for b in range(1, BATCH + 1)]
-            if any(not torch.equal(part, parts[0]) for part in parts[1:]):
-                raise Unreadable("its rows do not all take the same way, or depend on each other")
-            rest = parts[0]
-        return [(v // PLACES, v % PLACES) for v in rest.tolist()]
-
-    def _groups(self, code: torch.Tensor) -> "_Groups":
-        """Return what stands in places (groups, numbers), each group of one sample or the same for all rows.
-
-        Raises:
-            Unreadable: There are both kinds of groups.
-        """
-        owner = _sample(code).amax(1)
-        if not owner.any():
-            code, which = code.unique(dim=0, return_inverse=True)  # rows that are copies are computed once
-            return _Groups(self._entries(code, None), len(code), None, which)
-        if not owner.all():
-            raise Unreadable("it joins what is the same for all rows with rows in one tensor")
-        entries = self._entries(code, owner[:, None].expand_as(code))
-        return _Groups(entries, len(entries) // code.shape[1], owner, None)
-
-    def _loaded(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return places in which numbers of tensors have become numbers of nodes that load them."""
-        if not (flat < 0).any():
-            return flat
-        flat = flat.clone()
-        wanted = -1 - flat[flat < 0]
-        for slot in sorted(set((wanted // PLACES).tolist())):
-            places = sorted(set((wanted[wanted // PLACES == slot] % PLACES).tolist()))
-            if len(places) > LONGEST:
-                raise Unreadable("it computes with a large tensor of weights, other than as a dense layer's")
-            node = self.build.add("load", (), len(places), (slot, tuple(places)))
-            own = (flat < 0) & ((-1 - flat) // PLACES == slot)
-            flat[own] = node * PLACES + torch.searchsorted(torch.tensor(places), (-1 - flat[own]) % PLACES)
-        return flat
-
-    # --- operations
+        return torch.from_numpy(self.reading.tensor(tensor, tensor.shape))
 
     def _call(self, node: Any, arguments: tuple, options: dict) -> Any:  # noqa: PLR0911, a kind of operation each
         target, base = node.target, _base(node.target)
@@ -413,7 +328,7 @@ class _Reader:
         if base in ("view", "_unsafe_view"):  # strides of places are not those of numbers
             return arguments[0].reshape(arguments[1])
         if base in LAYOUT:
-            return _pytree.tree_map_only(torch.Tensor, self._joined, target(*arguments, **options))
+            return _pytree.tree_map_only(torch.Tensor, self.joined, target(*arguments, **options))
         if base in SAME:
             return arguments[0]
         rule = RULES.get(_name(target)) or RULES.get(base)
@@ -442,23 +357,10 @@ class _Reader:
             raise Unreadable(f"its {_base(target)} picks numbers by what it computes")
         taken: list[Any] = [self._as_places(value) for value in arguments]
         taken[where] = _pytree.tree_map_only(_Known, lambda v: v.tensor, arguments[where])
-        return self._joined(target(*taken, **options))
+        return self.joined(target(*taken, **options))
 
     def _as_places(self, value: Any) -> Any:
-        return _pytree.tree_map_only(_Known, lambda v: self.places(v.tensor), value)
-
-    def _joined(self, code: torch.Tensor) -> torch.Tensor:
-        """Return places in which each row takes what is the same for all of them, along the dimension of the rows."""
-        sample = _sample(code)
-        if not sample.any() or sample.all():
-            return code
-        for d in range(code.ndim):
-            flat = sample.movedim(d, 0).flatten(1) if code.ndim > 1 else sample[:, None]
-            owner = flat.amax(1)
-            if owner.all() and torch.equal(flat.masked_fill(flat == 0, BATCH + 1).amin(1), owner):
-                shape = [-1 if k == d else 1 for k in range(code.ndim)]
-                return torch.where(sample > 0, code, self._loaded(code) + owner.reshape(shape) * BLOCK)
-        return code
+        return _pytree.tree_map_only(_Known, lambda v: self.constant(v.tensor), value)
 
     def _check_type(self, node: Any, base: str) -> None:
         """Raise `Unreadable` where numbers would be rounded, or truth values counted, by torch's rules for types."""
@@ -471,120 +373,12 @@ class _Reader:
             if value.dtype != torch.bool or base not in TRUTH:
                 raise Unreadable(f"its {base} gives numbers of type {value.dtype}")
 
-    def elementwise(self, operation: str, operands: Sequence[Any], *numbers: float) -> torch.Tensor:
-        """Return the places of an operation on operands that are broadcast: tensors of places, or numbers."""
-        shape = torch.broadcast_shapes(*(o.shape for o in operands if isinstance(o, torch.Tensor)))
-        codes = [self.as_number(o, shape).flatten() for o in operands]
-        groups = self._groups(torch.stack(codes, 1))
-        if groups.number > LONGEST:
-            raise Unreadable("it has too many numbers between its layers")
-        nodes = tuple(self.build.gather(groups.entries[i :: len(codes)]) for i in range(len(codes)))
-        made = self.build.add(operation, nodes, groups.number, tuple(map(float, numbers)))
-        return groups.places(made, 1).reshape(shape)
-
-    def as_number(self, value: Any, shape: Sequence[int]) -> torch.Tensor:
-        if isinstance(value, torch.Tensor):
-            return value.expand(shape)
-        return self.places(torch.tensor(float(value), dtype=torch.float64)).expand(shape)
-
-    def reduced(self, operation: str, code: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-        """Return the places of a reduction over dimensions, which become 1."""
-        dims = [d % code.ndim for d in dims]
-        others = [d for d in range(code.ndim) if d not in dims]
-        moved = code.permute(*others, *dims)
-        length = math.prod(code.shape[d] for d in dims)
-        groups = self._groups(moved.reshape(-1, length))
-        made = self.build.add(operation, (self.build.gather(groups.entries),), groups.number, (length,))
-        return groups.places(made, 1).reshape([1 if d in dims else code.shape[d] for d in range(code.ndim)])
-
-    def dense(self, x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
-        """Return the places of x Wᵀ + b, over the last dimension of x, for weights W (outputs, window)."""
-        outputs, window = weight.shape
-        slot, flipped = self._slot_of(weight), False
-        if slot is None:
-            slot, flipped = self._slot_of(weight.T), True
-        biases = -1 if bias is None else self._slot_of(bias)
-        if biases is None or (bias is not None and bias.shape != (outputs,)):
-            return self.elementwise("add", [self.dense(x, weight), bias])
-        if slot is None:  # computed, once for each row
-            y = self.product(x.reshape(-1, window), weight.T).reshape(*x.shape[:-1], outputs)
-            return y if bias is None else self.elementwise("add", [y, bias])
-        groups = self._groups(x.reshape(-1, window))
-        numbers = Dense(groups.number, window, window, outputs, slot, biases, flipped, channels=window)
-        made = self.build.add("dense", (self.build.gather(groups.entries),), groups.number * outputs, tuple(numbers))
-        return groups.places(made, outputs).reshape(*x.shape[:-1], outputs)
-
-    def _slot_of(self, code: torch.Tensor) -> int | None:
-        """Return the slot whose tensor these places are, all of it in order; None if they are something else."""
-        flat = -1 - code.flatten()
-        slot = int(flat[0]) // PLACES if len(flat) else -1
-        if slot < 0 or self.build.slots[slot] != len(flat):
-            return None
-        return slot if torch.equal(flat, slot * PLACES + torch.arange(len(flat))) else None
-
-    def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return the places of a (…, M, K) times b (…, K, N)."""
-        lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        m, inner, n = a.shape[-2], a.shape[-1], b.shape[-1]
-        a, b = a.expand(*lead, m, inner).reshape(-1, m, inner), b.expand(*lead, inner, n).reshape(-1, inner, n)
-        if torch.equal(b, b[:1].expand_as(b)) and not _sample(b).any():  # one product for all rows of a sample
-            groups = self._groups(a.reshape(-1, inner))
-            first, second, count, rows = groups.entries, self._entries(b[0], None), 1, groups.number
-        else:
-            groups, each = self._groups(torch.cat([a.flatten(1), b.flatten(1)], 1)), (m + n) * inner
-            parts = [groups.entries[start : start + each] for start in range(0, len(groups.entries), each)]
-            first = [v for part in parts for v in part[: m * inner]]
-            second = [v for part in parts for v in part[m * inner :]]
-            count, rows = groups.number, m
-        if max(len(first), len(second), count * rows * n) > LONGEST:
-            raise Unreadable("it computes with a large tensor of weights, other than as a dense layer's")
-        nodes = self.build.gather(first), self.build.gather(second)
-        made = self.build.add("product", nodes, count * rows * n, (count, rows, inner, n))
-        return groups.places(made, count * rows * n // groups.number).reshape(*lead, m, n)
-
-
-class _Groups(NamedTuple):
-    """Groups of numbers, each of which an operation takes at once."""
-
-    entries: list[tuple[int, int]]
-    """The numbers of one sample's groups, in turn."""
-    number: int
-    """Groups of one sample."""
-    owner: torch.Tensor | None
-    """Sample of each group of the batch; None for what is the same for all rows."""
-    which: torch.Tensor | None
-    """Then for each group which one of those it is."""
-
-    def places(self, node: int, size: int) -> torch.Tensor:
-        """Return the places (groups of the batch, size) of a node with `size` numbers for each group of a sample."""
-        first = node * PLACES + torch.arange(self.number * size).reshape(self.number, size)
-        if self.owner is None:
-            return first[self.which]
-        code = first.new_empty(len(self.owner), size)
-        for b in range(1, BATCH + 1):
-            code[self.owner == b] = b * BLOCK + first
-        return code
-
-
-def _sample(code: torch.Tensor) -> torch.Tensor:
-    """Return the sample of each place, counted from 1; 0 for what is the same for all rows."""
-    return code.clamp(min=0) // BLOCK
-
 
 def _binary(operation: str) -> Callable:
     def rule(reader: _Reader, a: Any, b: Any, alpha: float = 1) -> Any:
         if alpha != 1:
             b = reader.elementwise("scale", [b], alpha) if isinstance(b, torch.Tensor) else b * alpha
-        if not isinstance(b, torch.Tensor) and isinstance(a, torch.Tensor):
-            if operation == "add":
-                return reader.elementwise("shift", [a], b)
-            if operation == "subtract":
-                return reader.elementwise("shift", [a], -b)
-            if operation == "multiply":
-                return reader.elementwise("scale", [a], b)
-            if operation == "divide":
-                return reader.elementwise("scale", [a], 1.0 / b)
-        return reader.elementwise(operation, [a, b])
+        return reader.arithmetic(operation, a, b)
 
     return rule
 
@@ -593,21 +387,12 @@ def _unary(operation: str, *numbers: float) -> Callable:
     return lambda reader, a: reader.elementwise(operation, [a], *numbers)
 
 
-def _rsub(reader: _Reader, a: Any, b: Any, alpha: float = 1) -> Any:
-    if isinstance(b, torch.Tensor):
-        return _binary("subtract")(reader, b, a, alpha)
-    return reader.elementwise("shift", [reader.elementwise("scale", [a], -alpha)], b)
-
-
 def _power(reader: _Reader, a: Any, n: Any) -> Any:
     if isinstance(n, torch.Tensor) or not isinstance(a, torch.Tensor):
         return reader.elementwise("raise", [a, n])
     if n == 0:
         return reader.elementwise("shift", [reader.elementwise("scale", [reader.elementwise("sign", [a])], 0.0)], 1.0)
-    if n == 1:
-        return a
-    special = {2: "square", 0.5: "root", -1: "reciprocal", -0.5: "reciprocal root"}
-    return reader.elementwise(special[n], [a]) if n in special else reader.elementwise("power", [a], n)
+    return reader.power(a, n)
 
 
 def _rounded_quotient(reader: _Reader, a: Any, b: Any, rounding_mode: Any = None) -> Any:
@@ -663,22 +448,17 @@ def _over(a: Any, dims: Any) -> list[int]:
     return [d % a.ndim for d in dims]
 
 
-def _sum(reader: _Reader, a: Any, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
-    total = reader.reduced("sum", a, _over(a, dims))
-    return total if keepdim else total.squeeze(_over(a, dims))
+def _over_all(find: Callable) -> Callable:
+    """Return the rule of a reduction over given dimensions, or all of them."""
 
-
-def _extreme(sign: float) -> Callable:
-    """Return the rule of the largest number, or for -1 the smallest: those that are it share its adjoint evenly."""
-
-    def rule(reader: _Reader, a: Any, dims: Any = None, keepdim: bool = False) -> Any:
-        a = a if sign > 0 else reader.elementwise("negate", [a])
-        best = reader.elementwise("equal", [a, reader.reduced("largest", a, _over(a, dims))])
-        total = _sum(reader, reader.elementwise("choose", [best, a, 0.0]), dims, keepdim)
-        y = reader.elementwise("divide", [total, _sum(reader, best, dims, keepdim)])
-        return y if sign > 0 else reader.elementwise("negate", [y])
+    def rule(reader: _Reader, a: Any, dims: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+        y = find(reader, a, _over(a, dims))
+        return y if keepdim else y.squeeze(_over(a, dims))
 
     return rule
+
+
+_sum, _largest, _smallest = _over_all(_Reader.total), _over_all(_Reader.largest), _over_all(_Reader.smallest)
 
 
 def _pairwise(operation: str, *numbers: float) -> Callable:
@@ -711,7 +491,7 @@ def _norm(reader: _Reader, a: Any, ord: Any = 2, dims: Any = None, keepdim: bool
         return reader.elementwise("length", [_sum(reader, reader.elementwise("square", [a]), dims, keepdim)])
     sizes = reader.elementwise("absolute", [a])
     if ord in (1, math.inf):
-        return (_sum if ord == 1 else _extreme(1))(reader, sizes, dims, keepdim)
+        return (_sum if ord == 1 else _largest)(reader, sizes, dims, keepdim)
     raise Unreadable(f"it uses a norm of order {ord}")
 
 
@@ -788,7 +568,7 @@ def _attention(
     scores = reader.product(q, k.transpose(-2, -1))
     scores = reader.elementwise("scale", [scores], 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if causal:
-        mask = reader.places(torch.ones(q.shape[-2], k.shape[-2]).tril().log())
+        mask = reader.constant(torch.ones(q.shape[-2], k.shape[-2]).tril().log())
     if mask is not None:
         given: Any = reader.node.args[3] if len(reader.node.args) > 3 else None
         if given is not None and given.meta["val"].dtype == torch.bool:
@@ -831,7 +611,7 @@ def _convolution(
     if transposed:
         raise Unreadable("it uses a transposed convolution")
     kernel = weight.shape[2:]
-    windows = _windows(x, kernel, stride, padding, dilation, reader.places(torch.zeros(())))
+    windows = _windows(x, kernel, stride, padding, dilation, reader.constant(0.0))
     parts = windows.movedim(1, len(kernel) + 1).chunk(groups, len(kernel) + 1)
     weights = weight.flatten(1).chunk(groups)
     biases = [None] * groups if bias is None or groups > 1 else [bias]
@@ -861,8 +641,8 @@ def _max_pool(
 ) -> Any:
     if ceil:
         raise Unreadable("it pools over windows that are not whole")
-    least = reader.places(torch.tensor(-math.inf))
-    windows = reader._joined(_windows(x, kernel, stride or kernel, padding, dilation, least))
+    least = reader.constant(-math.inf)
+    windows = reader.joined(_windows(x, kernel, stride or kernel, padding, dilation, least))
     return (_pairwise("maximum", 1.0, 0.0)(reader, windows.flatten(-len(kernel)), -1),)
 
 
@@ -872,13 +652,13 @@ def _mean_pool(
 ) -> Any:  # fmt: skip
     if ceil or divisor or (any(padding) and not counts_padding):
         raise Unreadable("it pools over windows that are not whole")
-    windows = _windows(x, kernel, stride or kernel, padding, (1,), reader.places(torch.zeros(())))
-    return _mean(reader, reader._joined(windows).flatten(-len(kernel)), -1)
+    windows = _windows(x, kernel, stride or kernel, padding, (1,), reader.constant(0.0))
+    return _mean(reader, reader.joined(windows).flatten(-len(kernel)), -1)
 
 
 def _pad(reader: _Reader, x: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
     if mode == "constant":  # codes are whole numbers, exact in double precision
-        return reader._joined(torch.nn.functional.pad(x, pad, value=int(reader.places(torch.tensor(value or 0.0)))))
+        return reader.joined(torch.nn.functional.pad(x, pad, value=int(reader.constant(value or 0.0))))
     return torch.nn.functional.pad(x.double(), pad, mode).long()
 
 
@@ -935,25 +715,18 @@ TRUTH = set(
 SAME = {"clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh", "lift"}
 """Operations that give back their argument, as far as numbers go."""
 
-RULES: dict[str, Callable] = {
+RULES: dict[str, Callable] = {name: _unary(*operation) for name, operation in ALIKE.items()} | {
     "add": _binary("add"), "sub": _binary("subtract"), "mul": _binary("multiply"), "div": _binary("divide"),
-    "div.Tensor_mode": _rounded_quotient,
-    "rsub": _rsub, "neg": _unary("negate"), "reciprocal": _unary("reciprocal"), "sqrt": _unary("root"),
-    "rsqrt": _unary("reciprocal root"), "square": _unary("square"), "pow": _power, "sin": _unary("sine"),
-    "cos": _unary("cosine"), "tan": _unary("tangent"), "atan": _unary("arctangent"), "exp": _unary("exponential"),
-    "log": _unary("logarithm"), "asin": _unary("arcsine"), "acos": _unary("arccosine"),
-    "sinh": _unary("hyperbolic sine"), "cosh": _unary("hyperbolic cosine"), "expm1": _unary("exponential less one"),
-    "asinh": _unary("inverse hyperbolic sine"), "acosh": _unary("inverse hyperbolic cosine"),
-    "atanh": _unary("inverse hyperbolic tangent"), "log1p": _unary("logarithm of one more"),
+    "div.Tensor_mode": _rounded_quotient, "rsub": lambda r, a, b, alpha=1: _binary("subtract")(r, b, a, alpha),
+    "reciprocal": _unary("reciprocal"), "pow": _power,
     "log2": lambda r, a: r.elementwise("scale", [r.elementwise("logarithm", [a])], 1.0 / math.log(2.0)),
     "log10": lambda r, a: r.elementwise("scale", [r.elementwise("logarithm", [a])], 1.0 / math.log(10.0)),
     "exp2": lambda r, a: r.elementwise("exponential", [r.elementwise("scale", [a], math.log(2.0))]),
     "atan2": lambda r, a, b: r.elementwise("angle", [a, b]), "remainder": _of_two("remainder"),
     "fmod": _of_two("remainder towards zero"), "floor": _unary("floor"), "ceil": _unary("ceiling"),
     "trunc": _unary("truncated"), "round": _unary("rounded"),
-    "erf": _unary("error function", 2.0 / math.sqrt(math.pi)), "tanh": _unary("tanh"),
-    "sigmoid": _unary("sigmoid"), "relu": _unary("relu"), "silu": _unary("silu"), "abs": _unary("absolute"),
-    "sign": _unary("sign"), "elu": _elu, "gelu": _gelu, "hardsigmoid": _hard_sigmoid,
+    "sigmoid": _unary("sigmoid"), "relu": _unary("relu"), "silu": _unary("silu"),
+    "elu": _elu, "gelu": _gelu, "hardsigmoid": _hard_sigmoid,
     "hardswish": lambda r, a: r.elementwise("multiply", [a, _hard_sigmoid(r, a)]),
     "leaky_relu": lambda r, a, slope=0.01: r.elementwise("leaky relu", [a], slope),
     "softplus": lambda r, a, beta=1, threshold=20: r.elementwise("softplus", [a], beta, threshold),
@@ -970,7 +743,7 @@ RULES: dict[str, Callable] = {
     "where": lambda r, which, a, b: r.elementwise("choose", [which, a, b]),
     "any": _pairwise("either"), "all": _pairwise("both"), "prod": _pairwise("multiply"),
     "max.dim": lambda r, *a: (_pairwise("maximum", 1.0, 0.0)(r, *a),),
-    "min.dim": lambda r, *a: (_pairwise("minimum", 1.0, 0.0)(r, *a),), "amax": _extreme(1), "amin": _extreme(-1),
+    "min.dim": lambda r, *a: (_pairwise("minimum", 1.0, 0.0)(r, *a),), "amax": _largest, "amin": _smallest,
     "var.correction": _variance, "std.correction": _deviation, "linalg_vector_norm": _norm,
     "cumsum": _cumulated, "mean": _mean, "sum": _sum, "logsumexp": _log_sum_exp,
     "softmax": _softmax, "_softmax": lambda r, a, dim, _half: _softmax(r, a, dim),
@@ -981,6 +754,6 @@ RULES: dict[str, Callable] = {
     "bilinear": _bilinear, "convolution": _convolution, "max_pool2d_with_indices": _max_pool, "avg_pool1d": _mean_pool,
     "avg_pool2d": _mean_pool, "pad": _pad, "dropout": _dropout, "to": _to, "_to_copy": _to, "type_as": _to,
     "detach": _unary("stop"), "copy": lambda r, a, b: b.expand(a.shape),
-    "fill": lambda r, a, value: r.as_number(value, a.shape),
+    "fill": lambda r, a, value: (value if isinstance(value, torch.Tensor) else r.constant(value)).expand(a.shape),
 }  # fmt: skip
 """What each operation of torch becomes, by its name."""
