@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import operator
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -173,19 +174,20 @@ def _export(module: torch.nn.Module, example: torch.Tensor) -> Any:
         return exported.run_decompositions(_decompositions())
 
 
+_LENGTHS = threading.Lock()
+"""Held while `len` is another function, which other threads see: for them it gives what it always does."""
+
+
 @contextlib.contextmanager
 def _symbolic_lengths() -> Iterator[None]:
     """Have `len(x)` give the size that `x.shape[0]` is, which stands for any batch; Python's own is a number."""
-    own = builtins.len
-
-    def length(of: Any) -> Any:
-        return of.shape[0] if isinstance(of, torch.Tensor) and of.ndim else own(of)
-
-    builtins.len = length
-    try:
-        yield
-    finally:
-        builtins.len = own
+    with _LENGTHS:
+        own = builtins.len
+        builtins.len = lambda of: of.shape[0] if isinstance(of, torch.Tensor) and of.ndim else own(of)
+        try:
+            yield
+        finally:
+            builtins.len = own
 
 
 def _detach_without_gradients(exported: Any) -> None:
