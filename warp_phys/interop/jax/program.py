@@ -704,7 +704,13 @@ def _layers(reader: _Reader, x: np.ndarray, w: np.ndarray, weights: _Value, orde
     return np.stack(made).reshape(groups, m, -1)
 
 
+def _absolute(reader: _Reader, _equation: Any, value: _Value) -> np.ndarray:
+    """Return |a|, whose derivative at 0 is 1 in JAX."""
+    return reader.elementwise("leaky relu", [reader.elementwise("negate", [reader.places(value)])], -1.0)
+
+
 RULES: dict[str, Callable] = {name: _unary(*operation) for name, operation in ALIKE.items()} | {
+    "abs": _absolute,
     "add": _binary("add"), "add_any": _binary("add"), "sub": _binary("subtract"), "mul": _binary("multiply"),
     "div": _binary("divide"), "integer_pow": _power, "pow": _power,
     "atan2": lambda r, _equation, a, b: r.elementwise("angle", [r.operand(a), r.operand(b)]),
