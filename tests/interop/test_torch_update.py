@@ -507,8 +507,8 @@ def test_states_that_do_not_fit():
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 33])
 def test_sizes_beside_the_width_of_a_vector(size):
-    system = Springs(size=size, pushes=2)
-    module = NN.Sequential(NN.Linear(size, 2)).double()
+    system = Springs(size=size, pushes=min(size, 2))
+    module = NN.Sequential(NN.Linear(size, system.pushes)).double()
     update = Update(Rollout(system, module, 3, "C"), adam(module), "every", 0.7, "norm", 1e-3)
     twin = Twin(update)
     for i in range(4):
