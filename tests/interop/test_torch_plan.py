@@ -221,3 +221,14 @@ def test_another_number_of_controls():
     """Torch shall say so: the flatten hides the sizes from the check when the rollout is made."""
     assert Rollout(SYSTEM, chain(NN.Linear(24, 2)), 3).backend == "fused"
     assert Rollout(Springs(size=24, pushes=3), chain(NN.Flatten(), NN.Linear(24, 2)), 3).backend == "general"
+
+
+def test_controls_that_end_as_a_flattened_grid():
+    """Their order is another one; read by its types or by export, such a module gives its own controls."""
+    system = Springs(size=6, pushes=4)
+    module = NN.Sequential(NN.Linear(6, 4), ToGrid(2), NN.Flatten()).double()
+    assert read_plan(module, 6) is None
+    x0 = torch.as_tensor(system.sample(3, 0, "float64"))
+    for backend in ("auto", "fused", "general"):
+        _, controls = Rollout(system, module, 1, backend=backend)(x0)
+        torch.testing.assert_close(controls[0], module(x0), rtol=1e-13, atol=1e-13)

@@ -1,6 +1,6 @@
 """Chains of torch modules that the engine's own layers express, read as a row program by the modules' types.
 
-That takes no time, where `torch_program` takes a tenth of a second or more for any module.
+That takes no time, where `program` takes a tenth of a second or more for any module.
 """
 
 from typing import Any, NamedTuple
@@ -178,6 +178,8 @@ def read_plan(module: torch.nn.Module, inputs: int) -> Planned | None:
         if layer is None or has_hooks(layer) or not reader.read(layer):
             return None
     if not reader.layers or reader.grid is not None or reader.layers[-1].positions > 1:
+        return None
+    if reader.channels not in (1, reader.size):  # a grid is flattened at the end: the controls stand in another order
         return None
     return Planned(reader.program(), tuple(reader.tensors), is_chain=True)
 

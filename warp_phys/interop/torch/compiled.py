@@ -1,6 +1,6 @@
 """Rollouts and losses in code that torch compiles: each is one opaque node of its graph.
 
-Outside compiled code `torch.Rollout` and `torch_loss` do the same with less overhead.
+Outside compiled code `torch.Rollout` and `loss` do the same with less overhead.
 """
 
 import itertools

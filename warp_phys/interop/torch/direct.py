@@ -234,7 +234,7 @@ class DirectPass:
         return self.report(update)
 
     def left(self, index: int, version: int) -> tuple[Combined, torch.Tensor, torch.Tensor] | None:
-        """Return what a gradient of this version is made of, see `sums.Source`."""
+        """Return what a gradient of this version is made of, see `combine.Source`."""
         if not self._left or version != self._left[index]:
             return None
         assert isinstance(self.flow, Combined)

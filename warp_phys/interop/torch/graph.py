@@ -165,7 +165,7 @@ def key_of(rollout: Rollout, batch: int) -> tuple | None:
     """Return what a captured update depends on besides the numbers in the memory that it reads.
 
     None where the module or its parameters have hooks, which a replay would not call, or where the backward pass is one
-    of `torch_contract.Found`.
+    of `contract.Found`.
     """
     modules, known = list(rollout.controller.modules()), rollout._adapter.examination
     if known.whole or known.others:

@@ -34,7 +34,7 @@ class Sources:
         self.apart = any(self.histories)
         """Whether x0 and the physical parameters reach the node through their leaves."""
         self.cuts = dict(cuts or {})
-        """The tensors that some of the leaves stand for, by the leaves' identity, see `torch_leaves.Cuts`."""
+        """The tensors that some of the leaves stand for, by the leaves' identity, see `leaves.Cuts`."""
         self.cuts_of_system: Cuts | None = None
         self._behind = [leaves_of(tensor) for tensor in self.cuts.values()]
         self.combined = combined

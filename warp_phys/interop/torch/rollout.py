@@ -67,7 +67,7 @@ class Rollout:
         steps: Number of time steps T.
         flow: A name, a letter, a `Flow` or a `Combined`.
         device: "cpu", "cuda", "cuda:1", …; that of the controller's parameters if None.
-        backend: "fused" (in kernels of their own: chains of the engine's layers, and any module that `torch_program`
+        backend: "fused" (in kernels of their own: chains of the engine's layers, and any module that `program`
             reads as a row program), "general" (any module) or "auto": on CUDA general; on a CPU fused where it can be,
             programs from the fourth pass with gradients on, since making code of one takes some seconds. See
             `why_general`.
