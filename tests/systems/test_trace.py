@@ -95,6 +95,10 @@ def _functions(system, real):
     def calls(x: State, c: Control, p: Parameters):
         a = Pair(x[0], x[1])
         total = squared(a) + a[0]
+        k = 7
+        k //= 2
+        k %= 2
+        total *= real(k + 1)
         for i in range(3):
             total += x[(i + 1) % 3] * p.gain - x[i // 2] * real(wp.max(i, 1))
         return total

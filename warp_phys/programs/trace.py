@@ -318,6 +318,12 @@ class _Values(ast.NodeTransformer):
         node.value = ast.Call(ast.Name("_copied", ast.Load()), [node.value], [])
         return node
 
+    def visit_AugAssign(self, node):
+        """Rewrite `a += b` as `a = a + b`."""
+        read = copy.deepcopy(node.target)
+        read.ctx = ast.Load()
+        return self.visit(ast.Assign([node.target], ast.BinOp(read, node.op, node.value)))
+
     def visit_BinOp(self, node):
         self.generic_visit(node)
         names = {ast.Div: "_divided", ast.FloorDiv: "_whole", ast.Mod: "_rest"}
