@@ -123,6 +123,21 @@ def test_unrollings(dtype, samples, threads):
         assert all(relative(a, b) < TOLERANCES[dtype] for a, b in zip(*found, strict=True))
 
 
+def test_numbers_that_are_read_many_times(monkeypatch):
+    """One gain for 100 numbers: the threads of a block must not all add to its gradient."""
+    monkeypatch.setattr(wp.config, "enable_cpu_blocks", True)
+    module = modules.Module(
+        lambda m, x: m.last(torch.tanh(m.first(x)) * m.gain), first=modules.linear(modules.SIZE, 100), last=modules.linear(100),
+        gain=modules.parameter(1),
+    ).double()  # fmt: skip
+    read = read_program(module, modules.SIZE, next(module.parameters()))
+    load = next(i for i, node in enumerate(read.plan.nodes) if node.operation == "load")
+    assert read.plan.nodes[load].numbers[1] == (0,) * 100
+    _check(read, modules.states(19), torch.float64)
+    code = "\n".join(block_code.contract_lines(read.plan, "double", 8, "memory"))
+    assert f"which{load}[] = {{0}};" in code  # a thread for each number of the tensor, whatever reads it
+
+
 def _one_of_each():
     """Return a program in which threads need what threads behind them have written, and its number of slots."""
     build = Builder(24)

@@ -5,6 +5,8 @@ thread takes some, neighbours next to each other. `native/blocks.h` has the prod
 of a node that starts at `places` stands at (place + k) · tile + s, and so does its adjoint.
 """
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -385,18 +387,24 @@ def contract_lines(program: Program, scalar: str, tile: int, memory: str) -> lis
     """Return the body that adds the gradients of a block's `NUMBERS` numbers of a reader to those of its tensors."""
     code, entries, sums, targets = _Code(program, scalar, tile), _entries(program), [], []
     for reader, i in enumerate(program.readers):
-        node, entry = program.nodes[i], entries[i]
-        if node.operation == "load":
-            which = code.table(f"which{i}", "int", map(str, node.numbers[1]))
-            layer, x, o, k = f"BlockLayer<T, TILE, 1, 1, 1, {node.size}>", 0, "i", "-1"
-            size, target = node.size, f"entry = {entry}; at = {which}[i];"
+        node, entry, occurrences = program.nodes[i], entries[i], ""
+        if node.operation == "load":  # a number that is read more than once has one thread, too
+            times = Counter(node.numbers[1])
+            distinct, order = sorted(times), sorted(range(node.size), key=node.numbers[1].__getitem__)
+            begin = itertools.accumulate((times[number] for number in distinct), initial=0)
+            tables = {"which": distinct, "order": order, "begin": begin}
+            which, at, bounds = (code.table(f"{name}{i}", "int", map(str, of)) for name, of in tables.items())
+            layer, x, o, k = f"BlockLayer<T, TILE, 1, 1, 1, {node.size}>", 0, f"{at}[n]", "-1"
+            size, target = len(distinct), f"entry = {entry}; at = {which}[i];"
+            occurrences = f"for (int n = {bounds}[i]; n < {bounds}[i + 1]; ++n) "
         else:
             dense = Dense(*node.numbers)
             layer, x, o, k = code.layer(i), code.at[node.inputs[0]], f"i % {dense.outputs}", f"i / {dense.outputs} - 1"
             size = dense.outputs * (1 + dense.window)
             target = f"const int o = {o}, k = {k}; entry = {entry} + (k < 0); at = k < 0 ? o : {_weight(dense)};"
         both = f"part, {PARTS}, SIZE, rows.data + {x}, deltas.data + {code.at[i]}"
-        sums.append(f"if (reader == {reader} && i < {size}) return {layer}::contract(count, {both}, {k}, {o});")
+        add = f"{occurrences}total += {layer}::contract(count, {both}, {k}, {o});"
+        sums.append(f"if (reader == {reader} && i < {size}) {{ {add} }}")
         targets.append(f"if (reader == {reader} && i < {size}) {{ {target} }}")
     all_ = NUMBERS * PARTS
     return [
@@ -404,9 +412,9 @@ def contract_lines(program: Program, scalar: str, tile: int, memory: str) -> lis
         f"constexpr int SIZE = {tile * max_numbers(program)};",
         f"T* parts = {memory};",
         f"const int first = block * {NUMBERS};",
-        "const auto sum = [&](int i, int part) -> T {",
+        "const auto sum = [&](int i, int part) -> T { T total = 0;",
         *sums,
-        "return T(0); };",
+        "return total; };",
         f"for (int j = thread; j < {all_}; j += threads) parts[j] = sum(first + j % {NUMBERS}, j / {NUMBERS});",
         "barrier();",
         f"for (int j = thread; j < {NUMBERS}; j += threads) {{",
