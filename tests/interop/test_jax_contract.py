@@ -52,10 +52,22 @@ WINDOW = Flow(0.9, 0.5, window=5)
 SIMULATORS = {"System": SYSTEM, "JaxSystem": OF_JAX, "foreign": FOREIGN}
 
 
+AS_USERS_HAVE_IT = {
+    "test_a_controller_that_has_changed_between_two_calls_is_traced_anew",
+    "test_a_change_between_forward_and_backward_pass_changes_nothing",
+    "test_nothing_is_compiled_again",
+    "test_what_a_controller_closes_over_has_its_derivative",
+    "test_two_combined_rollouts_in_a_row_are_refused",
+    "test_named_axes",
+    "test_x0_alone_and_params_alone",
+}
+"""Tests of what concerns fused controllers, too; the others ask the general backend, which compiles sooner."""
+
+
 @pytest.fixture(autouse=True)
-def _double(device, monkeypatch):
-    """In float64, by the general backend; what is fused has tests of its own."""
-    monkeypatch.setattr(unrolling, "_fused", lambda system, program: "here it is not")
+def _double(device, monkeypatch, request):
+    if request.node.originalname not in AS_USERS_HAVE_IT:
+        monkeypatch.setattr(unrolling, "_fused", lambda system, program: "here it is not")
     with in_jax.double(device):
         yield
 

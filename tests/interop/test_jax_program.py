@@ -8,7 +8,7 @@ import pytest
 jax = pytest.importorskip("jax", reason='needs JAX: pip install "warp_phys[jax]"')
 
 from tests.interop import jax_reference as in_jax  # noqa: E402
-from warp_phys import CartPole  # noqa: E402
+from warp_phys import CartPole, Flow  # noqa: E402
 from warp_phys.flow import linear_parts, resolve  # noqa: E402
 from warp_phys.interop import jax as bridge  # noqa: E402
 from warp_phys.interop.jax import program as jax_program  # noqa: E402
@@ -143,7 +143,40 @@ def test_a_policy_is_fused(policy):
         assert in_jax.relative(got, _by_jax(policy, flow)) < 1e-10
     regular, modified = _by_jax(policy, "R"), _by_jax(policy, "M")
     assert in_jax.relative(regular, modified) > 1e-4  # else the flows would say nothing
-    assert in_jax.relative(_by_engine(policy, "R", "fused", 1)[0], _by_jax(policy, "R", 1)) < 1e-10
+    for flow in ("R", "M", Flow(0.9, 0.3)):  # x0 is what the gates act on
+        assert in_jax.relative(_by_engine(policy, flow, "fused", 1)[0], _by_jax(policy, flow, 1)) < 1e-10
+
+
+@pytest.mark.parametrize("flow", ["R", "M", "C"])
+def test_physical_parameters_of_a_policy(flow):
+    """One for all and one for each sample, from the fused sweep, against the general backend."""
+
+    def loss(params, physical, backend):
+        ways = bridge.rollout(SYSTEM, _parts, params, _start(), STEPS, flow, physical, backend=backend)
+        return _loss(*ways)
+
+    physical = {"gravity": jnp.asarray(9.5), "pole_mass": jnp.linspace(0.08, 0.14, BATCH)}
+    got, expected = (
+        jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(POLICIES[_parts], physical, backend)
+        for backend in ("fused", "general")
+    )
+    assert all(np.abs(np.asarray(leaf)).max() > 1e-6 for leaf in jax.tree.leaves(got[1]))
+    assert in_jax.relative(got[0], expected[0]) < 1e-10 and in_jax.relative(got[1], expected[1]) < 1e-10
+
+
+def test_groups_that_share_a_part_of_the_weights():
+    def policy(params, x):
+        tokens = x.reshape(len(x), 3, 2)
+        shared = jnp.broadcast_to(params["w"][:, :4], (3, 2, 4))
+        return jnp.einsum("bgk,gko->bgo", tokens, shared).reshape(len(x), -1) @ params["v"]
+
+    params = _params(w=(2, 6), v=(12, 1))
+
+    def loss(params, backend):
+        return _loss(*bridge.rollout(SYSTEM, policy, params, _start(), STEPS, "R", backend=backend))
+
+    assert bridge.why_general(SYSTEM, policy, params, _start()) is None
+    assert in_jax.relative(*(jax.grad(loss)(params, backend) for backend in ("fused", "general"))) < 1e-10
 
 
 def _plain(params, x):

@@ -126,10 +126,9 @@ def test_unrollings(dtype, samples, threads):
 def test_numbers_that_are_read_many_times(monkeypatch):
     """One gain for 100 numbers: the threads of a block must not all add to its gradient."""
     monkeypatch.setattr(wp.config, "enable_cpu_blocks", True)
-    module = modules.Module(
-        lambda m, x: m.last(torch.tanh(m.first(x)) * m.gain), first=modules.linear(modules.SIZE, 100), last=modules.linear(100),
-        gain=modules.parameter(1),
-    ).double()  # fmt: skip
+    first, last = modules.linear(modules.SIZE, 100), modules.linear(100)
+    function = lambda m, x: m.last(torch.tanh(m.first(x)) * m.gain)  # noqa: E731
+    module = modules.Module(function, first=first, last=last, gain=modules.parameter(1)).double()
     read = read_program(module, modules.SIZE, next(module.parameters()))
     load = next(i for i, node in enumerate(read.plan.nodes) if node.operation == "load")
     assert read.plan.nodes[load].numbers[1] == (0,) * 100

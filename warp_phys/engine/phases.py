@@ -210,11 +210,11 @@ def backward(
         want_parameters: Whether to find the adjoints of the physical parameters.
         parallel: Whether to linearise in parallel; None decides by `parallel_in_time`.
         check: Called with the linearisation and the stored controls (N, K) of every chunk, if given.
+        fused: Whether to run everything in one kernel, where the controller can; else the controller's share in kernels
+            of its own, where it has such.
         whole: Whether to linearise the controller at one step of the whole batch at a time, and to pull each flow's
             adjoint through it once, for states and parameters together (`pull_and_contract`).
         simulator: How a simulator that is no `System` is run backward, see `Retreat`; in the simplest way if None.
-        fused: Whether to run everything in one kernel, where the controller can; else the controller's share in kernels
-            of its own, where it has such.
 
     Returns:
         The adjoints of x_0 and of the physical parameters.
@@ -384,20 +384,24 @@ class _Pass:
         if adj_p is not None:
             extra = self._array("adj_p of a step", (batch, adj_p.shape[2]), lam)
         launch = functools.partial(wp.launch, device=device, record_tape=False)
+        add_rows, sum_rows = row_kernels.add_rows_kernel(real), row_kernels.sum_rows_kernel(real)
+        gate_rows, own_p = row_kernels.gate_rows_kernel(real), [] if adj_p is None else [adj_p[f] for f in range(flows)]
+        arguments: tuple = ()
+        if local.parameters is not None:
+            structs = None if extra is None else as_structs(extra, self.system.types(real).Parameters)
+            arguments = local.parameters, structs
+        found = [(lam[f], dx[f], dc[f], *arguments) for f in range(flows)]
         for n in reversed(range(len(steps))):
             x, c, at = local.states[n], local.controls[n], steps.start + n
             y = following[n]
             for f in range(flows):
-                adj_structs = None if extra is None else as_structs(extra, self.system.types(real).Parameters)
-                arguments = () if local.parameters is None else (local.parameters, adj_structs)
-                self.simulator(at, f, x, c, y, (lam[f], dx[f], dc[f], *arguments))
+                self.simulator(at, f, x, c, y, found[f])
                 if extra is not None:
-                    launch(row_kernels.add_rows_kernel(real), dim=extra.shape, inputs=[extra, adj_p[f]])
-                sums = [dc[f], seeds.controls[n], mu[f, n]]
-                launch(row_kernels.sum_rows_kernel(real), dim=(batch, mu.shape[3]), inputs=sums)
+                    launch(add_rows, dim=extra.shape, inputs=[extra, own_p[f]])
+                launch(sum_rows, dim=(batch, mu.shape[3]), inputs=[found[f][2], seeds.controls[n], mu[f, n]])
             self._pull(linear if len(steps) == 1 else None, x, mu[:, n], pulled, self.gates[:, at, 1] != 0.0)
             inputs = [dx, pulled, seeds.states[n], self.gates_array, at, lam]
-            launch(row_kernels.gate_rows_kernel(real), dim=lam.shape, inputs=inputs)
+            launch(gate_rows, dim=lam.shape, inputs=inputs)
 
     def _pull(self, linear: Any, x: wp.array, mu: wp.array, pulled: wp.array, is_open: np.ndarray) -> None:
         """Pull the adjoints mu (flows, batch, K) of one step's controls through the controller where its gate is open.

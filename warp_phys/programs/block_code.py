@@ -319,9 +319,10 @@ def evaluate_lines(program: Program, scalar: str, tile: int, memory: str) -> lis
 def pull_lines(program: Program, scalar: str, tile: int) -> list[str]:
     """Return the body that takes adjoints of the output of a block's tile back to every node, all others being zero."""
     code, stages, size = _Code(program, scalar, tile), _Stages(tile, program), tile * max_numbers(program)
+    active = _active(program)
     for i, node in reversed(list(enumerate(program.nodes))):
         if node.operation != "input":
-            for stage in KINDS[node.operation].adjoints(code, i, _active(program)):
+            for stage in KINDS[node.operation].adjoints(code, i, active):
                 stages.add(stage)
     return [
         *code.heads(),
@@ -341,24 +342,9 @@ def _active(program: Program) -> set[int]:
     return found
 
 
-def _weight(dense: Dense) -> str:
-    """Return where the weight of number k of a window and output o stands in its tensor."""
-    k = f"(k % {dense.channels} * {dense.window // dense.channels} + k / {dense.channels})"
-    return f"{k} * {dense.outputs} + o" if dense.flipped else f"o * {dense.window} + {k}"
-
-
-def _entries(program: Program) -> dict[int, int]:
-    """Return for each reader the place of its first tensor among those of `Program.read`."""
-    found, place = {}, 0
-    for i in program.readers:
-        found[i] = place
-        place += 2 if program.nodes[i].operation == "dense" else 1
-    return found
-
-
 def pack_lines(program: Program, scalar: str) -> list[str]:
     """Return the body that reads number i of the packed weights from the tensors, given by their addresses in turn."""
-    starts, entries, tables, lines = weight_starts(program), _entries(program), [], []
+    starts, entries, tables, lines = weight_starts(program), program.first_read, [], []
     for reader, i in enumerate(program.readers):
         node, first, entry = program.nodes[i], starts[reader], entries[i]
         lines += [f"if (i < {starts[reader + 1]}) {{", f"const T* w = (const T*)addresses.data[{entry}];"]
@@ -373,7 +359,7 @@ def pack_lines(program: Program, scalar: str) -> list[str]:
             f"const int j = i - {first + own}, back = j - {size};",
             f"const int o = j < 0 ? j + {own} : back < 0 ? j % {own} : back / {dense.window};",
             f"const int k = back < 0 ? j / {own} : back % {dense.window};",
-            f"packed.data[i] = j >= 0 ? w[{_weight(dense)}] : b ? b[o] : T(0);",
+            f"packed.data[i] = j >= 0 ? w[{dense.weight_at}] : b ? b[o] : T(0);",
             "} else",
         ]
     return [f"typedef {scalar} T;", *tables, *lines, "{}"]
@@ -385,7 +371,7 @@ NUMBERS, PARTS = 32, 8
 
 def contract_lines(program: Program, scalar: str, tile: int, memory: str) -> list[str]:
     """Return the body that adds the gradients of a block's `NUMBERS` numbers of a reader to those of its tensors."""
-    code, entries, sums, targets = _Code(program, scalar, tile), _entries(program), [], []
+    code, entries, sums, targets = _Code(program, scalar, tile), program.first_read, [], []
     for reader, i in enumerate(program.readers):
         node, entry, occurrences = program.nodes[i], entries[i], ""
         if node.operation == "load":  # a number that is read more than once has one thread, too
@@ -401,7 +387,7 @@ def contract_lines(program: Program, scalar: str, tile: int, memory: str) -> lis
             dense = Dense(*node.numbers)
             layer, x, o, k = code.layer(i), code.at[node.inputs[0]], f"i % {dense.outputs}", f"i / {dense.outputs} - 1"
             size = dense.outputs * (1 + dense.window)
-            target = f"const int o = {o}, k = {k}; entry = {entry} + (k < 0); at = k < 0 ? o : {_weight(dense)};"
+            target = f"const int o = {o}, k = {k}; entry = {entry} + (k < 0); at = k < 0 ? o : {dense.weight_at};"
         both = f"part, {PARTS}, SIZE, rows.data + {x}, deltas.data + {code.at[i]}"
         add = f"{occurrences}total += {layer}::contract(count, {both}, {k}, {o});"
         sums.append(f"if (reader == {reader} && i < {size}) {{ {add} }}")
@@ -428,7 +414,7 @@ def contract_lines(program: Program, scalar: str, tile: int, memory: str) -> lis
 
 def contract_blocks(program: Program, offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Return number and blocks of each reader of which a tensor has a gradient, at an offset that is not negative."""
-    entries = _entries(program)
+    entries = program.first_read
     for reader, i in enumerate(program.readers):
         node, size, count = program.nodes[i], program.nodes[i].size, 1
         if node.operation == "dense":

@@ -118,7 +118,7 @@ class BlockLinearisation:
     def jacobian(self, out: wp.array) -> None:
         """Write ∂N/∂x, shape (N, K, D)."""
         for k in range(out.shape[1]):
-            self._pull(self._nothing(2), k, out[:, k])
+            self._pull(self._nothing(), k, out[:, k])
 
     def pull(self, mu: wp.array, adj_x: wp.array) -> None:
         """Write adj_x = (∂N/∂x)ᵀ mu for rows mu (N, K)."""
@@ -130,7 +130,7 @@ class BlockLinearisation:
         kernel = kernels.contract_kernel(network.own, network.real)
         offsets, threads = network.constant(self.offsets, np.int64), NUMBERS * PARTS
         for f, gradient in enumerate(gradients):
-            deltas = self._pull(mu[f], -1, self._nothing(2))
+            deltas = self._pull(mu[f], -1, self._nothing())
             for reader, blocks in contract_blocks(network.own, self.offsets):
                 size = 0 if network.device.is_cuda else blocks * threads
                 memory = self.workspace.array("parts of sums", (size,), network.real, network.device)
@@ -149,5 +149,5 @@ class BlockLinearisation:
         size = self.blocks * SAMPLES * block_plan.max_numbers(self.network.own)
         return self.workspace.array(f"{name} at {self.count} rows", (size,), self.network.real, self.network.device)
 
-    def _nothing(self, dimensions: int) -> wp.array:
-        return self.workspace.array("nothing", (0,) * dimensions, self.network.real, self.network.device)
+    def _nothing(self) -> wp.array:
+        return self.workspace.array("nothing", (0, 0), self.network.real, self.network.device)

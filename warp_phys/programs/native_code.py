@@ -84,7 +84,7 @@ def pack_lines(program: Program, scalar: str) -> list[str]:
     """Return the body that reads all tensors, given by their addresses in turn, and computes what depends on no row."""
     layout, lines = layout_of(program), _heads(scalar)
     lines += [f"T* row = packed.data + {layout.statics}; const T* c = row; constexpr int count = 1; (void)c;"]
-    for reader, (i, place) in enumerate(zip(program.readers, _addresses(program), strict=True)):
+    for reader, (i, place) in enumerate(program.first_read.items()):
         node = program.nodes[i]
         lines += ["{", f"const T* w = (const T*)addresses.data[{place}];"]
         if node.operation == "load":
@@ -101,7 +101,7 @@ def pack_lines(program: Program, scalar: str) -> list[str]:
             f"to += {out};",
             f"T* back = {'to' if dense.few else f'transposed.data + {layout.transposed[reader]}'};",
             f"for (int o = 0; o < {dense.outputs}; ++o) for (int k = 0; k < {dense.window}; ++k) {{",
-            f"    const T value = {_weight(dense)};",
+            f"    const T value = w[{dense.weight_at}];",
             f"    back[o * {width} + k] = value;",
             "" if dense.few else f"    to[k * {out} + o] = value;",
             "}}",
@@ -126,7 +126,7 @@ def unpack_lines(program: Program, scalar: str) -> list[str]:
         *part.backward(found)[0],
         *part.contract(found),
     ]
-    for reader, (i, place) in enumerate(zip(program.readers, _addresses(program), strict=True)):
+    for reader, (i, place) in enumerate(program.first_read.items()):
         node = program.nodes[i]
         lines += ["{", f"T* w = (T*)addresses.data[flow * {count} + {place}];"]
         if node.operation == "load":
@@ -142,7 +142,7 @@ def unpack_lines(program: Program, scalar: str) -> list[str]:
             f"const T* own = g + {layout.packed[reader]};",
             f"T* b = (T*)addresses.data[flow * {count} + {place + 1}];",
             f"if (w) for (int o = 0; o < {dense.outputs}; ++o) for (int k = 0; k < {dense.window}; ++k)",
-            f"    {_weight(dense)} += {source};",
+            f"    w[{dense.weight_at}] += {source};",
             f"if (b) for (int o = 0; o < {dense.outputs}; ++o) b[o] += own[o];",
             "}",
         ]
@@ -574,20 +574,3 @@ def _by_table(table: Sequence[tuple[int, int]], body: str) -> list[str]:
         f"{{ static const int from_[] = {{{sources}}}, into_[] = {{{targets}}};",
         f"{ROLLED}for (int k = 0; k < {len(table)}; ++k) {inner} }}",
     ]
-
-
-def _weight(dense: Dense) -> str:
-    """Return where the weight of number k of a window and output o stands in its tensor."""
-    k = "k"
-    if dense.channels != dense.window:
-        k = f"(k % {dense.channels} * {dense.window // dense.channels} + k / {dense.channels})"
-    return f"w[{k} * {dense.outputs} + o]" if dense.flipped else f"w[o * {dense.window} + {k}]"
-
-
-def _addresses(program: Program) -> list[int]:
-    """Return for each reader where its first tensor's address stands."""
-    places, start = [], 0
-    for i in program.readers:
-        places.append(start)
-        start += 2 if program.nodes[i].operation == "dense" else 1
-    return places

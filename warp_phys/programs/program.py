@@ -15,6 +15,7 @@ other numbers that come from tensors are read through slots, so that a program s
 | any of `operations.OPERATIONS` | operands of one size | its own | number by number |
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -67,6 +68,12 @@ class Dense(NamedTuple):
         return (self.positions - 1) * self.stride + padded(self.window)
 
     @property
+    def weight_at(self) -> str:
+        """Where the weight of number k of a window and output o stands in its tensor, in C++."""
+        k = f"(k % {self.channels} * {self.window // self.channels} + k / {self.channels})"
+        return f"{k} * {self.outputs} + o" if self.flipped else f"o * {self.window} + {k}"
+
+    @property
     def few(self) -> bool:
         """Whether there are too few outputs for vectors of outputs."""
         return self.positions == 1 and self.outputs <= FEW
@@ -101,6 +108,9 @@ class Program:
         read = [node.numbers[4:6] if node.operation == "dense" else node.numbers[:1] for node in of_readers]
         self.read: tuple[int, ...] = tuple(slot for slots in read for slot in slots)
         """The slots that they read, in turn; −1 where a dense node has no biases."""
+        begins = itertools.accumulate(map(len, read), initial=0)
+        self.first_read: dict[int, int] = dict(zip(self.readers, begins, strict=False))
+        """Where in `read` the slots of each reader begin."""
         self.multiply_adds = sum(map(_multiply_adds, nodes))
         """Multiply-adds of one evaluation of one row, about."""
 

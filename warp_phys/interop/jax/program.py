@@ -331,11 +331,11 @@ class _Reader(Reading):
     def _moved(self, equation: Any, ins: list[_Value]) -> list[_Value] | None:
         """Return what an operation that moves numbers gives, or None if its numbers have no places."""
         of_indices, move = LAYOUT[equation.primitive.name]
-        indices = ins[of_indices]
-        data = [value for value in ins if value not in indices]
-        if any(value.number is None for value in indices) or not all(self._is_real(value.aval) for value in data):
+        indices = range(len(ins))[of_indices]
+        data = [value for i, value in enumerate(ins) if i not in indices]
+        if any(ins[i].number is None for i in indices) or not all(self._is_real(value.aval) for value in data):
             return None
-        arguments = [value.number if value in indices else self.places(value) for value in ins]
+        arguments = [value.number if i in indices else self.places(value) for i, value in enumerate(ins)]
         codes = move(arguments, equation.params | {"nan": int(self.constant(math.nan))})
         avals = [var.aval for var in equation.outvars]
         if any(value.of_rows for value in data):
@@ -404,9 +404,7 @@ def _bound(equation: Any) -> Callable[..., Sequence[Any]]:
     """Return an equation as a function of arrays."""
 
     def run(*arguments):
-        bound = equation.primitive.get_bind_params(equation.params)
-        functions, params = bound if isinstance(bound, tuple) else ((), bound)  # before JAX 0.10 a pair
-        found = equation.primitive.bind(*functions, *arguments, **params)
+        found = equation.primitive.bind(*arguments, **equation.primitive.get_bind_params(equation.params))
         return found if equation.primitive.multiple_results else (found,)
 
     return run
@@ -527,12 +525,14 @@ def _custom_jvp(reader: _Reader, equation: Any, ins: list[_Value]) -> list[_Valu
     source = closed.jaxpr.debug_info.func_src_info or ""
     name, _, place = source.partition(" at ")
     if place.startswith(OF_JAX):
+        known = None
         if name == "relu":
-            code = reader.elementwise("relu", [reader.places(ins[0])])
-            return [_Value(code=code, aval=closed.out_avals[0])]
-        if name == "logaddexp" and ins[1].number is not None and not ins[1].number.any():
-            code = reader.elementwise("softplus", [reader.places(ins[0])], 1.0, math.inf)
-            return [_Value(code=code, aval=closed.out_avals[0])]
+            known = reader.elementwise("relu", [reader.places(ins[0])])
+        elif name == "logaddexp" and ins[1].number is not None and not ins[1].number.any():
+            known = reader.elementwise("softplus", [reader.places(ins[0])], 1.0, math.inf)
+        if known is not None:
+            aval = closed.out_avals[0]
+            return [_Value(code=np.broadcast_to(known, aval.shape), aval=aval)]
     if not any(reader.moves(value.code) if value.of_rows else value.key not in reader.still for value in ins):
         return reader.run_closed(closed, ins)
     moving = [i for i, value in enumerate(ins) if value.number is None and value.aval.dtype == reader.dtype]
@@ -561,7 +561,6 @@ OF_JAX = os.path.dirname(jax.__file__)
 
 INLINED = {
     "jit": "jaxpr",
-    "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
     "checkpoint": "jaxpr",
@@ -694,13 +693,13 @@ def _dot_general(reader: _Reader, equation: Any, a: _Value, b: _Value) -> np.nda
 
 def _layers(reader: _Reader, x: np.ndarray, w: np.ndarray, weights: _Value, order: tuple[int, ...]) -> np.ndarray:
     """Return x (groups, M, K) times w (groups, N, K) that is computed before the rollout: (groups, M, N)."""
-    groups, m, _ = x.shape
+    (groups, m, _), shape = x.shape, w.shape
     if (w == w[0]).all():
         x, w = x.reshape(1, groups * m, -1), w[:1]
     made = []
     for i, (rows, matrix) in enumerate(zip(x, w, strict=True)):
         whole = any(reader.whole(places) is not None for places in (matrix, matrix.T))
-        made.append(reader.dense(rows, matrix if whole else reader.matrix(weights, order, w.shape, i)))
+        made.append(reader.dense(rows, matrix if whole else reader.matrix(weights, order, shape, i)))
     return np.stack(made).reshape(groups, m, -1)
 
 

@@ -292,7 +292,7 @@ def _jacobian(controller: Callable, states: jax.Array, controls: jax.Array) -> j
 
 
 def _sweep(spec, states, controls, rows, jacobian, seeds, gates):
-    """Phase 2 in one launch for all flows; see `jax_calls.sweep_call`."""
+    """Phase 2 in one launch for all flows; see `calls.sweep_call`."""
     steps, batch, size = controls.shape
     flows, real = len(gates), real_of(states)
     if jacobian is None:

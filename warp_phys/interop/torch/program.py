@@ -499,7 +499,9 @@ def _norm(reader: _Reader, a: Any, ord: Any = 2, dims: Any = None, keepdim: bool
 
 def _cumulated(reader: _Reader, a: Any, dim: int, dtype: Any = None) -> Any:
     a = a.movedim(dim, -1)
-    sums = [_sum(reader, a[..., : k + 1], -1) for k in range(a.shape[-1])]
+    sums = [a[..., 0]]
+    for k in range(1, a.shape[-1]):
+        sums.append(reader.elementwise("add", [sums[-1], a[..., k]]))
     return torch.stack(sums, -1).movedim(-1, dim)
 
 

@@ -307,6 +307,7 @@ class Rollout:
         direct = self.direct_pass(len(x0), when, control_cost, given)
         if direct is None or (given is not None and not direct.take_parameters(given)):
             return self._value_and_grad_by_graph(x0, when, control_cost, parameters)
+        self._beside = False
         with torch.no_grad():
             direct.begin(x0)
             direct.launch()
@@ -557,6 +558,8 @@ class Rollout:
         """Return the gates of flows, shape (flows, steps, 2), as numpy and on the device."""
         key = (flows, steps)
         if key not in self._gates:
+            if len(self._gates) >= DIRECT_PASSES:
+                self._gates.pop(next(iter(self._gates)))
             gates = flow_gates(flows, steps)
             array = wp.array(gates, dtype=wp.dtype_from_torch(self.dtype), device=str(self.device))
             self._gates[key] = gates, for_all_streams(array)

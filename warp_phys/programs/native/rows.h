@@ -80,10 +80,12 @@ template <typename V> static inline V logarithm_of_one_more(V x) {
 
 template <typename V> static inline V inverse_hyperbolic_sine(V x) {
     const V size = x < V{} ? -x : x, y = logarithm_of_one_more(size + size * size / (1 + root(size * size + 1)));
-    return x < V{} ? -y : y;
+    const V value = size > V{} + 1e9f ? logarithm(size) + 0.69314718055994531 : y;
+    return x < V{} ? -value : value;
 }
 template <typename V> static inline V inverse_hyperbolic_cosine(V x) {
-    return logarithm_of_one_more(x - 1 + root((x - 1) * (x + 1)));
+    const V value = logarithm_of_one_more(x - 1 + root((x - 1) * (x + 1)));
+    return x > V{} + 1e9f ? logarithm(x) + 0.69314718055994531 : value;
 }
 template <typename V> static inline V inverse_hyperbolic_tangent(V x) { return logarithm_of_one_more(2 * x / (1 - x)) / 2; }
 
