@@ -122,13 +122,18 @@ def _by_engine(policy, flow, backend, argument=0):
     return jax.jit(jax.grad(loss, argument, has_aux=True))(POLICIES[policy], _start())
 
 
-def _by_jax(policy, flow, argument=0):
-    @jax.jit
-    def gradient(params, x0, gates):
-        return jax.grad(lambda p, x: _loss(*in_jax.unroll(STEP, policy, p, x, gates)), argument)(params, x0)
+@functools.cache
+def _gradients(policy):
+    def both(params, x0, gates):
+        return jax.grad(lambda p, x: _loss(*in_jax.unroll(STEP, policy, p, x, gates)), (0, 1))(params, x0)
 
-    flow = resolve(flow)
-    parts = [gradient(POLICIES[policy], _start(), jnp.asarray(part.gates(STEPS))) for part in linear_parts(flow)]
+    return jax.jit(both)
+
+
+def _by_jax(policy, flow, argument=0):
+    flow, both = resolve(flow), _gradients(policy)
+    gates = [jnp.asarray(part.gates(STEPS)) for part in linear_parts(flow)]
+    parts = [both(POLICIES[policy], _start(), of_part)[argument] for of_part in gates]
     return parts[0] if len(parts) == 1 else jax.tree.map(flow.rule, *parts)
 
 
