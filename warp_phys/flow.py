@@ -5,7 +5,13 @@ One backward step of an unrolling x_{n+1} = S(x_n, c_n), c_n = N(x_n; θ) with t
     μ_n = ∂L/∂c_n + (∂S/∂c)ᵀ λ_{n+1}
     λ_n = ∂L/∂x_n + α (∂S/∂x)ᵀ λ_{n+1} + β (∂N/∂x)ᵀ μ_n
 
-A `Flow` is the pair of gates (α, β). A `Combined` is a pure function of the updates of two flows.
+A `Flow` is the pair of gates (α, β), and a third one, γ, for what a controller remembers: where it returns h_{n+1}
+besides c_n, of x_n and h_n, with the adjoint ν_n of all that it returns,
+
+    λ_n = ∂L/∂x_n + α (∂S/∂x)ᵀ λ_{n+1} + β (∂N/∂x)ᵀ ν_n
+    η_n = ∂L/∂h_n + γ (∂N/∂h)ᵀ ν_n
+
+A `Combined` is a pure function of the updates of two flows.
 
 Source: Schnell & Thuerey, "Stabilizing Backpropagation Through Time to Learn Complex Physics", ICLR 2024.
 """
@@ -21,15 +27,37 @@ import numpy as np
 from warp_phys.core.checks import check_number
 from warp_phys.errors import check_count
 
-Gate = float | tuple[float, ...]
+class Gates:
+    """The numbers of a gate, an array that does not change; equal ones have one hash."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array.copy()
+        self.array.flags.writeable = False
+        self._key = self.array.shape, self.array.tobytes()
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Gates) and self._key == other._key
+
+    def __repr__(self) -> str:
+        return f"gates of shape {self.array.shape}"
+
+    def __deepcopy__(self, memo: Any) -> "Gates":
+        return self
+
+
+Gate = float | tuple[float, ...] | Gates
 
 
 @dataclass(frozen=True)
 class Flow:
     """Feedback through the simulator, weighted by `physics`, and through the controller, weighted by `controller`.
 
-    Both gates are numbers, or one number for every step n = 0 … T−1. A gate below one is a decay; a gate of zero at
-    some steps, or a `window`, truncates.
+    These gates are numbers, or arrays: one number for every step n = 0 … T−1, shape (T,); for every step and sample,
+    (T, B); for every step, sample and component of the state, three dimensions, of which any may be 1, as (1, 1, D). A
+    gate below one is a decay; a gate of zero at some steps, or a `window`, truncates.
 
     >>> Flow(physics=1.0, controller=0.0) == MODIFIED
     True
@@ -40,17 +68,32 @@ class Flow:
     """
 
     physics: Gate = 1.0
-    """Gate α of the physics path (∂S/∂x)ᵀ, a number or T numbers."""
+    """Gate α of the physics path (∂S/∂x)ᵀ."""
     controller: Gate = 1.0
-    """Gate β of the controller path (∂N/∂x)ᵀ, a number or T numbers."""
+    """Gate β of the controller path (∂N/∂x)ᵀ."""
     window: int | None = None
     """Truncation: no feedback crosses the steps 0, window, 2 window, …; None never cuts."""
+    memory: Gate = 1.0
+    """Gate γ of the path through a controller's memory (∂N/∂h)ᵀ, a number or T numbers."""
+    limit: float | None = None
+    """If given, the controller's feedback of a sample at a step, β (∂N/∂x)ᵀ ν_n, is scaled down to at most so many
+    times the norm of the physics' feedback α (∂S/∂x)ᵀ λ_{n+1}. 0 is a controller gate of 0."""
 
     def __post_init__(self):
-        for name in ("physics", "controller"):
+        for name in ("physics", "controller", "memory"):
             object.__setattr__(self, name, _gate(name, getattr(self, name)))
+        if isinstance(self.memory, Gates):
+            raise ValueError(f"memory must be a number, or one number per step, got shape {self.memory.array.shape}")
         if self.window is not None:
             object.__setattr__(self, "window", check_count("window", self.window))
+        if self.limit is not None:
+            check_number("limit", self.limit, least=0.0)
+            object.__setattr__(self, "limit", float(self.limit))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the gates of states are numbers that all samples and components share."""
+        return self.limit is None and not any(isinstance(gate, Gates) for gate in (self.physics, self.controller))
 
     @property
     def name(self) -> str:
@@ -66,43 +109,96 @@ class Flow:
         """Return α and β for each step, shape (steps, 2).
 
         Raises:
-            ValueError: A gate is given step by step, for another number of steps.
+            ValueError: A gate is given step by step, for another number of steps; or the flow is not `is_plain`.
         """
-        out = np.empty((steps, 2))
-        for column, name in enumerate(("physics", "controller")):
-            gate = getattr(self, name)
-            if isinstance(gate, tuple) and len(gate) != steps:
-                raise ValueError(f"the flow's {name} gate has {len(gate)} numbers, the rollout has {steps} steps")
-            out[:, column] = gate
+        if not self.is_plain:
+            raise ValueError(f"flow {self.name!r} has a limit, or gates of single samples or components")
+        return np.stack([self._by_step("physics", steps), self._by_step("controller", steps)], axis=1)
+
+    def check(self, steps: int) -> None:
+        """Raise a ValueError if a gate is given for another number of steps."""
+        for name in ("physics", "controller", "memory"):
+            self._by_step(name, steps)
+
+    def _by_step(self, name: str, steps: int) -> np.ndarray:
+        """Return a gate, shape (steps,) or three dimensions, cut where the window ends."""
+        gate = getattr(self, name)
+        length = len(gate) if isinstance(gate, tuple) else gate.array.shape[0] if isinstance(gate, Gates) else steps
+        if length not in ((1, steps) if isinstance(gate, Gates) else (steps,)):
+            raise ValueError(f"the flow's {name} gate has {length} numbers, the rollout has {steps} steps")
+        out = gate.array if isinstance(gate, Gates) else np.full(steps, gate, dtype=float)
+        if out.ndim == 2:
+            out = out[:, :, None]
         if self.window is not None:
+            out = np.repeat(out, steps, axis=0) if len(out) == 1 else out.copy()
             out[:: self.window] = 0.0
+        return out
+
+    def all_gates(self, steps: int, batch: int, size: int) -> np.ndarray:
+        """Return all gates: α and β of each component of the state, γ and κ (infinity where there is no limit).
+
+        Args:
+            steps: Number of time steps.
+            batch: Number of samples.
+            size: Number D of state components.
+
+        Returns:
+            Shape (steps, 1 or batch, 2 D + 2).
+
+        Raises:
+            ValueError: A gate is given for another number of steps, samples or components.
+        """
+        parts = []
+        for name in ("physics", "controller"):
+            gate = self._by_step(name, steps)
+            gate = gate.reshape(steps, 1, 1) if gate.ndim == 1 else gate
+            for length, own, what in zip(gate.shape[1:], (batch, size), ("samples", "components"), strict=True):
+                if length not in (1, own):
+                    raise ValueError(f"the flow's {name} gate is for {length} {what}, there are {own}")
+            parts.append(gate)
+        samples = max(gate.shape[1] for gate in parts)
+        out = np.empty((steps, samples, 2 * size + 2))
+        out[:, :, :size], out[:, :, size : 2 * size] = parts
+        out[:, :, -2] = self._by_step("memory", steps)[:, None]
+        out[:, :, -1] = np.inf if self.limit is None else self.limit
         return out
 
 
 def _gate(name: str, value: object) -> Gate:
-    """Check one gate; a sequence becomes a tuple, so that a flow stays hashable."""
+    """Check one gate; a sequence becomes a tuple or `Gates`, so that a flow stays hashable."""
+    if isinstance(value, Gates):
+        return value
     try:
         array = np.asarray(value, dtype=float)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}") from None
-    if array.ndim > 1 or array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"{name} must be a finite number, or one finite number per step, got {value!r}")
+        raise TypeError(f"{name} must be a number or an array of numbers, got {value!r}") from None
+    if array.ndim > 3 or array.size == 0 or not np.isfinite(array).all():
+        raise ValueError(
+            f"{name} must be a finite number, or finite numbers of shape (steps,), (steps, batch) or (steps, batch, "
+            f"D), where any of three may be 1, got {value!r}"
+        )
+    if array.ndim > 1:
+        return Gates(array)
     return float(array) if array.ndim == 0 else tuple(array.tolist())
 
 
 def _describe(flow: Flow) -> str:
     def text(gate: Gate) -> str:
+        if isinstance(gate, Gates):
+            return f"of shape {gate.array.shape}"
         return "per step" if isinstance(gate, tuple) else f"{gate:g}"
 
     window = "" if flow.window is None else f", window {flow.window}"
-    return f"physics {text(flow.physics)}, controller {text(flow.controller)}{window}"
+    memory = "" if flow.memory == 1.0 else f", memory {text(flow.memory)}"
+    limit = "" if flow.limit is None else f", limit {flow.limit:g}"
+    return f"physics {text(flow.physics)}, controller {text(flow.controller)}{window}{memory}{limit}"
 
 
 REGULAR = Flow(1.0, 1.0)
 """R, the gradient: backpropagation through time."""
 MODIFIED = Flow(1.0, 0.0)
 """M, the balanced physics gradient: feedback travels back in time through the simulator only."""
-STOPPED = Flow(0.0, 0.0)
+STOPPED = Flow(0.0, 0.0, memory=0.0)
 """S, no feedback in time."""
 CONTROLLER = Flow(0.0, 1.0)
 """N, feedback through the controller only."""

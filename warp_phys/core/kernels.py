@@ -9,14 +9,19 @@ from typing import Any
 
 import warp as wp
 
-from warp_phys.core.rows import row_functions
+from warp_phys.core.rows import RowFunctions, row_functions
+
+
+def state_row(structure: Any, real: type) -> RowFunctions:
+    """Return the functions for rows of states, of which a step writes what is not given from outside."""
+    return row_functions(structure.state_size, real, structure.written_size)
 
 
 @functools.cache
 def step_kernel(structure: Any, real: type) -> wp.Kernel:
     """One step, differentiable on a tape: y = S(x, c), rows of one thread each."""
     step, Parameters = structure.functions(real).step, structure.types(real).Parameters
-    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
+    x_row, c_row = state_row(structure, real), row_functions(structure.control_size, real)
     load_x, load_c, store_x = x_row.load, c_row.load, x_row.store
 
     @wp.kernel(module="unique", enable_backward=True)
@@ -38,7 +43,7 @@ def step_kernel(structure: Any, real: type) -> wp.Kernel:
 def trajectory_kernel(structure: Any, real: type) -> wp.Kernel:
     """All steps under given controls: states[n + 1] = S(states[n], controls[n]); one thread per sample."""
     step, Parameters = structure.functions(real).step, structure.types(real).Parameters
-    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
+    x_row, c_row = state_row(structure, real), row_functions(structure.control_size, real)
     load_x, load_c, store_x = x_row.load_at, c_row.load_at, x_row.store_at
 
     @wp.kernel(module="unique", enable_backward=False)
@@ -54,6 +59,8 @@ def trajectory_kernel(structure: Any, real: type) -> wp.Kernel:
         for n in range(controls.shape[0]):
             x = step(x, load_c(controls, n, b), p[b % p.shape[0]])
             store_x(states, n + 1, b, x)
+            if wp.static(structure.written_size < structure.state_size):
+                x = load_x(states, n + 1, b)
 
     return trajectory_rows
 
@@ -101,18 +108,128 @@ def step_vjp_kernel(structure: Any, real: type) -> wp.Kernel:
 
 
 @functools.cache
-def sweep_kernel(structure: Any, real: type) -> wp.Kernel:
+def gate_functions(own: int, remembering: int, size: int, real: type) -> tuple[Any, Any]:
+    """Return how gates of single components act on rows of adjoints, and whether any of a controller's is open.
+
+    `gated(lam, dx, pulled, gates, f, n, b)` returns λ_n of ∂L/∂x_n, (∂S/∂x)ᵀ λ_{n+1} and (∂N/∂x)ᵀ ν_n. For each flow
+    and step, `gates` has for one sample, or for every sample, the numbers of `Flow.all_gates`. Of a row the first `own`
+    numbers are the state, those up to `remembering` a memory; what lies behind them has no gate.
+    """
+    Row, width = row_functions(size, real).vector, 2 * own + 2
+
+    @wp.func
+    def record_of(gates: wp.array3d[real], b: int):
+        return (b % (gates.shape[2] // wp.static(width))) * wp.static(width)
+
+    @wp.func
+    def physics_part(dx: Row, gates: wp.array3d[real], f: int, n: int, at: int):
+        out = Row()
+        for k in range(wp.static(size)):
+            alpha = real(1.0)
+            if k < wp.static(own):
+                alpha = gates[f, n, at + k]
+            if alpha != real(0.0):
+                out[k] = alpha * dx[k]
+        return out
+
+    @wp.func
+    def controller_part(pulled: Row, gates: wp.array3d[real], f: int, n: int, at: int):
+        out = Row()
+        for k in range(wp.static(size)):
+            beta = real(1.0)
+            if k < wp.static(own):
+                beta = gates[f, n, at + wp.static(own) + k]
+            elif k < wp.static(remembering):
+                beta = gates[f, n, at + wp.static(2 * own)]
+            if beta != real(0.0):
+                out[k] = beta * pulled[k]
+        return out
+
+    @wp.func
+    def largest(row: Row):
+        out = real(0.0)
+        for k in range(wp.static(own)):
+            out = wp.max(out, wp.abs(row[k]))
+        return out
+
+    @wp.func
+    def norm(row: Row, scale: real):
+        total = real(0.0)
+        for k in range(wp.static(own)):
+            total += (row[k] / scale) * (row[k] / scale)
+        return scale * wp.sqrt(total)
+
+    @wp.func
+    def scaled(row: Row, factor: real):
+        out = row
+        for k in range(wp.static(own)):
+            if factor == real(0.0):
+                out[k] = real(0.0)
+            else:
+                out[k] = factor * row[k]
+        return out
+
+    @wp.func
+    def limited(physics: Row, controller: Row, limit: real):
+        least = largest(physics)
+        most = largest(controller)
+        if most == real(0.0):
+            return controller
+        if least == real(0.0) or wp.isinf(most):  # what is infinite has no direction
+            return scaled(controller, real(0.0))
+        bound = limit * norm(physics, least)
+        length = norm(controller, most)
+        if length > bound:
+            return scaled(controller, bound / length)
+        return controller
+
+    @wp.func
+    def gated(lam: Row, dx: Row, pulled: Row, gates: wp.array3d[real], f: int, n: int, b: int):
+        at = record_of(gates, b)
+        physics = physics_part(dx, gates, f, n, at)
+        controller = controller_part(pulled, gates, f, n, at)
+        limit = gates[f, n, at + wp.static(2 * own + 1)]
+        if not wp.isinf(limit):
+            controller = limited(physics, controller, limit)
+        return lam + physics + controller
+
+    @wp.func
+    def is_open(gates: wp.array3d[real], f: int, n: int, first: int, count: int):
+        found = int(0)
+        for s in range(count):
+            at = record_of(gates, first + s)
+            last = wp.static(2 * own)
+            if wp.static(remembering == own):
+                last -= 1
+            for k in range(wp.static(own), last + 1):
+                if gates[f, n, at + k] != real(0.0):
+                    found = 1
+        return found
+
+    return gated, is_open
+
+
+@functools.cache
+def sweep_kernel(structure: Any, real: type, single: bool = False) -> wp.Kernel:
     """The sequential part of the backward pass, steps n = last − 1 … first, one thread per (flow, sample).
 
         μ_n = ∂L/∂c_n + (∂S/∂c)ᵀ λ_{n+1}
         λ_n = ∂L/∂x_n + α_n (∂S/∂x)ᵀ λ_{n+1} + β_n J_nᵀ μ_n,   J_n = ∂N/∂x at x_n
 
-    A gate of zero is a cut, not a product: what lies behind it may be infinite.
+    A gate of zero is a cut, not a product: what lies behind it may be infinite. `gates` has α and β for each flow and
+    step, or, with gates of `single` components, what `gate_functions` takes.
     """
     types, weighted_step = structure.types(real), weighted_step_function(structure, real)
     State, Control, Parameters = types.State, types.Control, types.Parameters
     x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
     load_x, load_c, store_x, store_c = x_row.load_at, c_row.load_at, x_row.store_at, c_row.store_at
+    gated, _ = gate_functions(structure.own_size, structure.remembering_size, structure.state_size, real)
+    written = structure.written_size
+
+    @wp.func
+    def store_given(adj_inputs: wp.array4d[real], f: int, n: int, b: int, lam: State):
+        for i in range(wp.static(structure.state_size - written)):
+            adj_inputs[f, n, b, i] = lam[wp.static(written) + i]
 
     @wp.func
     def pull_through_controller(jacobian: wp.array4d[real], n: int, b: int, mu: Control):
@@ -138,27 +255,36 @@ def sweep_kernel(structure: Any, real: type) -> wp.Kernel:
         steps: int,
         # in and out
         adj_x: wp.array3d[real],
-        # out; adj_p of length 0 is not written
+        # out; adj_p and adj_inputs of length 0 are not written
         adj_controls: wp.array4d[real],
         adj_p: wp.array3d[Parameters],
+        adj_inputs: wp.array4d[real],
     ):
         f, b = wp.tid()
         own = p[b % p.shape[0]]
         lam = load_x(adj_x, f, b)
         for back in range(steps):
             n = steps - 1 - back
-            alpha = gates[f, first + n, 0]
-            beta = gates[f, first + n, 1]
             dx, dc, dp, _dy = wp.grad(weighted_step)(load_x(states, n, b), load_c(controls, n, b), own, lam)
             if adj_p.shape[0] > 0:
                 adj_p[f, n, b] = dp
             mu = dc + load_c(loss_controls, n, b)
             store_c(adj_controls[f], n, b, mu)
             lam = load_x(loss_states, n, b)
-            if alpha != real(0.0):
-                lam += alpha * dx
-            if beta != real(0.0) and jacobian.shape[0] > 0:
-                lam += beta * pull_through_controller(jacobian, n, b, mu)
+            if wp.static(single):
+                pulled = State()
+                if jacobian.shape[0] > 0:
+                    pulled = pull_through_controller(jacobian, n, b, mu)
+                lam = gated(lam, dx, pulled, gates, f, first + n, b)
+                if adj_inputs.shape[0] > 0:
+                    store_given(adj_inputs, f, n, b, lam)
+            else:
+                alpha = gates[f, first + n, 0]
+                beta = gates[f, first + n, 1]
+                if alpha != real(0.0):
+                    lam += alpha * dx
+                if beta != real(0.0) and jacobian.shape[0] > 0:
+                    lam += beta * pull_through_controller(jacobian, n, b, mu)
         store_x(adj_x, f, b, lam)
 
     return sweep_steps

@@ -37,8 +37,12 @@ class RowFunctions(NamedTuple):
 
 
 @functools.cache
-def row_functions(length: int, real: type) -> RowFunctions:
-    """Return the functions for rows of `length` numbers of type `real` (wp.float32 or wp.float64)."""
+def row_functions(length: int, real: type, written: int | None = None) -> RowFunctions:
+    """Return the functions for rows of `length` numbers of type `real` (wp.float32 or wp.float64).
+
+    Of a row only the first numbers are written, if `written` says how many.
+    """
+    stored = length if written is None else written
     Row = wp.types.vector(length=length, dtype=real)
 
     @wp.func
@@ -50,7 +54,7 @@ def row_functions(length: int, real: type) -> RowFunctions:
 
     @wp.func
     def store_row(target: wp.array2d[real], row: int, value: Row):
-        for i in range(wp.static(length)):
+        for i in range(wp.static(stored)):
             target[row, i] = value[i]
 
     @wp.func
@@ -62,7 +66,7 @@ def row_functions(length: int, real: type) -> RowFunctions:
 
     @wp.func
     def store_row_at(target: wp.array3d[real], n: int, row: int, value: Row):
-        for i in range(wp.static(length)):
+        for i in range(wp.static(stored)):
             target[n, row, i] = value[i]
 
     return RowFunctions(Row, load_row, store_row, load_row_at, store_row_at)

@@ -190,11 +190,11 @@ def _run(
         lam = zeros((len(gates), batch, 1))
         for f in range(len(gates)):
             wp.copy(lam[f], seeds[steps])
-        mu = zeros((len(gates), *controls.shape))
+        mu, no_inputs = zeros((len(gates), *controls.shape)), zeros((0, 0, 0, 0))
         gates_array = wp.array(gates.astype(landscape.dtype), dtype=real, device=device)
         inputs = [states, controls, p, jacobian, seeds, zeros(controls.shape), gates_array, 0, steps, lam]
         kernel = kernels.sweep_kernel(structure, real)
-        launch(kernel, dim=(len(gates), batch), inputs=inputs, outputs=[mu, no_structs((0, 0, 0))])
+        launch(kernel, dim=(len(gates), batch), inputs=inputs, outputs=[mu, no_structs((0, 0, 0)), no_inputs])
         kernel = landscape_kernels.contract_kernel(real)
         launch(kernel, dim=(len(gates), batch), inputs=[states, mu], outputs=[updates])
     return states.numpy()[steps, :, 0], costs.numpy()[0], updates.numpy()

@@ -132,10 +132,11 @@ class Dense:
     def sweep(
         self, system: Any, trajectory: Any, seeds: Any, gates: wp.array, adj_x: wp.array,
         gradients: Sequence[Sequence[wp.array]], workspace: Workspace, adj_p: wp.array | None = None,
+        adj_inputs: wp.array | None = None,
     ) -> None:  # fmt: skip
         """Run all flows backward in one kernel: see `Network.sweep`; add the updates to `gradients`."""
         network = self._packed_network()
-        packed = network.sweep(system, trajectory, seeds, gates, adj_x, workspace, adj_p)
+        packed = network.sweep(system, trajectory, seeds, gates, adj_x, workspace, adj_p, adj_inputs)
         network.unpack(packed, [[array.ptr for array in arrays] for arrays in gradients], lasting=True)
 
     def _packed_network(self) -> Network:

@@ -71,11 +71,12 @@ class Controller(Protocol):
 
     def sweep(
         self, system: Any, trajectory: Any, seeds: Any, gates: wp.array, adj_x: wp.array, gradients: Sequence[Any],
-        workspace: Workspace, adj_p: wp.array | None = None,
+        workspace: Workspace, adj_p: wp.array | None = None, adj_inputs: wp.array | None = None,
     ) -> None:  # fmt: skip
         """Write λ_0 to adj_x (flows, batch, D), and add each flow's update of θ to its entry of gradients.
 
-        If adj_p is given, write the adjoints of each sample's physical parameters to it, shape (flows, batch, P).
+        If adj_p is given, write the adjoints of each sample's physical parameters to it, shape (flows, batch, P); if
+        adj_inputs is, those of what is given to every step, shape (flows, steps, batch, E).
         """
 
 
@@ -119,6 +120,8 @@ class Adjoints(NamedTuple):
     """λ_0, shape (flows, batch, D)."""
     parameters: wp.array | None
     """Adjoints of the physical parameters of each sample, shape (flows, batch, number of parameters), or None."""
+    inputs: wp.array | None = None
+    """Adjoints of what is given to every step, shape (flows, steps, batch, E), or None."""
 
 
 def forward(
@@ -167,6 +170,44 @@ def flow_gates(flows: Sequence[Flow], steps: int) -> np.ndarray:
     return np.stack([flow.gates(steps) for flow in flows])
 
 
+def check_gates(flows: Sequence[Flow], steps: int) -> None:
+    """Raise a ValueError if a flow's gates are given for another number of steps."""
+    for flow in flows:
+        flow.check(steps)
+
+
+def all_gates(flows: Sequence[Flow], steps: int, batch: int, system: Any) -> np.ndarray:
+    """Return the gates of all flows as kernels take them, see `kernels.sweep_kernel`.
+
+    Shape (flows, steps, 2); where a system's rows hold more than its state, or gates are those of single samples or
+    components, or limited, (flows, steps, N), see `kernels.gate_functions`.
+
+    Raises:
+        ValueError: Gates are given for other numbers of steps, samples or components.
+    """
+    size = getattr(system, "own_size", system.state_size)
+    if size == system.state_size and all(flow.is_plain for flow in flows):
+        return flow_gates(flows, steps)
+    rows = [flow.all_gates(steps, batch, size) for flow in flows]
+    samples = max(row.shape[1] for row in rows)
+    return np.stack([np.broadcast_to(row, (steps, samples, row.shape[2])).reshape(steps, -1) for row in rows])
+
+
+def are_single(gates: Any) -> bool:
+    """Whether gates are those of single components."""
+    return bool(gates.shape[2] != 2)
+
+
+def _open_gates(gates: np.ndarray, system: Any, want_inputs: bool) -> np.ndarray:
+    """Return at which steps of which flows adjoints go back through the controller, shape (flows, steps)."""
+    if not are_single(gates):
+        return gates[:, :, 1] != 0.0
+    own, remembering = getattr(system, "own_size", system.state_size), getattr(system, "remembering_size", 0)
+    records = gates.reshape(*gates.shape[:2], -1, 2 * own + 2)
+    controller = records[..., own : 2 * own + (remembering > own)]
+    return want_inputs | (controller != 0.0).any(axis=(2, 3))
+
+
 def parallel_in_time(system: Simulator, controller: Controller, trajectory: Trajectory, flows: int) -> bool:
     """Whether to form the controller's Jacobians, or to pull adjoints through it step by step.
 
@@ -190,6 +231,7 @@ def backward(
     gradients: Sequence[Any],
     workspace: Workspace,
     want_parameters: bool = False,
+    want_inputs: bool = False,
     parallel: bool | None = None,
     check: Any = None,
     fused: bool = False,
@@ -203,11 +245,12 @@ def backward(
         controller: The controller.
         trajectory: What the forward pass left.
         seeds: ∂L/∂x_n and ∂L/∂c_n.
-        gates: α and β, shape (flows, steps, 2), as numpy: which parts of the work are needed at all.
+        gates: The flows' gates (`all_gates`), as numpy: which parts of the work are needed at all.
         gates_array: The same on the device: the numbers that the sweep uses.
         gradients: One accumulator per flow, as `Linearisation.contract` takes it.
         workspace: Keeps the intermediate arrays.
         want_parameters: Whether to find the adjoints of the physical parameters.
+        want_inputs: Whether to find those of what is given to every step.
         parallel: Whether to linearise in parallel; None decides by `parallel_in_time`.
         check: Called with the linearisation and the stored controls (N, K) of every chunk, if given.
         fused: Whether to run everything in one kernel, where the controller can; else the controller's share in kernels
@@ -227,15 +270,20 @@ def backward(
     if want_parameters:
         count = len(system.parameter_names)  # type: ignore[attr-defined]
         adj_p = workspace.array("adj_p", (flows, batch, count), real, device)
+    adj_inputs = None
+    if want_inputs:
+        shape = (flows, steps, batch, system.state_size - system.written_size)  # type: ignore[attr-defined]
+        adj_inputs = workspace.array("adj_inputs", shape, real, device)
     if fused and controller.sweeps(system):
-        controller.sweep(system, trajectory, seeds, gates_array, lam, gradients, workspace, adj_p)
-        return Adjoints(lam, adj_p)
+        controller.sweep(system, trajectory, seeds, gates_array, lam, gradients, workspace, adj_p, adj_inputs)
+        return Adjoints(lam, adj_p, adj_inputs)
     for f in range(flows):
         wp.copy(lam[f], seeds.states[steps])
     if parallel is None:
         parallel = not whole and parallel_in_time(system, controller, trajectory, flows)
+    is_open = _open_gates(gates, system, want_inputs)
     pass_ = _Pass(
-        system, controller, gates, gates_array, gradients, workspace, parallel, check, whole, simulator, fused
+        system, controller, is_open, gates_array, gradients, workspace, parallel, check, whole, simulator, fused
     )
     if adj_p is not None:
         adj_p.zero_()
@@ -246,8 +294,8 @@ def backward(
         # one if the samples come in blocks: then rows are contiguous
         length = 1 if whole else max(1, CHUNK_ROWS // batch)
         for last in range(steps, 0, -length):
-            pass_.chunk(trajectory, seeds, lam, adj_p, block, range(max(0, last - length), last))
-    return Adjoints(lam, adj_p)
+            pass_.chunk(trajectory, seeds, lam, adj_p, adj_inputs, block, range(max(0, last - length), last))
+    return Adjoints(lam, adj_p, adj_inputs)
 
 
 class Retreat:
@@ -270,7 +318,8 @@ class Retreat:
     ):
         self.system, self.steps, self.but = system, steps, list(but)
         self.compares = compare and not isinstance(system, System)  # which computes from its arguments alone
-        self.takes_result = self.compares and "y" in inspect.signature(system.step_vjp).parameters
+        product = getattr(system, "base", system).step_vjp
+        self.takes_result = self.compares and "y" in inspect.signature(product).parameters
         self._spare: wp.array | None = None
 
     def __call__(self, n: int, f: int, x: wp.array, c: wp.array, y: wp.array, arguments: tuple) -> None:
@@ -303,6 +352,8 @@ class Retreat:
     def _step(self, x: wp.array, c: wp.array, like: wp.array) -> wp.array:
         if self._spare is None:
             self._spare = wp.empty_like(like)
+        if hasattr(self.system, "base"):
+            wp.copy(self._spare, like)  # a step does not write what is given
         self.system.step(x, c, self._spare)
         return self._spare
 
@@ -317,14 +368,17 @@ class _Pass:
     """One backward pass: what its chunks share."""
 
     def __init__(
-        self, system, controller, gates, gates_array, gradients, workspace, parallel, check, whole, simulator, fused
+        self, system, controller, is_open, gates_array, gradients, workspace, parallel, check, whole, simulator, fused
     ):  # fmt: skip
         self.whole, self.simulator, self.fused = whole, simulator or Retreat(system), fused
         self.system, self.controller, self.gradients, self.workspace = system, controller, gradients, workspace
-        self.gates, self.gates_array = gates, gates_array
+        self.is_open, self.gates_array, self.flows = is_open, gates_array, len(is_open)
+        self.single = are_single(gates_array)
         self.parallel, self.check = parallel, check
 
-    def chunk(self, trajectory: Trajectory, seeds: Seeds, lam: wp.array, adj_p, block: slice, steps: range) -> None:
+    def chunk(
+        self, trajectory: Trajectory, seeds: Seeds, lam: wp.array, adj_p, adj_inputs, block: slice, steps: range
+    ) -> None:
         """Linearise, sweep and contract `steps` of the samples `block`; advance lam, shape (flows, batch, D)."""
         span = slice(steps.start, steps.stop)
         # a block that is not the whole batch has one time step a chunk, so its rows are contiguous either way
@@ -333,45 +387,59 @@ class _Pass:
         linear = self.controller.linearise(_flat(states, rows), self.workspace, self.fused)
         if self.check is not None:
             self.check(linear, _flat(controls, rows))
-        mu = self._array("mu", (len(self.gates), *controls.shape), controls)
+        mu = self._array("mu", (self.flows, *controls.shape), controls)
         p = trajectory.parameters
         local = Trajectory(states, controls, p if p is None or len(p) == 1 else p[block])
         local_seeds = Seeds(_part(seeds.states, span, block), _part(seeds.controls, span, block))
         everyone = slice(0, len(lam))
         own = _part(lam, everyone, block)
         own_p = None if adj_p is None else _part(adj_p, everyone, block)
+        own_inputs = None if adj_inputs is None else adj_inputs[:, span, block]
+        gates = self._gates_of(block, trajectory.states.shape[1])
         if self.parallel:
-            self._sweep(local, local_seeds, linear, own, mu, own_p, steps)
+            self._sweep(local, local_seeds, linear, own, mu, own_p, own_inputs, gates, steps)
         else:
             following = _part(trajectory.states, slice(steps.start + 1, steps.stop + 1), block)
-            self._walk(local, local_seeds, following, linear, own, mu, own_p, steps)
+            self._walk(local, local_seeds, following, linear, own, mu, own_p, own_inputs, gates, steps)
         if not self.whole:
-            linear.contract(mu.reshape((len(self.gates), rows, mu.shape[3])), self.gradients)
+            linear.contract(mu.reshape((self.flows, rows, mu.shape[3])), self.gradients)
 
-    def _sweep(self, local: Trajectory, seeds: Seeds, linear: Linearisation, lam, mu, adj_p, steps: range) -> None:
+    def _gates_of(self, block: slice, batch: int) -> wp.array:
+        """Return the gates of a block of samples, where each has its own."""
+        gates, (first, last) = self.gates_array, (block.start, block.stop)
+        width = 2 * getattr(self.system, "own_size", self.system.state_size) + 2
+        if not self.single or gates.shape[2] == width or last - first == batch:
+            return gates
+        return gates[:, :, first * width : last * width]
+
+    def _sweep(
+        self, local: Trajectory, seeds: Seeds, linear: Linearisation, lam, mu, adj_p, adj_inputs, gates, steps: range
+    ) -> None:
         """Phase 2 in one launch for all flows."""
         count, batch, size = local.controls.shape
         real, device, states = lam.dtype, lam.device, local.states
-        needed = self.gates[:, steps.start : steps.stop, 1].any()
+        needed = self.is_open[:, steps.start : steps.stop].any()
         jacobian = self._array("jacobian", (count, batch, size, states.shape[2]) if needed else (0, 0, 0, 0), states)
         if needed:
             linear.jacobian(jacobian.reshape((count * batch, size, states.shape[2])))
         struct = self.system.types(real).Parameters
-        shape = (len(self.gates), count, batch) if adj_p is not None else (0, 0, 0)
+        shape = (self.flows, count, batch) if adj_p is not None else (0, 0, 0)
         per_step = self._array("adj_p per step", (*shape, len(self.system.parameter_names)), states)
-        inputs = [states, local.controls, local.parameters, jacobian, seeds.states, seeds.controls, self.gates_array]
+        inputs = [states, local.controls, local.parameters, jacobian, seeds.states, seeds.controls, gates]
         inputs += [steps.start, count, lam]
-        outputs = [mu, as_structs(per_step, struct)]
-        kernel = kernels.sweep_kernel(self.system.structure, real)
-        dim = (len(self.gates), batch)
+        no_inputs = self._array("no adj_inputs", (0, 0, 0, 0), states) if adj_inputs is None else adj_inputs
+        outputs = [mu, as_structs(per_step, struct), no_inputs]
+        kernel = kernels.sweep_kernel(self.system.structure, real, self.single)
+        dim = (self.flows, batch)
         wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=device, record_tape=False)
         if adj_p is not None:
             kernel, inputs = row_kernels.sum_over_time_kernel(real), [per_step, adj_p]
             wp.launch(kernel, dim=adj_p.shape, inputs=inputs, device=device, record_tape=False)
 
     def _walk(
-        self, local: Trajectory, seeds: Seeds, following: wp.array, linear: Linearisation, lam, mu, adj_p, steps: range
-    ) -> None:
+        self, local: Trajectory, seeds: Seeds, following: wp.array, linear: Linearisation, lam, mu, adj_p, adj_inputs,
+        gates: wp.array, steps: range,
+    ) -> None:  # fmt: skip
         """Phase 2 step by step, through the two verbs of a `Simulator` and the controller's own pull.
 
         `following` are the states behind each step, `linear` the controller at all of them.
@@ -385,6 +453,10 @@ class _Pass:
             extra = self._array("adj_p of a step", (batch, adj_p.shape[2]), lam)
         launch = functools.partial(wp.launch, device=device, record_tape=False)
         add_rows, sum_rows = row_kernels.add_rows_kernel(real), row_kernels.sum_rows_kernel(real)
+        if self.single:
+            own = getattr(self.system, "own_size", lam.shape[2]), getattr(self.system, "remembering_size", lam.shape[2])
+            gate_single = row_kernels.gate_single_kernel(*own, lam.shape[2], real)
+            no_inputs = self._array("no adj_inputs of a step", (0, 0, 0), lam)
         gate_rows, own_p = row_kernels.gate_rows_kernel(real), [] if adj_p is None else [adj_p[f] for f in range(flows)]
         arguments: tuple = ()
         if local.parameters is not None:
@@ -399,9 +471,13 @@ class _Pass:
                 if extra is not None:
                     launch(add_rows, dim=extra.shape, inputs=[extra, own_p[f]])
                 launch(sum_rows, dim=(batch, mu.shape[3]), inputs=[found[f][2], seeds.controls[n], mu[f, n]])
-            self._pull(linear if len(steps) == 1 else None, x, mu[:, n], pulled, self.gates[:, at, 1] != 0.0)
-            inputs = [dx, pulled, seeds.states[n], self.gates_array, at, lam]
-            launch(gate_rows, dim=lam.shape, inputs=inputs)
+            self._pull(linear if len(steps) == 1 else None, x, mu[:, n], pulled, self.is_open[:, at])
+            inputs = [dx, pulled, seeds.states[n], gates, at, lam]
+            if self.single:
+                given = no_inputs if adj_inputs is None else adj_inputs[:, n]
+                launch(gate_single, dim=(flows, batch), inputs=[*inputs, given])
+            else:
+                launch(gate_rows, dim=lam.shape, inputs=inputs)
 
     def _pull(self, linear: Any, x: wp.array, mu: wp.array, pulled: wp.array, is_open: np.ndarray) -> None:
         """Pull the adjoints mu (flows, batch, K) of one step's controls through the controller where its gate is open.

@@ -5,6 +5,8 @@ from typing import Any
 
 import warp as wp
 
+from warp_phys.core.kernels import gate_functions
+from warp_phys.core.rows import row_functions
 from warp_phys.programs.rules import combined_body
 
 
@@ -71,6 +73,39 @@ def gate_rows_kernel(real: type) -> wp.Kernel:
         lam[f, b, i] = value
 
     return gate_rows
+
+
+@functools.cache
+def gate_single_kernel(own: int, remembering: int, size: int, real: type) -> wp.Kernel:
+    """The same with gates of single components, one thread per flow and sample, see `kernels.gate_functions`.
+
+    What is given from outside, the last numbers of a row, has its adjoints written to `adj_inputs`, unless that is
+    empty.
+    """
+    row, (gated, _) = row_functions(size, real), gate_functions(own, remembering, size, real)
+    load, load_at, store_at = row.load, row.load_at, row.store_at
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def gate_single(
+        # in
+        dx: wp.array3d[real],
+        pulled: wp.array3d[real],
+        loss_states: wp.array2d[real],
+        gates: wp.array3d[real],
+        n: int,
+        # out
+        lam: wp.array3d[real],
+        adj_inputs: wp.array3d[real],
+    ):
+        f, b = wp.tid()
+        value = gated(load(loss_states, b), load_at(dx, f, b), load_at(pulled, f, b), gates, f, n, b)
+        store_at(lam, f, b, value)
+        if adj_inputs.shape[0] > 0:
+            given = adj_inputs.shape[2]
+            for i in range(given):
+                adj_inputs[f, b, i] = lam[f, b, wp.static(size) - given + i]
+
+    return gate_single
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import Any
 
 import warp as wp
 
+from warp_phys.core.kernels import state_row
 from warp_phys.core.rows import row_functions, scalar_name
 from warp_phys.programs import block_code
 from warp_phys.programs.block_plan import SAMPLES, block_numbers, is_shared, max_numbers, places, thread_count
@@ -87,7 +88,7 @@ def _physics(structure: Any, program: Program, real: type, tile: int) -> tuple[A
     """Return functions of one sample of a block: `begin` reads its initial state, `advance` takes a time step."""
     types, step = structure.types(real), structure.functions(real).step
     State, Control, Parameters = types.State, types.Control, types.Parameters
-    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
+    x_row, c_row = state_row(structure, real), row_functions(structure.control_size, real)
     load_x, store_x, store_c = x_row.load_at, x_row.store_at, c_row.store_at
     out = places(program)[len(program.nodes) - 1]
     number = f"(warp_phys::{_memory(program, real, tile)})[k * {tile} + s]"
@@ -128,9 +129,11 @@ def _physics(structure: Any, program: Program, real: type, tile: int) -> tuple[A
     ):  # fmt: skip
         c = get_control(memory, block, s)
         x = step(get_state(memory, block, s), c, p[b % p.shape[0]])
-        put_state(memory, block, s, x)
         store_c(controls, n, b, c)
         store_x(states, n + 1, b, x)
+        if wp.static(structure.written_size < structure.state_size):
+            x = load_x(states, n + 1, b)
+        put_state(memory, block, s, x)
 
     return begin, advance
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import warp as wp
 
-from warp_phys.core.kernels import weighted_cost_function
+from warp_phys.core.kernels import gate_functions, weighted_cost_function
 from warp_phys.core.rows import row_functions, scalar_name
 from warp_phys.programs import native_code
 from warp_phys.programs.layout import layout_of
@@ -237,7 +237,9 @@ def _seed_function(structure: Any, real: type, parameters: bool) -> Any:
 
 
 @functools.cache
-def sweep_kernel(structure: Any, program: Program, real: type, parameters: bool = False) -> wp.Kernel:
+def sweep_kernel(
+    structure: Any, program: Program, real: type, parameters: bool = False, single: bool = False
+) -> wp.Kernel:
     """The whole backward pass of all flows: adjoints from the last step to the first, and the gradients of the weights.
 
     Per time step and flow, μ_n and λ_n as in `kernels.sweep_kernel`, the network's part by its own transposed layers;
@@ -247,14 +249,27 @@ def sweep_kernel(structure: Any, program: Program, real: type, parameters: bool 
     `cost_weight`, and the squared controls times `control_weight`.
 
     With `parameters` it also writes each sample's adjoints of the physical parameters, Σ_n (∂S/∂p)ᵀ λ_{n+1} for every
-    flow, and after those of the flows the derivative of the system's own cost.
+    flow, and after those of the flows the derivative of the system's own cost; where `adj_inputs` has room, the
+    adjoints of what is given to every step. Gates are those of `single` components or not, as in
+    `kernels.sweep_kernel`.
     """
     retreat, evaluate = retreat_function(structure, real, parameters), _evaluate(program, real)
     pull, contract = _pull(program, real), _contract(program, real)
     seed_block = _seed_function(structure, real, parameters)
     Parameters = structure.types(real).Parameters
     layout, inputs = layout_of(program), program.inputs
-    row, out = layout.row, layout.output
+    row, out, own_controls, written = layout.row, layout.output, structure.own_controls, structure.written_size
+    gated, is_open = gate_functions(structure.own_size, structure.remembering_size, inputs, real)
+    x_row = row_functions(inputs, real)
+    load_x, load_x_at, store_x, Row = x_row.load, x_row.load_at, x_row.store_at, x_row.vector
+
+    @wp.func
+    def pulled_of(deltas: wp.array[real], start: int, to_input: int):
+        out = Row()
+        for k in range(wp.static(inputs)):
+            if to_input != 0:
+                out[k] = deltas[start + k]
+        return out
 
     @wp.kernel(module="unique", module_options=module_options())
     def sweep_blocks(
@@ -281,9 +296,10 @@ def sweep_kernel(structure: Any, program: Program, real: type, parameters: bool 
         deltas: wp.array[real],
         adj_c: wp.array3d[real],
         seeds: wp.array2d[real],
-        # out: λ_0; adjoints of parameters, or nothing
+        # out: λ_0; adjoints of parameters, or nothing; of what is given, or nothing
         adj_x: wp.array3d[real],
         adj_p: wp.array3d[real],
+        adj_inputs: wp.array4d[real],
         # in and out
         gradients: wp.array[real],
     ):
@@ -317,27 +333,39 @@ def sweep_kernel(structure: Any, program: Program, real: type, parameters: bool 
                     retreat(states, controls, p, n, first, count, adj_x, adj_c, adj_p)
                     seed_block(states, p, loss_states, chosen, cost_weight, n, first, count, flows, seeds, adj_p)
                     for f in range(flows):
-                        alpha = gates[f, n, 0]
-                        beta = gates[f, n, 1]
                         own_slot = f * chunk * SAMPLES + slot
                         for s in range(count):
                             for k in range(controls.shape[2]):
                                 mu = adj_c[f, s, k]
                                 if chosen.shape[0] == 0:
                                     mu += loss_controls[n, first + s, k]
-                                else:
+                                elif k < wp.static(own_controls):
                                     mu += real(2.0) * control_weight * controls[n, first + s, k]
                                 deltas[(own_slot + s) * row + out + k] = mu
-                        to_input = wp.where(beta != real(0.0), 1, 0)
-                        pull(packed, transposed, rows, base + slot, deltas, own_slot, count, to_input)
-                        for s in range(count):
-                            for k in range(inputs):
-                                lam = seeds[s, k]
-                                if alpha != real(0.0):
-                                    lam += alpha * adj_x[f, first + s, k]
-                                if to_input != 0:
-                                    lam += beta * deltas[(own_slot + s) * row + k]
-                                adj_x[f, first + s, k] = lam
+                        if wp.static(single):
+                            to_input = int(1)
+                            if adj_inputs.shape[0] == 0:
+                                to_input = is_open(gates, f, n, first, count)
+                            pull(packed, transposed, rows, base + slot, deltas, own_slot, count, to_input)
+                            for s in range(count):
+                                pulled = pulled_of(deltas, (own_slot + s) * row, to_input)
+                                dx = load_x_at(adj_x, f, first + s)
+                                store_x(adj_x, f, first + s, gated(load_x(seeds, s), dx, pulled, gates, f, n, first + s))
+                                for k in range(adj_inputs.shape[3]):
+                                    adj_inputs[f, n, first + s, k] = adj_x[f, first + s, wp.static(written) + k]
+                        else:
+                            alpha = gates[f, n, 0]
+                            beta = gates[f, n, 1]
+                            to_input = wp.where(beta != real(0.0), 1, 0)
+                            pull(packed, transposed, rows, base + slot, deltas, own_slot, count, to_input)
+                            for s in range(count):
+                                for k in range(inputs):
+                                    lam = seeds[s, k]
+                                    if alpha != real(0.0):
+                                        lam += alpha * adj_x[f, first + s, k]
+                                    if to_input != 0:
+                                        lam += beta * deltas[(own_slot + s) * row + k]
+                                    adj_x[f, first + s, k] = lam
                 for f in range(flows):
                     contract(rows, base, deltas, f * chunk * SAMPLES, (stop - start) * count, gradients, f)
                 stop = start

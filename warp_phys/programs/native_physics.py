@@ -10,7 +10,7 @@ from typing import Any
 
 import warp as wp
 
-from warp_phys.core.kernels import weighted_step_function
+from warp_phys.core.kernels import state_row, weighted_step_function
 from warp_phys.core.rows import row_functions, scalar_name
 from warp_phys.programs.trace import FAILURES, step_struct
 
@@ -45,7 +45,7 @@ def _block_functions(structure: Any, struct: str, source: str, real: type) -> tu
     types, names = structure.types(real), structure.parameter_names
     Parameters, inputs, outputs = types.Parameters, structure.state_size, structure.control_size
     scalar = scalar_name(real)
-    block = f"warp_phys::Block<{scalar}, {struct}>"
+    block = f"warp_phys::Block<{scalar}, {struct}, {structure.written_size}>"
     numbers = "\n".join(f"own[{i}][s] = from.{field};" for i, field in enumerate(names))
     arguments = f"""{source}
         warp_phys::lanes<{scalar}> own[{len(names)}];
@@ -86,7 +86,7 @@ def advance_function(structure: Any, real: type) -> Any:
     if given is not None:
         return given
     Parameters, step = types.Parameters, functions.step
-    x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
+    x_row, c_row = state_row(structure, real), row_functions(structure.control_size, real)
     load_x, store_x, load_c = x_row.load_at, x_row.store_at, c_row.load_at
 
     @wp.func

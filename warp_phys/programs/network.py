@@ -45,12 +45,14 @@ class Sweeps(NamedTuple):
     loss: Any
     """Its explicit derivatives (`phases.Seeds`), or an `OwnLoss`."""
     gates: wp.array
-    """α and β, shape (flows, steps, 2)."""
+    """Gates, see `phases.all_gates`."""
     adj_x: wp.array
     """Written: λ_0 per flow, shape (flows, batch, D)."""
     adj_p: wp.array | None = None
     """Written if given: adjoints of the physical parameters, shape (flows, batch, P); for an `OwnLoss` one more, after
     those of the flows, for the derivative of the cost itself."""
+    adj_inputs: wp.array | None = None
+    """Written if given: adjoints of what is given to every step, shape (flows, steps, batch, E)."""
 
 
 class Kept:
@@ -112,6 +114,7 @@ class Network:
         adj_x: wp.array,
         workspace: Any,
         adj_p: wp.array | None = None,
+        adj_inputs: wp.array | None = None,
     ) -> wp.array:
         """Run all flows backward, with the weights packed last.
 
@@ -119,10 +122,11 @@ class Network:
             system: The system.
             trajectory: States, controls and physical parameters (`phases.Trajectory`).
             seeds: The explicit derivatives of the loss (`phases.Seeds`).
-            gates: α and β, shape (flows, steps, 2).
+            gates: Gates, see `phases.all_gates`.
             adj_x: Written: λ_0 per flow, shape (flows, batch, D).
             workspace: Keeps the scratch arrays.
             adj_p: Written if given: each sample's adjoints of the physical parameters, shape (flows, batch, P).
+            adj_inputs: Written if given: adjoints of what is given to every step, shape (flows, steps, batch, E).
 
         Returns:
             The gradients of the weights in the packed layout, for `unpack`.
@@ -131,7 +135,7 @@ class Network:
         rows = kept or self._buffers.borrow(self.scratch_count(trajectory.controls))
         gradients = self.gradients(len(adj_x), trajectory.controls.shape[1], workspace)
         gradients.zero_()
-        sweeps = Sweeps(system, trajectory, seeds, gates, adj_x, adj_p)
+        sweeps = Sweeps(system, trajectory, seeds, gates, adj_x, adj_p, adj_inputs)
         run(self.sweep_launches(sweeps, rows.array, kept is not None, gradients, workspace))
         if kept is None:
             self._buffers.give_back(rows)
@@ -255,9 +259,10 @@ class Network:
         thread: int,
     ) -> Any:
         """Return the launch that takes a share of the batch backward; each thread has scratch arrays of its own."""
-        system, trajectory, loss, gates, adj_x, adj_p = sweeps
+        system, trajectory, loss, gates, adj_x, adj_p, adj_inputs = sweeps
         flows, chunk, plan, real = len(adj_x), self.chunk(trajectory.controls), self.plan, self.real
         nothing = workspace.array("nothing", (0, 0, 0), real, "cpu")
+        none_given = workspace.array("no adj_inputs", (0, 0, 0, 0), real, "cpu")
         if isinstance(loss, OwnLoss):
             derivatives = [nothing, nothing, *loss]
         else:
@@ -269,9 +274,10 @@ class Network:
         inputs = [
             self._packed, self._transposed, trajectory.parameters, trajectory.states, trajectory.controls,
             *derivatives, gates, *share, origin, chunk, int(kept), rows, deltas, adj_c, seeds, adj_x,
-            nothing if adj_p is None else adj_p, gradients,
+            nothing if adj_p is None else adj_p, none_given if adj_inputs is None else adj_inputs, gradients,
         ]  # fmt: skip
-        return _record(native.sweep_kernel(system.structure, plan, real, adj_p is not None), 1, inputs)
+        kernel = native.sweep_kernel(system.structure, plan, real, adj_p is not None, gates.shape[2] != 2)
+        return _record(kernel, 1, inputs)
 
     def unpack_launches(self, gradients: wp.array, addresses: wp.array) -> list[Any]:
         """Return the launches of the unpacking, to be run one after the other: the threads' shares are added."""

@@ -455,7 +455,9 @@ def check_indices(owner: str, structure: Any, functions: Any, real: type) -> Non
     graph = Graph()
     x, c = (Row([graph.number(0.5)] * size) for size in (structure.state_size, structure.control_size))
     own = _parameters(structure, [graph.number(0.5)] * len(structure.parameter_names))
-    for function, arguments in ((functions.step, (x, c, own)), (functions.cost, (x, own))):
+    w = [Row([graph.number(0.5)] * structure.input_size)] if structure.inputs else []
+    of_cost = w[: len(functions.cost.input_types) - 2]
+    for function, arguments in ((functions.step, (x, c, *w, own)), (functions.cost, (x, *of_cost, own))):
         try:
             traced(function, graph, real)(*arguments)
         except IndexError as error:

@@ -2,6 +2,7 @@
 
 from warp_phys.systems.base import Simulator, System, SystemFunctions, SystemTypes
 from warp_phys.systems.cartpole import CartPole
+from warp_phys.systems.extended import Extended
 from warp_phys.systems.polynomial import Polynomial
 from warp_phys.systems.quantum import Quantum
 from warp_phys.systems.repulsion import Repulsion
@@ -18,6 +19,7 @@ SYSTEMS: dict[str, type[System]] = {
 __all__ = [
     "SYSTEMS",
     "CartPole",
+    "Extended",
     "Polynomial",
     "Quantum",
     "Repulsion",

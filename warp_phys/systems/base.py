@@ -106,6 +106,10 @@ class System(ABC):
     and `controls`, and gives `functions`, `sample` and, to be drawn, `sketch`.
     """
 
+    inputs: ClassVar[tuple[str, ...]] = ()
+    """Names, with units, of what is given to every step from outside: then the Warp functions are
+    `step(x, c, w, p)` and `cost(x, p)`, or `cost(x, w, p)` with the inputs of the step that has led to x."""
+
     time_average: ClassVar[bool] = True
     """Whether the loss averages the pointwise cost over the chosen times (else it sums over them)."""
 
@@ -149,6 +153,38 @@ class System(ABC):
     def control_size(self) -> int:
         """Number K of control components."""
         return len(self.controls)
+
+    @functools.cached_property
+    def input_size(self) -> int:
+        """Number of the system's own inputs."""
+        return len(self.inputs)
+
+    @functools.cached_property
+    def cost_reads_inputs(self) -> bool:
+        """Whether the pointwise cost takes inputs."""
+        return bool(self.inputs) and len(self.structure.functions(wp.float32).cost.input_types) == 3
+
+    # What of a row is what: all of it is the state, unless it is that of an `Extended` system.
+
+    @property
+    def own_size(self) -> int:
+        """Numbers of the state in a row."""
+        return self.state_size
+
+    @property
+    def own_controls(self) -> int:
+        """Numbers of what the controller returns that are controls."""
+        return self.control_size
+
+    @property
+    def remembering_size(self) -> int:
+        """Numbers of a row up to the end of a controller's memory."""
+        return self.state_size
+
+    @property
+    def written_size(self) -> int:
+        """Numbers of a row that a step writes; what stands behind them is given."""
+        return self.state_size
 
     @functools.cached_property
     def _columns(self) -> tuple[str, str]:
@@ -288,6 +324,7 @@ class System(ABC):
             controls: Shape (steps, batch, K).
             parameters: As in `step`.
         """
+        self._refuse_inputs()
         check_array("states", states, (-1, -1, self.state_size), columns=self._columns[0])
         expected = (states.shape[0] - 1, states.shape[1], self.control_size)
         check_array("controls", controls, expected, states, self._columns[1])
@@ -303,6 +340,7 @@ class System(ABC):
         when: str | Sequence[int] = "final",
         control_cost: float = 0.0,
         parameters: Parameters | None = None,
+        inputs: Any = None,
     ) -> Any:
         """Return the loss of a trajectory: the pointwise cost over samples and the chosen times, plus a control cost.
 
@@ -313,6 +351,8 @@ class System(ABC):
             when: "final" (the last state), "every" (states 1 … steps), or the chosen steps themselves.
             control_cost: Factor of the mean squared control.
             parameters: Physical parameters as for `parameter_array`, where the cost depends on them.
+            inputs: Where the cost reads inputs, those of the steps, shape (steps, E), (steps, 1, E) or (steps, batch,
+                E): the cost of state n reads those of step n − 1, which has led to it.
 
         Returns:
             A scalar: torch tensor, Warp array of one element, or numpy number.
@@ -320,7 +360,7 @@ class System(ABC):
         Raises:
             ValueError, TypeError: Wrong shapes, times that are not there, a control cost without controls.
         """
-        return losses.loss(self, states, controls, when, control_cost, parameters or {})
+        return losses.loss(self, states, controls, when, control_cost, parameters or {}, inputs)
 
     def draw(self, axes: Any, state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
         """Draw one state, shape (D,), on matplotlib `axes`; return the artists."""
@@ -346,10 +386,18 @@ class System(ABC):
         return parameters
 
     def _check_step(self, x, c, y, y_name, parameters):
+        self._refuse_inputs()
         check_array("x", x, (-1, self.state_size), columns=self._columns[0])
         check_array("c", c, (len(x), self.control_size), x, self._columns[1])
         check_array(y_name, y, x.shape, x)
         return x, c, y, self.check_parameters(parameters, x, len(x))
+
+    def _refuse_inputs(self) -> None:
+        if self.inputs:
+            raise TypeError(
+                f"{type(self).__name__} has inputs ({', '.join(self.inputs)}): unroll it by a Rollout, "
+                "rollout(x0, inputs=w), or step rows [state, inputs] of warp_phys.systems.Extended"
+            )
 
     def _no_structs(self, like: wp.array) -> wp.array:
         return _empty_structs(self.types(like.dtype).Parameters, str(like.device))

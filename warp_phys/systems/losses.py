@@ -19,6 +19,9 @@ COSTS: dict[str, Callable[..., Any]] = {}
 """The pointwise cost of other frameworks' arrays; a bridge enters its own when it is imported, since a system imports
 no framework."""
 
+EXTENDED: dict[str, Any] = {}
+"""The system whose rows hold inputs beside states, see `extended`, which enters it."""
+
 
 def loss(
     system: Any,
@@ -27,10 +30,14 @@ def loss(
     when: str | Sequence[int],
     control_cost: float,
     parameters: Mapping[str, Any],
+    inputs: Any = None,
 ) -> Any:
     """Return the loss; `System.loss` documents it."""
     check_trajectory(system, states, controls, control_cost)
     times = chosen_times(when, states.shape[0] - 1)
+    if system.cost_reads_inputs:
+        states = _beside(system, states, inputs)
+        system = EXTENDED["system"](system)
     costs: Any
     if isinstance(states, wp.array):
         return _warp_loss(system, states, controls, times, control_cost, parameters)
@@ -46,6 +53,24 @@ def loss(
     if controls is None or (_is_known(control_cost) and control_cost == 0.0):
         return value
     return value + control_cost * (controls * controls).mean()
+
+
+def _beside(system: Any, states: Any, inputs: Any) -> Any:
+    """Return states with the inputs of the steps that have led to them, (steps + 1, batch, D + E)."""
+    steps, batch, size = states.shape[0] - 1, states.shape[1], system.input_size
+    if inputs is None:
+        raise ValueError(f"the cost of {type(system).__name__} reads its inputs: give loss(states, …, inputs=w)")
+    if isinstance(states, wp.array):
+        raise TypeError(
+            f"the cost of {type(system).__name__} reads its inputs, for which arrays of torch, numpy or JAX are needed"
+        )
+    library = sys.modules["torch"] if _is_torch(states) else sys.modules["jax.numpy"] if _is_jax(states) else np
+    w = inputs if library is not np else np.asarray(inputs)
+    w = w[:, None] if w.ndim == 2 else w
+    if w.ndim != 3 or w.shape[0] != steps or w.shape[1] not in (1, batch) or w.shape[2] < size:
+        raise ValueError(shape_message("inputs", ("steps", "1 or batch", size), inputs.shape, ", ".join(system.inputs)))
+    w = library.concatenate([w[:1], w])[:, :, :size]
+    return library.concatenate([states, library.broadcast_to(w, (steps + 1, batch, size))], -1)
 
 
 def _is_torch(array: Any) -> bool:

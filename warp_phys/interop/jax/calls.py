@@ -95,7 +95,7 @@ def sweep_call(structure: Any, real: type) -> Any:
         for f in range(len(gates)):
             wp.copy(lam[f], adj_states[steps])
         inputs = [states, controls, as_structs(p, struct), jacobian, adj_states, adj_controls, gates, 0, steps, lam]
-        outputs = [mu, as_structs(adj_p, struct)]
+        outputs = [mu, as_structs(adj_p, struct), wp.empty((0, 0, 0, 0), dtype=real, device=mu.device)]
         _launch(kernels.sweep_kernel(structure, real), (len(gates), batch), inputs, outputs)
 
     return wp.jax_callable(sweep, num_outputs=3, vmap_method="sequential", **EAGER)

@@ -97,8 +97,9 @@ def _unroll_vjp(
         if found is None:  # and no node of autograd's has kept what the forward pass ran
             with torch.autocast(states.device.type, enabled=False):
                 check_repeated_controls(rollout.controller, states[0, ~mask], controls[0, ~mask])
-        adj_x0, adj_rows, grads = rollout._backward(
-            states, controls, rows, masked, None, Sources(trainable), seeds, want_rows, found=found
+        wanted = True, want_rows, False, False
+        (adj_x0, adj_rows, *_), grads = rollout._backward(
+            states, controls, rows, masked, None, Sources(trainable), seeds, wanted, found=found
         )
     adj_rows = states.new_empty((0, 0)) if adj_rows is None else adj_rows
     # an operator returns tensors: a parameter that is not used has a gradient here, of zeros

@@ -185,11 +185,11 @@ class TorchController:
 
     def sweep(
         self, system: Any, trajectory: Any, seeds: Any, gates: wp.array, adj_x: wp.array, gradients: Sequence[Any],
-        workspace: Workspace, adj_p: wp.array | None = None,
+        workspace: Workspace, adj_p: wp.array | None = None, adj_inputs: wp.array | None = None,
     ) -> None:  # fmt: skip
         """Run all flows backward in one kernel, see `Network.sweep`; add the updates to the flat `gradients`."""
         network, tensors = self._packed_network()
-        packed = network.sweep(system, trajectory, seeds, gates, adj_x, workspace, adj_p)
+        packed = network.sweep(system, trajectory, seeds, gates, adj_x, workspace, adj_p, adj_inputs)
         network.unpack(packed, self.targets(tensors, gradients))
 
     def targets(self, tensors: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor]) -> list[list[int]]:

@@ -11,6 +11,7 @@ from warp_phys.errors import Diverged
 from warp_phys.flow import Combined, Flow
 from warp_phys.interop.torch.leaves import Cuts, inner_grad, is_within, leaves_of
 from warp_phys.interop.torch.loss import refuse_second_derivative
+from warp_phys.interop.torch.rows import Beside
 
 
 class Sources:
@@ -25,14 +26,14 @@ class Sources:
         self,
         controller: Sequence[torch.Tensor],
         system: Sequence[torch.Tensor] = (),
-        histories: Sequence[torch.Tensor | None] = (None, None),
+        histories: Sequence[torch.Tensor | None] = (None, None, None, None),
         cuts: Mapping[int, torch.Tensor] | None = None,
         combined: bool = False,
     ):
         self.controller, self.system = list(controller), list(system)
         self.histories = [(h, leaves_of(h)) if h is not None and h.requires_grad else None for h in histories]
         self.apart = any(self.histories)
-        """Whether x0 and the physical parameters reach the node through their leaves."""
+        """Whether x0, physical parameters, inputs and memory reach the node through their leaves."""
         self.cuts = dict(cuts or {})
         """The tensors that some of the leaves stand for, by the leaves' identity, see `leaves.Cuts`."""
         self.cuts_of_system: Cuts | None = None
@@ -70,7 +71,7 @@ class Sources:
 
     def check(self) -> None:
         """Raise a ValueError if the gradient of a history is asked for, of which there is none."""
-        for name, history in zip(("x0", "parameters"), self.histories, strict=True):
+        for name, history in zip(("x0", "parameters", "inputs", "memory"), self.histories, strict=True):
             if history is not None and history[0].retains_grad:
                 raise ValueError(
                     f"{name} must not retain its gradient with a combined flow, which combines at the leaves that "
@@ -148,11 +149,12 @@ class Unroll(torch.autograd.Function):
     """The unrolling as one node of torch's graph."""
 
     @staticmethod
-    def forward(ctx, rollout: Any, sources: Sources, found: Any, x0, rows, *leaves):
-        """Unroll; return states and controls."""
+    def forward(ctx, rollout: Any, sources: Sources, found: Any, x0, rows, inputs, memory, *leaves):
+        """Unroll; return rows of states and controls."""
         ctx.set_materialize_grads(False)
-        states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
-        rollout._look_after(found, x0, controls, masked)
+        ctx.beside = Beside(*(None if t is None else t.detach() for t in (inputs, memory)))
+        states, controls, masked, kept = rollout._forward(x0, rows, keep=True, beside=ctx.beside)
+        rollout._look_after(found, states[0], controls, masked)
         ctx.rollout, ctx.kept, ctx.signature = rollout, kept, rollout._adapter.signature()
         ctx.sources, ctx.found = sources, found
         ctx.program = rollout._adapter.program_key() if found is None else None
@@ -161,7 +163,7 @@ class Unroll(torch.autograd.Function):
         frozen = [p for p in rollout.controller.parameters() if not p.requires_grad]
         ctx.versions = [(p, p._version) for p in (*leaves, *frozen, *sources.cuts.values())]
         # a history that is followed to its leaves is not autograd's; what else has one may become combined too late
-        ctx.has_history = any(t is not None and t.requires_grad and not t.is_leaf for t in (x0, rows, *leaves))
+        ctx.has_history = any(t is not None and t.requires_grad and not t.is_leaf for t in (x0, rows, inputs, memory, *leaves))
         return states, controls
 
     @staticmethod
@@ -182,7 +184,7 @@ class Unroll(torch.autograd.Function):
                 "call the rollout again before the backward pass"
             )
         if adj_states is None and adj_controls is None:
-            return (None,) * (5 + len(sources.leaves))
+            return (None,) * (7 + len(sources.leaves))
         combined = isinstance(rollout.flow, Combined)
         if combined and ctx.has_history:
             raise RuntimeError(
@@ -195,13 +197,14 @@ class Unroll(torch.autograd.Function):
                 "combined at every step of the rollout around it"
             )
         sources.check()
-        want_x0, want_rows = ctx.needs_input_grad[3:5]
-        adj_x0, adj_rows, grads = rollout._backward(
-            states, controls, rows, masked, ctx.kept, sources, (adj_states, adj_controls), want_rows,
-            must_train=not (want_x0 or want_rows or sources.apart or sources.system), found=ctx.found,
-            one=getattr(_ONE, "flow", None) if combined else None,
+        wanted = ctx.needs_input_grad[3:7]
+        adjoints, grads = rollout._backward(
+            states, controls, rows, masked, ctx.kept, sources, (adj_states, adj_controls), wanted,
+            must_train=not (any(wanted) or sources.apart or sources.system), found=ctx.found,
+            one=getattr(_ONE, "flow", None) if combined else None, beside=ctx.beside,
         )  # fmt: skip
-        return None, None, None, adj_x0 if want_x0 else None, adj_rows, *grads
+        own = (adjoint if is_wanted else None for adjoint, is_wanted in zip(adjoints, wanted, strict=True))
+        return None, None, None, *own, *grads
 
 
 def freeze_diverged(states: torch.Tensor, controls: torch.Tensor, on_divergence: str) -> torch.Tensor:

@@ -9,7 +9,17 @@ import warp as wp
 
 from warp_phys.core.arrays import as_structs, for_all_streams, shape_message
 from warp_phys.engine.layers import Workspace
-from warp_phys.engine.phases import Adjoints, Controller, Retreat, Seeds, Trajectory, backward, flow_gates, forward
+from warp_phys.engine.phases import (
+    Adjoints,
+    Controller,
+    Retreat,
+    Seeds,
+    Trajectory,
+    all_gates,
+    backward,
+    check_gates,
+    forward,
+)
 from warp_phys.errors import check_choice, check_count
 from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refuse_memory, resolve
 from warp_phys.interop.torch.combine import combined_changes, has_own_hooks, split
@@ -28,8 +38,20 @@ from warp_phys.interop.torch.loss import (
 from warp_phys.interop.torch.node import Sources, Unroll, freeze_diverged, owned, refuse_reentrant, without
 from warp_phys.interop.torch.ops import name_of
 from warp_phys.interop.torch.report import Report
+from warp_phys.interop.torch.rows import (
+    NOTHING,
+    Beside,
+    RowModule,
+    adjoints_of,
+    check_inputs,
+    check_memory,
+    fill,
+    first_row,
+    takes_inputs,
+)
 from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
 from warp_phys.systems.base import Simulator, System
+from warp_phys.systems.extended import extended
 from warp_phys.systems.losses import check_loss, chosen_times
 
 DIRECT_PASSES = 8
@@ -62,8 +84,9 @@ class Rollout:
     Args:
         system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`). A `System` is kept for good, as is
             its array of parameters: to sweep numbers, hand them to calls as `parameters`.
-        controller: Any module that maps (B, D) to (B, K) row by row, the same way each time, and leaves its input as it
-            is.
+        controller: Any module that maps states (B, D) to controls (B, K) row by row, the same way each time, and leaves
+            its input as it is. With inputs it is called with (x, w), with a memory with (x, h), with both with
+            (x, w, h); one with a memory returns (c, h').
         steps: Number of time steps T.
         flow: A name, a letter, a `Flow` or a `Combined`.
         device: "cpu", "cuda", "cuda:1", …; that of the controller's parameters if None.
@@ -77,6 +100,8 @@ class Rollout:
             second, fourth, … pass and whenever something about them has changed) or "always"; see docs/contract.md.
         reduce: Called with the flows' updates, shape (flows, parameters), before they are compared: sums them in place
             over ranks, for instance `torch.distributed.all_reduce`.
+        memory: Numbers H that the controller remembers from step to step.
+        inputs: Numbers E of the inputs of a step, for a controller that takes some; None if the first call says so.
 
     Raises:
         TypeError, ValueError: Arguments that do not fit; the message names the argument, what came, what is expected.
@@ -93,6 +118,8 @@ class Rollout:
         on_divergence: str = "raise",
         reduce: Callable[[torch.Tensor], Any] | None = None,
         check: str = "auto",
+        memory: int = 0,
+        inputs: int | None = None,
     ):
         if not isinstance(controller, torch.nn.Module):
             raise TypeError(f"controller must be a torch.nn.Module, got {type(controller).__name__}")
@@ -109,8 +136,11 @@ class Rollout:
         self.check = check_choice("check", check, ("auto", "always"))
         self._passes = 0
         self._beside = False
-        check_sizes(system, controller)
-        self._adapter = TorchController(controller, system.state_size, system, at_once=backend == "fused")
+        self.memory_size = check_count("memory", memory, least=0)
+        """Numbers H that the controller remembers."""
+        self._takes_inputs = takes_inputs(controller, self.memory_size)
+        has_rows = self._takes_inputs or self.memory_size or getattr(system, "inputs", ())
+        check_sizes(system, object() if has_rows else controller)
         # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
         self._workspaces: list[Workspace] = []
         self._gates: dict[tuple, tuple[np.ndarray, wp.array]] = {}
@@ -119,9 +149,41 @@ class Rollout:
             name_of(system)  # for losses in compiled code
         self._name = name_of_rollout(self)
         self.dtype, self.device = precision_and_device(controller, device)
-        check_sizes(system, self._adapter.dense() or controller)
         self._backend = check_choice("backend", backend, BACKENDS)
-        choose_backend(backend, system, self._adapter, self.device.type == "cuda")
+        self._inputs_known: int | None = None
+        if inputs is not None or not (self._takes_inputs or getattr(system, "inputs", ())):
+            self._set_inputs(0 if inputs is None else check_count("inputs", inputs, least=0))
+
+    def _set_inputs(self, size: int) -> None:
+        """Take up how many numbers the inputs of a step have: from then on rows are known."""
+        own = getattr(self._system, "inputs", ())
+        if size < len(own):
+            raise ValueError(
+                f"{type(self._system).__name__} has inputs ({', '.join(own)}): give them to each call, "
+                f"inputs of shape (steps, batch, E) with E at least {len(own)}, got E = {size}"
+            )
+        if self._takes_inputs and not size:
+            raise ValueError("the controller takes inputs: give them to each call, rollout(x0, inputs=w)")
+        self._inputs_known = size
+        self._inner = extended(self._system, self.memory_size, size)
+        module = self._controller
+        if self._inner is not self._system:
+            module = RowModule(self._controller, self._inner, self._takes_inputs or size > len(own))
+        self._adapter_known = TorchController(
+            module, self._inner.state_size, self._inner, at_once=self._backend == "fused"
+        )
+        check_sizes(self._inner, self._adapter.dense() or module)
+        choose_backend(self._backend, self._inner, self._adapter, self.device.type == "cuda")
+
+    @property
+    def _adapter(self) -> TorchController:
+        """The controller of rows."""
+        if self._inputs_known is None:
+            raise ValueError(
+                "how many numbers the inputs of a step have is known from the first call on: "
+                "give Rollout(…, inputs=E) to say so before"
+            )
+        return self._adapter_known
 
     @property
     def system(self) -> Simulator:
@@ -141,7 +203,7 @@ class Rollout:
     @steps.setter
     def steps(self, steps: int) -> None:
         steps = check_count("steps", steps)
-        flow_gates(linear_parts(self.flow), steps)  # raises if gates are given for another number of steps
+        check_gates(linear_parts(self.flow), steps)
         self._steps = steps
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,7 +225,7 @@ class Rollout:
     @flow.setter
     def flow(self, flow: str | Flow | Combined) -> None:
         flow = resolve(flow)
-        flow_gates(linear_parts(flow), self.steps)  # as above
+        check_gates(linear_parts(flow), self.steps)
         self._flow = flow
 
     @property
@@ -180,56 +242,97 @@ class Rollout:
     @property
     def backend(self) -> str:
         """How passes run, forward and backward: "fused" or "general"; on CUDA the forward pass, see `why_general`."""
-        return choose_backend(self._backend, self.system, self._adapter, self.device.type == "cuda")
+        return choose_backend(self._backend, self._inner, self._adapter, self.device.type == "cuda")
 
-    def __call__(self, x0: Any, parameters: Mapping[str, Any] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, x0: Any, parameters: Mapping[str, Any] | None = None, inputs: Any = None, memory: Any = None
+    ) -> tuple[torch.Tensor, ...]:
         """Return states (steps + 1, batch, D) and controls (steps, batch, K), attached to autograd.
+
+        With a memory, also what is remembered, (steps + 1, batch, H): its last entry, detached or not, is where the
+        next rollout goes on.
 
         Args:
             x0: Initial states, shape (batch, D): torch, numpy or any DLPack array.
             parameters: Physical parameters by name, a number or one per sample each; tensors may require gradients.
                 A combined flow compares sums over the batch if all are numbers, else it compares sample by sample.
+            inputs: What controller and system are given at every step besides the state (a reference, a command,
+                noise, a clock): shape (steps, E), (steps, 1, E) or (steps, batch, E). A system's own inputs come first.
+                A tensor may require gradients; a combined flow compares it as it does x0.
+            memory: What the controller remembers at first, shape (batch, H); zeros if None.
 
         Raises:
-            TypeError, ValueError: x0 or a parameter does not fit; the flow has a memory, and gradients are asked for.
+            TypeError, ValueError: An argument does not fit; the flow has a memory, and gradients are asked for.
             Diverged: A state is not finite, and `on_divergence` is "raise".
         """
         if torch.compiler.is_compiling():
             if torch.is_grad_enabled():
                 refuse_memory(self._flow)
+            if inputs is not None or self.memory_size or self._takes_inputs:
+                raise ValueError("a rollout with inputs or memory is not for compiled code: leave it out of that")
             return self._as_operator(x0, parameters)
         refuse_transforms("a rollout")
         x0 = self.initial_states(x0)
+        beside = self._given(x0, inputs, memory)
         rows = rows_of_parameters(self.system, parameters or {}, x0)
-        return self._unroll(x0, rows)[0]
+        return self._own_parts(*self._unroll(x0, rows, beside)[0])
+
+    def _own_parts(self, states: torch.Tensor, controls: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return states, controls and, if there is one, the memory, of rows and of what the controller returns."""
+        if self._inner is self._system:
+            return states, controls
+        size, end = self._inner.own_size, self._inner.remembering_size
+        own = states[:, :, :size], controls[:, :, : self._inner.own_controls]
+        return (*own, states[:, :, size:end]) if self.memory_size else own
+
+    def _given(self, x0: torch.Tensor, inputs: Any, memory: Any) -> Beside:
+        """Return what a call is given besides x0 and physical parameters, or raise an error that says what is wrong."""
+        if memory is not None:
+            if not self.memory_size:
+                raise ValueError("memory is given to a rollout without one: Rollout(…, memory=H)")
+            memory = check_memory(self.as_tensor(memory, "memory"), x0, self.memory_size)
+        if inputs is not None:
+            inputs = check_inputs("inputs", self.as_tensor(inputs, "inputs"), x0, self.steps, self._inputs_known or None)
+        size = 0 if inputs is None else inputs.shape[2]
+        if self._inputs_known is None:
+            self._set_inputs(size)
+        if size != self._inputs_known:
+            raise ValueError(
+                f"this rollout has inputs of {self._inputs_known} numbers a step, got "
+                + (f"{size}" if size else "none: give rollout(x0, inputs=w)")
+            )
+        return Beside(inputs, memory)
 
     def _unroll(
-        self, x0: torch.Tensor, rows: torch.Tensor | None
+        self, x0: torch.Tensor, rows: torch.Tensor | None, beside: Beside = NOTHING
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]:
-        """Return states and controls, attached to autograd where that is at work, and the leaves behind them."""
+        """Return rows and controls, attached to autograd where that is at work, and the leaves behind them."""
         if not torch.is_grad_enabled():
-            return self._forward(x0, rows, keep=False)[:2], ()
-        found, sources = self._look(x0, rows)
-        given = [tensor for tensor in (x0, rows) if tensor is not None and tensor.requires_grad]
+            return self._forward(x0, rows, keep=False, beside=beside)[:2], ()
+        found, sources = self._look(x0, rows, beside=beside)
+        given = [tensor for tensor in (x0, rows, *beside) if tensor is not None and tensor.requires_grad]
         if not given and not sources.leaves:
-            return self._forward(x0, rows, keep=False)[:2], ()
+            return self._forward(x0, rows, keep=False, beside=beside)[:2], ()
         refuse_memory(self._flow)
         refuse_averaging(self.controller, self._flow, self.reduce)
         if sources.combined:
             refuse_reentrant(*given)
         if sources.apart:
-            x0, rows = x0.detach(), None if rows is None else rows.detach()
-        return Unroll.apply(self, sources, found, x0, rows, *sources.inputs), sources.origins
+            x0, rows, beside = x0.detach(), None if rows is None else rows.detach(), beside.detach()
+        return Unroll.apply(self, sources, found, x0, rows, *beside, *sources.inputs), sources.origins
 
-    def _look(self, x0: torch.Tensor, rows: torch.Tensor | None, cut: bool = True) -> tuple[Found | None, Sources]:
+    def _look(
+        self, x0: torch.Tensor, rows: torch.Tensor | None, cut: bool = True, beside: Beside = NOTHING
+    ) -> tuple[Found | None, Sources]:
         """Return what a look at the controller finds before a pass from x0, and all that the pass depends on."""
         found, own, cuts, of_system, is_known = None, (), {}, None, self._adapter.is_known()
         if not is_known or hasattr(self.system, "leaves"):
             with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
                 self._check_place()
                 if not is_known:
-                    size, always = self.system.control_size, self.check == "always"
-                    found = self._adapter.examine(x0, size, self.steps, always, cut)
+                    size, always = self._inner.control_size, self.check == "always"
+                    row = first_row(x0, beside, self._inner)
+                    found = self._adapter.examine(row, size, self.steps, always, cut)
                     cuts = {} if found.cuts is None else found.cuts.of(found.leaves)
                 if hasattr(self.system, "leaves"):
                     of_system = Cuts()
@@ -237,7 +340,8 @@ class Rollout:
                     cuts = {**cuts, **of_system.of(own)}
         controller = self._adapter.trainable if found is None else found.leaves
         combined = isinstance(self._flow, Combined)
-        sources = Sources(controller, own, (x0, rows) if combined else (None, None), cuts, combined)
+        histories = (x0, rows, *beside) if combined else (None,) * 4
+        sources = Sources(controller, own, histories, cuts, combined)
         self._beside = len(sources.leaves) > len(self._adapter.trainable)
         sources.cuts_of_system = of_system if of_system is not None and of_system.pairs else None
         sources.check()
@@ -275,6 +379,8 @@ class Rollout:
         when: str | Sequence[int] = "final",
         control_cost: float = 0.0,
         parameters: Mapping[str, Any] | None = None,
+        inputs: Any = None,
+        memory: Any = None,
     ) -> torch.Tensor:
         """Return the loss of `System.loss`, and leave the flow's update in the `.grad` of the controller's parameters.
 
@@ -290,6 +396,9 @@ class Rollout:
             control_cost: Factor of the mean squared control.
             parameters: Physical parameters, as for a call; the cost has them too. Those that require gradients get
                 them as the weights do; only where they have a history there is a graph of autograd.
+            inputs: As for a call; the cost has them too, where it reads inputs. Where they require gradients there is a
+                graph of autograd, as where the memory does.
+            memory: As for a call.
 
         Returns:
             The loss, a tensor of no dimensions, detached.
@@ -303,18 +412,18 @@ class Rollout:
         refuse_memory(self._flow)
         when = check_loss(self.system, when, self.steps, control_cost)
         x0 = self.initial_states(x0)
-        given = Given(self.system, parameters, x0) if parameters else None
-        direct = self.direct_pass(len(x0), when, control_cost, given)
+        given, beside = Given(self.system, parameters, x0) if parameters else None, self._given(x0, inputs, memory)
+        direct = None if beside.requires_grad else self.direct_pass(len(x0), when, control_cost, given)
         if direct is None or (given is not None and not direct.take_parameters(given)):
-            return self._value_and_grad_by_graph(x0, when, control_cost, parameters)
+            return self._value_and_grad_by_graph(x0, when, control_cost, parameters, beside)
         self._beside = False
         with torch.no_grad():
-            direct.begin(x0)
+            direct.begin(x0, beside)
             direct.launch()
             if not is_finite(direct.states):
                 if self.on_divergence == "raise":
                     freeze_diverged(direct.states, direct.controls, self.on_divergence)
-                return self._value_and_grad_by_graph(x0, when, control_cost, parameters)
+                return self._value_and_grad_by_graph(x0, when, control_cost, parameters, beside)
             loss = direct.loss()
             if self.reduce is not None:
                 self.reduce(direct.updates)
@@ -348,21 +457,31 @@ class Rollout:
             if len(self._direct) >= DIRECT_PASSES:
                 self._direct.pop(next(iter(self._direct)))
             found = self._direct[key] = DirectPass(
-                self.system, self._adapter, shape, self._flow, self.running_flows(), times, control_cost, self.dtype,
+                self._inner, self._adapter, shape, self._flow, self.running_flows(), times, control_cost, self.dtype,
                 given,
             )  # fmt: skip
         return found
 
     def _value_and_grad_by_graph(
-        self, x0: torch.Tensor, when: str | Sequence[int], control_cost: float, parameters: Mapping[str, Any] | None
+        self,
+        x0: torch.Tensor,
+        when: str | Sequence[int],
+        control_cost: float,
+        parameters: Mapping[str, Any] | None,
+        beside: Beside = NOTHING,
     ) -> torch.Tensor:
         """Do the same for any backend."""
         _clear_gradients(self.controller.parameters())
         own = {"parameters": parameters} if parameters else {}  # a foreign system's loss takes none
         with torch.enable_grad():
             rows = rows_of_parameters(self.system, parameters or {}, x0)
-            (states, controls), leaves = self._unroll(x0.detach(), rows)
-            _clear_gradients([*leaves, *(() if rows is None else leaves_of(rows))])
+            unrolled, leaves = self._unroll(x0.detach(), rows, beside)
+            states, controls, *_ = self._own_parts(*unrolled)
+            for tensor in (rows, *beside):
+                _clear_gradients(() if tensor is None else leaves_of(tensor))
+            _clear_gradients(leaves)
+            if getattr(self.system, "cost_reads_inputs", False):
+                own["inputs"] = beside.inputs  # type: ignore[assignment]
             loss = self.system.loss(states, controls, when=when, control_cost=control_cost, **own)  # type: ignore[attr-defined]
             if loss.requires_grad:
                 loss.backward()
@@ -385,21 +504,23 @@ class Rollout:
             raise ValueError(f"x0 must be finite, rows {bad[:8]} are not")
         return x0
 
-    def as_tensor(self, x0: Any) -> torch.Tensor:
+    def as_tensor(self, x0: Any, name: str = "x0") -> torch.Tensor:
         """Return numpy or DLPack data as a tensor: numpy in the controller's precision and on its device."""
+        if isinstance(x0, torch.Tensor):
+            return x0
         if isinstance(x0, (np.ndarray, list, tuple)):
             try:
                 array = np.asarray(x0)
             except ValueError as error:
-                raise ValueError(f"x0 must be rows of one length: {error}") from None
+                raise ValueError(f"{name} must be rows of one length: {error}") from None
             if array.dtype.kind != "f":
-                raise TypeError(f"x0 must hold floating-point numbers, got {array.dtype}")
+                raise TypeError(f"{name} must hold floating-point numbers, got {array.dtype}")
             # torch takes neither another byte order nor strides below zero.
             array = np.ascontiguousarray(array, np.float64 if self.dtype == torch.float64 else np.float32)
             return torch.as_tensor(array).to(self.device)
         if hasattr(x0, "__dlpack__"):
             return torch.from_dlpack(x0)
-        raise TypeError(f"x0 must be a torch, numpy or DLPack array, got {type(x0).__name__}")
+        raise TypeError(f"{name} must be a torch, numpy or DLPack array, got {type(x0).__name__}")
 
     def _structs(self, rows: torch.Tensor | None, like: wp.array) -> wp.array | None:
         if not isinstance(self.system, System):
@@ -410,17 +531,20 @@ class Rollout:
         return as_structs(as_array(rows.detach().contiguous()), struct)
 
     def _forward(
-        self, x0: torch.Tensor, rows: torch.Tensor | None, keep: bool
+        self, x0: torch.Tensor, rows: torch.Tensor | None, keep: bool, beside: Beside = NOTHING
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return states, controls, the samples that were masked, and what the controller kept for a backward pass."""
-        states = x0.new_empty((self.steps + 1, len(x0), self.system.state_size))
-        controls = x0.new_empty((self.steps, len(x0), self.system.control_size))
-        states[0] = x0.detach()
+        """Return rows, controls, the samples that were masked, and what the controller kept for a backward pass."""
+        states = x0.new_empty((self.steps + 1, len(x0), self._inner.state_size))
+        controls = x0.new_empty((self.steps, len(x0), self._inner.control_size))
+        if self._inner is self._system:
+            states[0] = x0.detach()
+        else:
+            fill(states, x0.detach(), beside.detach(), self._inner)
         self._check_place()
         with torch.no_grad(), torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
             arrays = as_array(states), as_array(controls)
             p, fused = self._structs(rows, arrays[0]), self.backend == "fused"
-            kept = forward(self.system, self._adapter, *arrays, p, fused, keep)
+            kept = forward(self._inner, self._adapter, *arrays, p, fused, keep)
         masked = freeze_diverged(states, controls, self.on_divergence)
         return states, controls, masked, None if len(masked) else kept
 
@@ -442,14 +566,15 @@ class Rollout:
         kept: torch.Tensor | None,
         sources: Sources,
         seeds: tuple[torch.Tensor | None, torch.Tensor | None],
-        want_rows: bool,
+        wanted: Sequence[bool],
         must_train: bool = False,
         found: Found | None = None,
         one: Flow | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor | None]]:
-        """Run the flows backward; return the gradients of x0, of the parameter rows and of the leaves of `sources`.
+        beside: Beside = NOTHING,
+    ) -> tuple[tuple[torch.Tensor | None, ...], list[torch.Tensor | None]]:
+        """Run the flows backward; return the gradients of x0, parameter rows, inputs and memory, and of the leaves.
 
-        None stands for the gradient of a leaf that the controls do not depend on.
+        `wanted` says which of the first four are asked for. Of the leaves, those of `sources`, None stands for the gradient of a leaf that the controls do not depend on.
         `must_train` says that the last ones are all that is asked for: where there can be none, that is an error.
         `found` is what the forward pass found out about the controller; `one` a flow to follow in place of a combined
         one, for a pass from which nothing but its gradients is left.
@@ -468,24 +593,30 @@ class Rollout:
         updates = torch.zeros((len(flows), sources.size), **like)
         of_controller = sum(leaf.numel() for leaf in sources.controller)
         of_system = torch.zeros((len(flows), sum(leaf.numel() for leaf in sources.system)), **like)
-        want_rows = want_rows or sources.histories[1] is not None
+        want_rows, want_inputs = (wanted[i] or sources.histories[i] is not None for i in (1, 2))
         with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
             arrays = [as_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
             trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]), kept)
             adjoints, check, simulator = self._run_backward(
                 flows, trajectory, Seeds(arrays[2], arrays[3]), masked, sources, found,
-                (updates[:, :of_controller], of_system), workspace, want_rows,
+                (updates[:, :of_controller], of_system), workspace, want_rows, want_inputs,
             )  # fmt: skip
             if must_train and self.reduce is None:  # with it another rank may know of what there is to train
                 check.finish()
             adj_x0 = wp.to_torch(adjoints.x0).clone()
-            adj_rows = None if adjoints.parameters is None else wp.to_torch(adjoints.parameters).clone()
+            adj_rows, adj_inputs = (
+                None if array is None else wp.to_torch(array).clone()
+                for array in (adjoints.parameters, adjoints.inputs)
+            )
         self._workspaces.append(workspace)
         if adj_rows is not None and rows is not None and len(rows) == 1:
             adj_rows = adj_rows.sum(dim=1, keepdim=True)
+        own = [adj_x0, adj_rows, None, None]
+        if self._inner is not self._system:
+            own[0], own[2], own[3] = adjoints_of(adj_x0, adj_inputs, beside, self._inner)
         for f, part in enumerate(flows if sources.has_others else ()):
             sources.add(updates[f], sources.system, split(of_system[f], sources.system))
-            sources.follow(updates[f], part, (adj_x0[f], None if adj_rows is None else adj_rows[f]))
+            sources.follow(updates[f], part, [None if a is None else a[f] for a in own])
         used = [flows.index(part) for part in linear_parts(flow)]
         changes = split(updates[0], sources.leaves)
         if one is None:
@@ -499,9 +630,7 @@ class Rollout:
         if sources.combined:  # autograd has nothing to do with what stands for a tensor
             reached = [r and id(leaf) not in sources.cuts for r, leaf in zip(reached, sources.leaves, strict=True)]
         grads = [change if depends else None for change, depends in zip(changes, reached, strict=True)]
-        if adj_rows is not None:
-            adj_rows = combine(flow, adj_rows[used])
-        return combine(flow, adj_x0[used]), adj_rows, grads
+        return tuple(None if a is None else combine(flow, a[used]) for a in own), grads
 
     def _run_backward(
         self,
@@ -514,23 +643,24 @@ class Rollout:
         updates: tuple[torch.Tensor, torch.Tensor],
         workspace: Workspace,
         want_rows: bool,
+        want_inputs: bool,
     ) -> tuple[Adjoints, PassCheck, _Retreat]:
         """Run the flows backward, once more step by step where rows turn out to be coupled, as they may not be at x0.
 
         Returns:
             The adjoints; what has looked at controller and simulator. `updates`, of controller and system, are written.
         """
-        gates, gates_array = self._gates_of(flows, len(trajectory.controls))
+        gates, gates_array = self._gates_of(flows, *trajectory.controls.shape[:2])
         steps, controller = self._compared_steps(len(gates[0])), found or self._adapter
         coupled, fused = False, found is None and self.backend == "fused"
         unused = self._adapter.unused() if fused else ()
         while True:
             check = PassCheck(found, masked, unused)
-            simulator = _Retreat(self.system, steps, masked, sources, updates[1])
+            simulator = _Retreat(self._inner, steps, masked, sources, updates[1])
             try:
                 adjoints = backward(
-                    self.system, cast(Controller, controller), trajectory, seeds, gates, gates_array, list(updates[0]),
-                    workspace, want_rows, check=check, fused=fused,
+                    self._inner, cast(Controller, controller), trajectory, seeds, gates, gates_array, list(updates[0]),
+                    workspace, want_rows, want_inputs, check=check, fused=fused,
                     whole=found is not None and found.whole, simulator=simulator,
                 )  # fmt: skip
             except RowsCoupled:
@@ -554,13 +684,13 @@ class Rollout:
         """Return the flows that a backward pass runs: those of the flow, and what `observe` adds."""
         return parts_of([self.flow, *map(resolve, self.observe)])
 
-    def _gates_of(self, flows: tuple[Flow, ...], steps: int) -> tuple[np.ndarray, wp.array]:
-        """Return the gates of flows, shape (flows, steps, 2), as numpy and on the device."""
-        key = (flows, steps)
+    def _gates_of(self, flows: tuple[Flow, ...], steps: int, batch: int) -> tuple[np.ndarray, wp.array]:
+        """Return the gates of flows, see `phases.all_gates`, as numpy and on the device."""
+        key = (flows, steps, batch)
         if key not in self._gates:
             if len(self._gates) >= DIRECT_PASSES:
                 self._gates.pop(next(iter(self._gates)))
-            gates = flow_gates(flows, steps)
+            gates = all_gates(flows, steps, batch, self._inner)
             array = wp.array(gates, dtype=wp.dtype_from_torch(self.dtype), device=str(self.device))
             self._gates[key] = gates, for_all_streams(array)
         return self._gates[key]

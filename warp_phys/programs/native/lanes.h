@@ -60,13 +60,14 @@ template <int N, typename T> static inline void write_lanes(T* rows, long long p
         for (int s = 0; s < count; ++s) rows[s * pitch + j] = in[j][s];
 }
 
-template <typename T, typename S> struct Block {
+// W is how many numbers of a next state are written.
+template <typename T, typename S, int W = S::D> struct Block {
     static inline void advance(int count, const T* x, const T* c, const lanes<T>* p, T* y) {
         lanes<T> state[S::D], control[S::K], next[S::D];
         read_lanes<S::D, T>(x, S::D, count, state);
         read_lanes<S::K, T>(c, S::K, count, control);
         S::step(state, control, p, next);
-        write_lanes<S::D, T>(y, S::D, count, next);
+        write_lanes<W, T>(y, S::D, count, next);
     }
 
     // For each flow, adj_x becomes its product with the Jacobian of the step by x, adj_c that by c.

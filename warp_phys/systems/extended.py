@@ -1,0 +1,268 @@
+"""Systems whose row holds more than their state: a controller's memory, and inputs that are given for every step.
+
+A rollout with memory or inputs is one of an `Extended` system: what the controller sees is its row
+
+    z = [x | h | v | w]
+
+with the state x, the memory h, the inputs w of this time step, and, where the system's own cost reads inputs, those of
+the step before, v. The controller returns u = [c | h'], and a step makes [x' | h' | v'] of both, with x' = S(x, c, w),
+v' = w. The inputs of all steps are written into the rows before the first.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import warp as wp
+
+from warp_phys.core.arrays import numpy_type, real_type
+from warp_phys.core.rows import row_functions
+from warp_phys.systems import losses
+from warp_phys.systems.base import Simulator, System, SystemFunctions, SystemTypes
+
+
+@dataclass(frozen=True)
+class Extended(System):
+    """A system whose row holds a memory of `memory` numbers and `inputs` numbers that are given.
+
+    Physical parameters, loss and pictures are those of the system within.
+    """
+
+    base: System
+    """The system within."""
+    memory: int = 0
+    """Numbers H that the controller remembers."""
+    inputs_given: int = 0
+    """Numbers E of the inputs of a step; the first of them are the system's own, if it has some."""
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the numbers of a row."""
+        memory = (f"memory {i}" for i in range(self.memory))
+        before = (f"{name} before" for name in self.base.inputs[: self.carried_size])
+        others = (f"input {i}" for i in range(len(self.base.inputs), self.inputs_given))
+        own = self.base.inputs[: self.inputs_given]
+        return (*self.base.states, *memory, *before, *own, *others)
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of what the controller returns."""
+        return (*self.base.controls, *(f"next memory {i}" for i in range(self.memory)))
+
+    @property
+    def time_average(self) -> bool:  # type: ignore[override]
+        """As the system within."""
+        return self.base.time_average
+
+    @functools.cached_property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the physical parameters."""
+        return self.base.parameter_names
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a physical parameter of the system within."""
+        if name.startswith("_") or name not in self.base.parameter_names:
+            raise AttributeError(f"Extended has no {name}")
+        return getattr(self.base, name)
+
+    @functools.cached_property
+    def structure(self) -> System:
+        """This system without its physical parameters."""
+        return Extended(self.base.structure, self.memory, self.inputs_given)
+
+    @property
+    def own_size(self) -> int:
+        """Numbers of the system's own state."""
+        return self.base.state_size
+
+    @property
+    def own_controls(self) -> int:
+        """Numbers of the system's own controls."""
+        return self.base.control_size
+
+    @property
+    def remembering_size(self) -> int:
+        """Numbers of a row up to the end of the memory."""
+        return self.own_size + self.memory
+
+    @property
+    def carried_size(self) -> int:
+        """Numbers of a row that are the inputs of the step before."""
+        return self.base.input_size if self.base.cost_reads_inputs else 0
+
+    @property
+    def written_size(self) -> int:
+        """Numbers of a row that a step writes."""
+        return self.remembering_size + self.carried_size
+
+    def types(self, real: type) -> SystemTypes:
+        """Return the types of the Warp functions."""
+        rows = (row_functions(size, real).vector for size in (self.state_size, self.control_size))
+        return SystemTypes(real, *rows, self.base.types(real).Parameters, self.state_size, self.control_size)
+
+    def functions(self, real: type) -> SystemFunctions:
+        """Return the Warp functions."""
+        return _functions(self.structure, real)
+
+    def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
+        """Return initial rows: states of the system within, normal numbers beside them."""
+        own = self.base.sample(batch, seed, dtype)
+        size = self.state_size - self.own_size
+        more = np.random.default_rng(seed).standard_normal((batch, size)).astype(numpy_type(real_type(dtype)))
+        return np.concatenate([own, more], axis=1)
+
+    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
+        """Draw the system within."""
+        move, size = self.base.sketch(axes), self.own_size
+        return lambda state, control=None: move(state[:size], control)
+
+
+@functools.cache
+def _functions(structure: Extended, real: type) -> SystemFunctions:
+    base, own = structure.base, structure.base.functions(real)
+    types, inner = structure.types(real), base.types(real)
+    Row, Given, Parameters = types.State, types.Control, types.Parameters
+    State, Control, Input = inner.State, inner.Control, row_functions(max(1, base.input_size), real).vector
+    size, controls, memory = base.state_size, base.control_size, structure.memory
+    carried, first_carried, first_input = structure.carried_size, structure.remembering_size, structure.written_size
+    step, cost = own.step, own.cost
+
+    @wp.func
+    def state_of(z: Row):
+        x = State()
+        for i in range(wp.static(size)):
+            x[i] = z[i]
+        return x
+
+    @wp.func
+    def control_of(u: Given):
+        c = Control()
+        for i in range(wp.static(controls)):
+            c[i] = u[i]
+        return c
+
+    @wp.func
+    def input_of(z: Row):
+        w = Input()
+        for i in range(wp.static(base.input_size)):
+            w[i] = z[wp.static(first_input) + i]
+        return w
+
+    @wp.func
+    def input_before(z: Row):
+        w = Input()
+        for i in range(wp.static(carried)):
+            w[i] = z[wp.static(first_carried) + i]
+        return w
+
+    @wp.func
+    def joined(x: State, u: Given, z: Row):
+        y = Row()
+        for i in range(wp.static(size)):
+            y[i] = x[i]
+        for i in range(wp.static(memory)):
+            y[wp.static(size) + i] = u[wp.static(controls) + i]
+        for i in range(wp.static(carried)):
+            y[wp.static(first_carried) + i] = z[wp.static(first_input) + i]
+        return y
+
+    if base.input_size:
+
+        @wp.func
+        def extended_step(z: Row, u: Given, p: Parameters):
+            return joined(step(state_of(z), control_of(u), input_of(z), p), u, z)
+
+    else:
+
+        @wp.func
+        def extended_step(z: Row, u: Given, p: Parameters):
+            return joined(step(state_of(z), control_of(u), p), u, z)
+
+    if structure.carried_size:
+
+        @wp.func
+        def extended_cost(z: Row, p: Parameters):
+            return cost(state_of(z), input_before(z), p)
+
+    else:
+
+        @wp.func
+        def extended_cost(z: Row, p: Parameters):
+            return cost(state_of(z), p)
+
+    return SystemFunctions(extended_step, extended_cost)
+
+
+class ExtendedSimulator:
+    """The same for a simulator that is no `System`: it steps its own part of every row.
+
+    Args:
+        base: The simulator within.
+        memory: Numbers H that the controller remembers.
+        inputs_given: Numbers E of the inputs of a step; the simulator does not read them.
+    """
+
+    carried_size = 0
+
+    def __init__(self, base: Simulator, memory: int = 0, inputs_given: int = 0):
+        self.base, self.memory, self.inputs_given = base, memory, inputs_given
+        self.own_size, self.own_controls = base.state_size, base.control_size
+        self.remembering_size = self.written_size = self.own_size + memory
+        self.state_size, self.control_size = self.written_size + inputs_given, self.own_controls + memory
+        self._spare: dict[tuple, list[wp.array]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what else the simulator has."""
+        if name in ("base", "_spare") or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what points into memory."""
+        return {**vars(self), "_spare": {}}
+
+    def step(self, x: wp.array, c: wp.array, y: wp.array, parameters: wp.array | None = None) -> None:
+        """Write the next rows y, but for their inputs."""
+        own_x, own_c, own_y, *_ = self._own(x, c)
+        self.base.step(own_x, own_c, own_y, *(() if parameters is None else (parameters,)))
+        wp.copy(y[:, : self.own_size], own_y)
+        if self.memory:
+            wp.copy(y[:, self.own_size : self.written_size], c[:, self.own_controls :])
+
+    def step_vjp(
+        self, x: wp.array, c: wp.array, adj_y: wp.array, adj_x: wp.array, adj_c: wp.array, *more: Any, **options: Any
+    ) -> None:
+        """Write the adjoints of rows and of what the controller returns."""
+        own_x, own_c, own_y, dx, dc = self._own(x, c)
+        wp.copy(own_y, adj_y[:, : self.own_size])
+        if "y" in options:
+            options["y"] = options["y"][:, : self.own_size].contiguous()
+        self.base.step_vjp(own_x, own_c, own_y, dx, dc, *more, **options)
+        adj_x.zero_()
+        wp.copy(adj_x[:, : self.own_size], dx)
+        wp.copy(adj_c[:, : self.own_controls], dc)
+        if self.memory:
+            wp.copy(adj_c[:, self.own_controls :], adj_y[:, self.own_size : self.written_size])
+
+    def _own(self, x: wp.array, c: wp.array) -> list[wp.array]:
+        """Return the simulator's part of rows and controls, and room for next states and adjoints."""
+        key = len(x), x.dtype, str(x.device)
+        if key not in self._spare:
+            shapes = (self.own_size, self.own_controls, self.own_size, self.own_size, self.own_controls)
+            self._spare = {key: [wp.zeros((len(x), n), dtype=x.dtype, device=x.device) for n in shapes]}
+        own = self._spare[key]
+        wp.copy(own[0], x[:, : self.own_size])
+        wp.copy(own[1], c[:, : self.own_controls])
+        return own
+
+
+def extended(system: Any, memory: int = 0, inputs: int = 0) -> Any:
+    """Return a system or simulator whose rows hold a memory and inputs; itself where there are none."""
+    if not memory and not inputs:
+        return system
+    return (Extended if isinstance(system, System) else ExtendedSimulator)(system, memory, inputs)
+
+
+losses.EXTENDED["system"] = Extended
