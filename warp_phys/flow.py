@@ -27,6 +27,7 @@ import numpy as np
 from warp_phys.core.checks import check_number
 from warp_phys.errors import check_count
 
+
 class Gates:
     """The numbers of a gate, an array that does not change; equal ones have one hash."""
 

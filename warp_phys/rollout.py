@@ -13,19 +13,22 @@ from warp_phys.core.gate import active_tape, paused
 from warp_phys.engine import row_kernels
 from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import (
+    Adjoints,
     Controller,
     Retreat,
     Seeds,
     Trajectory,
     WarpController,
+    all_gates,
     backward,
-    flow_gates,
+    check_gates,
     forward,
 )
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import COMBINED, Combined, Flow, linear_parts, refuse_memory, resolve
 from warp_phys.programs.rules import RULES
 from warp_phys.systems.base import Simulator, System
+from warp_phys.systems.extended import extended
 
 BACKENDS = ("auto", "fused", "general")
 
@@ -49,6 +52,10 @@ class Rollout:
         check: Whether a backward pass looks if weights, physical parameters and a simulator that is not the engine's
             are those of the forward pass: "auto" on a CPU, "always" on CUDA too, where it waits for the device. Inside
             a captured graph nothing can be looked at.
+        memory: Numbers H that the controller remembers from step to step.
+        inputs: Numbers E that are given to every step, those of a system that has inputs first. With memory or inputs
+            the controller takes rows [x | h | w] of D + H + E numbers and returns [c | h'], K + H (of a system whose
+            cost reads its own inputs [x | h | v | w], with the inputs v of the step before).
 
     Raises:
         TypeError, ValueError: Arguments that do not fit; see the message.
@@ -63,17 +70,24 @@ class Rollout:
         on_divergence: str = "raise",
         backend: str = "auto",
         check: str = "auto",
+        memory: int = 0,
+        inputs: int = 0,
     ):
         self._system, self._controller, self._steps = system, controller, check_count("steps", steps)
-        check_sizes(system, controller)
+        self._sizes = check_count("memory", memory, least=0), check_count("inputs", inputs, least=0)
+        own = getattr(system, "inputs", ())
+        if inputs < len(own):
+            raise ValueError(f"inputs must be at least {len(own)} for {system} ({', '.join(own)}), got {inputs}")
+        self._rows = extended(system, *self._sizes)
+        check_sizes(self._rows, controller)
         _check_controller(controller)
         self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "ignore"))
         self.check = check_choice("check", check, ("auto", "always"))
         first = controller.parameters[0]
         self.real, self.device = first.dtype, first.device
-        self.backend = choose_backend(backend, system, controller, wp.get_device(self.device).is_cuda)
+        self.backend = choose_backend(backend, self._rows, controller, wp.get_device(self.device).is_cuda)
         self._workspace = Workspace()
-        self._gates_arrays: dict[int, wp.array] = {}
+        self._gates_arrays: dict[tuple[int, ...], wp.array] = {}
         self._views: list[tuple[wp.array, np.ndarray]] = []
         self.flow = flow
 
@@ -108,54 +122,121 @@ class Rollout:
         if isinstance(flow, Combined) and flow.rule not in RULES:
             names = ", ".join(rule.__name__ for rule in RULES)
             raise ValueError(f"in pure Warp the rule of a combined flow must be one of {names}, got {flow.rule!r}")
+        check_gates(linear_parts(flow), self.steps)
         self._flow = flow
-        gates = flow_gates(linear_parts(flow), self.steps).astype(numpy_type(self.real))
-        if len(gates) in self._gates_arrays:  # in place: a captured graph reads the numbers from here
-            self._gates_arrays[len(gates)].assign(gates)
-        else:
-            self._gates_arrays[len(gates)] = wp.array(gates, dtype=self.real, device=self.device)
+        kind = self._kind
+        for key, array in self._gates_arrays.items():
+            if key[:2] == kind:  # in place: a captured graph reads the numbers from here
+                array.assign(self._numbers_of_gates(key[2]))
 
-    def __call__(self, x0: wp.array, parameters: wp.array | None = None) -> tuple[wp.array, wp.array]:
+    @property
+    def _kind(self) -> tuple[int, bool]:
+        """Number of flows that a backward pass runs, and whether samples may have gates of their own."""
+        parts = linear_parts(self._flow)
+        return len(parts), not all(part.is_plain for part in parts)
+
+    def _numbers_of_gates(self, batch: int) -> np.ndarray:
+        return all_gates(linear_parts(self._flow), self.steps, batch, self._rows).astype(numpy_type(self.real))
+
+    def _gates(self, batch: int) -> wp.array:
+        """Return the gates of the flow on the device, for so many samples."""
+        flows, apart = self._kind
+        key = flows, apart, batch if apart else 1
+        if key not in self._gates_arrays:
+            gates = self._numbers_of_gates(batch)
+            self._gates_arrays[key] = wp.array(gates, dtype=self.real, device=self.device)
+        return self._gates_arrays[key]
+
+    def __call__(
+        self,
+        x0: wp.array,
+        parameters: wp.array | None = None,
+        inputs: wp.array | None = None,
+        memory: wp.array | None = None,
+    ) -> tuple[wp.array, ...]:
         """Return states (steps + 1, batch, D) and controls (steps, batch, K), recorded by an active tape.
+
+        With a memory, also what is remembered, (steps + 1, batch, H).
 
         Args:
             x0: Initial states, shape (batch, D), of the controller's precision and on its device.
             parameters: From `System.parameter_array`; the system's own if None.
+            inputs: What is given to every step, shape (steps, batch, E) or (steps, 1, E).
+            memory: What the controller remembers at first, shape (batch, H); zeros if None.
 
         Raises:
             TypeError, ValueError: x0 does not fit; the flow is combined, and x0 the result of something on the tape.
             Diverged: A state is not finite.
         """
         x0 = check_x0(self.system, x0, self.real, self.device)
-        tape = active_tape()
-        has_history = tape is not None and x0.requires_grad and _has_history(tape, x0)
+        self._check_beside(x0, inputs, memory)
+        tape, starts = active_tape(), [x0, *(array for array in (inputs, memory) if array is not None)]
+        has_history = tape is not None and any(array.requires_grad and _has_history(tape, array) for array in starts)
         if has_history and isinstance(self.flow, Combined):
             raise ValueError(_HISTORY)
         make = functools.partial(wp.empty, dtype=self.real, device=self.device, requires_grad=tape is not None)
-        states = make((self.steps + 1, len(x0), self.system.state_size))
-        controls = make((self.steps, len(x0), self.system.control_size))
+        states = make((self.steps + 1, len(x0), self._rows.state_size))
+        controls = make((self.steps, len(x0), self._rows.control_size))
         given = parameters
         if isinstance(self.system, System):
             parameters = self.system.check_parameters(parameters, x0, len(x0))
         with paused(tape):
-            wp.copy(states[0], x0)
-            forward(self.system, self.controller, states, controls, parameters, self.backend == "fused")
+            self._fill(states, x0, inputs, memory)
+            forward(self._rows, self.controller, states, controls, parameters, self.backend == "fused")
         if self.on_divergence == "raise":
             finite = np.isfinite(states.numpy()).all(axis=2)
             if not finite.all():
                 raise Diverged(int(np.argmin(finite.all(axis=1))), np.flatnonzero(~finite.all(axis=0)).tolist())
         if tape is not None:
-            self._record(tape, x0, Trajectory(states, controls, parameters), given, has_history)
-        return states, controls
+            self._record(tape, (x0, inputs, memory), Trajectory(states, controls, parameters), given, has_history)
+        if self._rows is self._system:
+            return states, controls
+        size, end = self._rows.own_size, self._rows.remembering_size
+        own = states[:, :, :size], controls[:, :, : self._rows.own_controls]
+        return (*own, states[:, :, size:end]) if end > size else own
+
+    def _check_beside(self, x0: wp.array, inputs: wp.array | None, memory: wp.array | None) -> None:
+        """Raise a TypeError or ValueError if inputs or memory do not fit."""
+        remembered, given = self._sizes
+        if (inputs is None) != (given == 0):
+            raise ValueError(
+                f"this rollout has inputs of {given} numbers a step, got {'none' if inputs is None else 'some'}"
+            )
+        if inputs is not None:
+            check_array("inputs", inputs, (self.steps, -1, given), x0)
+            if inputs.shape[1] not in (1, len(x0)):
+                raise ValueError(shape_message("inputs", (self.steps, f"1 or {len(x0)}", given), inputs.shape))
+        if memory is not None:
+            check_array("memory", memory, (len(x0), remembered), x0)
+
+    def _fill(self, states: wp.array, x0: wp.array, inputs: wp.array | None, memory: wp.array | None) -> None:
+        """Write what a trajectory starts from, and the inputs of all its steps."""
+        if self._rows is self._system:
+            wp.copy(states[0], x0)
+            return
+        size, end, written = self._rows.own_size, self._rows.remembering_size, self._rows.written_size
+        states[0].zero_()
+        states[self.steps].zero_()
+        wp.copy(states[0, :, :size], x0)
+        if memory is not None:
+            wp.copy(states[0, :, size:end], memory)
+        if inputs is not None:
+            for b in range(len(x0)) if inputs.shape[1] == 1 else [slice(None)]:
+                part = slice(b, b + 1) if isinstance(b, int) else b
+                wp.copy(states[: self.steps, part, written:], inputs)
+                if written > end:
+                    wp.copy(states[0, part, end:written], inputs[0, :, : written - end])
 
     def _record(
-        self, tape: wp.Tape, x0: wp.array, trajectory: Trajectory, given: wp.array | None, has_history: bool
-    ) -> None:
+        self, tape: wp.Tape, starts: tuple[wp.array | None, ...], trajectory: Trajectory, given: wp.array | None,
+        has_history: bool,
+    ) -> None:  # fmt: skip
         """Put the backward pass on the tape as one entry."""
         arrays = [trajectory.states, trajectory.controls, *(p for p in self.controller.parameters if p.requires_grad)]
-        if x0.requires_grad:
-            arrays.append(x0)
-            _STARTS.setdefault(tape, set()).add(x0)
+        for start in starts:
+            if start is not None and start.requires_grad:
+                arrays.append(start)
+                _STARTS.setdefault(tape, set()).add(start)
         numbers = _numbers(trajectory)
         if numbers is not None:
             arrays.append(numbers)
@@ -170,7 +251,7 @@ class Rollout:
             if has_history and isinstance(self.flow, Combined):
                 raise RuntimeError(_HISTORY)
             self._check_numbers(before, self._numbers_now(given))
-            self._run_backward(x0, trajectory, known)
+            self._run_backward(starts, trajectory, known)
 
         tape.record_func(backward, arrays)
 
@@ -201,8 +282,8 @@ class Rollout:
             f"{what} has been modified since the forward pass: call the rollout again before the backward pass"
         )
 
-    def _run_backward(self, x0: wp.array, trajectory: Trajectory, known: set[Combined]) -> None:
-        """Add this pass's updates to the adjoints of parameters, of x0 and of the physical parameters."""
+    def _run_backward(self, starts: tuple[wp.array | None, ...], trajectory: Trajectory, known: set[Combined]) -> None:
+        """Add this pass's updates to the adjoints of parameters, x0, inputs, memory and the physical parameters."""
         if isinstance(self.flow, Combined) and self.flow not in known:
             raise RuntimeError(f"the tape was recorded before the flow became {self.flow.name}: record it again")
         work, flows = self._workspace, len(linear_parts(self.flow))
@@ -210,9 +291,11 @@ class Rollout:
         seeds = Seeds(trajectory.states.grad, trajectory.controls.grad)
         numbers = _numbers(trajectory)
         # all gates count as open here: a graph that is captured now may be replayed with others
-        gates = np.ones((flows, self.steps, 2)), self._gates_arrays[flows]
+        gates_array = self._gates(trajectory.states.shape[1])
+        gates = np.ones(gates_array.shape), gates_array
+        x0, inputs, memory = starts
         adjoints = backward(
-            self.system,
+            self._rows,
             self.controller,
             trajectory,
             seeds,
@@ -220,15 +303,20 @@ class Rollout:
             gradients,
             work,
             want_parameters=numbers is not None,
+            want_inputs=inputs is not None and inputs.requires_grad,
             fused=self.backend == "fused",
-            simulator=Retreat(self.system, None, compare=self._looks),
+            simulator=Retreat(self._rows, None, compare=self._looks),
         )
         for i, parameter in enumerate(self.controller.parameters):
             if parameter.requires_grad:
                 sums = [c.grad for c in _sums(parameter, self.flow)] if isinstance(self.flow, Combined) else []
                 self._accumulate([gradient[i] for gradient in gradients], sums, parameter.grad)
-        if x0.requires_grad:
-            self._accumulate([adjoints.x0[f] for f in range(flows)], [], x0.grad)
+        own, end = (getattr(self._rows, name, self._rows.state_size) for name in ("own_size", "remembering_size"))
+        for start, part in ((x0, slice(0, own)), (memory, slice(own, end))):
+            if start is not None and start.requires_grad:
+                self._accumulate([adjoints.x0[f][:, part] for f in range(flows)], [], start.grad)
+        if adjoints.inputs is not None and inputs is not None:
+            self._accumulate_inputs(adjoints, inputs.grad)
         if numbers is not None and adjoints.parameters is not None:
             self._accumulate_parameters(adjoints.parameters, numbers.grad)
         trajectory.states.grad.zero_()
@@ -247,6 +335,25 @@ class Rollout:
             wp.launch(kernel, dim=total.shape, inputs=inputs, device=self.device, record_tape=False)
             per_sample = total
         self._accumulate([per_sample[f] for f in range(flows)], [], grad)
+
+    def _accumulate_inputs(self, adjoints: Adjoints, grad: wp.array) -> None:
+        """Add the adjoints of inputs (flows, steps, batch, E) to `grad`, (steps, batch, E) or (steps, 1, E)."""
+        per_sample: Any = adjoints.inputs
+        flows, steps, batch, size = per_sample.shape
+        written, end = self._rows.written_size, self._rows.remembering_size
+        if written > end:
+            kernel = row_kernels.add_rows_kernel(self.real)
+            for f in range(flows):
+                rows = [adjoints.x0[f][:, end:written], per_sample[f, 0][:, : written - end]]
+                wp.launch(kernel, dim=rows[0].shape, inputs=rows, device=self.device, record_tape=False)
+        if grad.shape[1] != batch:
+            total = self._workspace.array("sum of adj_inputs", (flows, steps, size), self.real, self.device)
+            total.zero_()
+            kernel, inputs = row_kernels.sum_over_time_kernel(self.real), [per_sample.transpose((0, 2, 1, 3)), total]
+            wp.launch(kernel, dim=total.shape, inputs=inputs, device=self.device, record_tape=False)
+            per_sample = total
+        rows = (steps * grad.shape[1], size)
+        self._accumulate([per_sample[f].reshape(rows) for f in range(flows)], [], grad.reshape(rows))
 
     def _accumulate(self, updates: list[wp.array], sums: list[wp.array], grad: wp.array) -> None:
         """Add one pass's update to `grad`; for a combined flow the change of the combination of the sums."""

@@ -64,3 +64,42 @@ def gradient(loss, parameters):
 def relative(a, b):
     """Return ‖a − b‖ / ‖b‖."""
     return float((a - b).norm() / b.norm()) if float(b.norm()) else math.inf * float(a.norm() > 0)
+
+
+class _Meeting(torch.autograd.Function):
+    """A row that goes to the physics and to the controller; backward what comes from there meets at the gates."""
+
+    @staticmethod
+    def forward(ctx, x, alpha, beta, limit):
+        ctx.gates = alpha, beta, limit
+        return x.clone(), x.clone()
+
+    @staticmethod
+    def backward(ctx, from_physics, from_controller):
+        alpha, beta, limit = ctx.gates
+        physics, controller = alpha * from_physics, beta * from_controller
+        if limit is not None:
+            lengths = [part.norm(dim=1, keepdim=True) for part in (physics, controller)]
+            controller = controller * (limit * lengths[0] / lengths[1]).clamp(max=1.0).nan_to_num(0.0)
+        return physics + controller, None, None, None
+
+
+def unroll_beside(step, controller, x0, steps, inputs=None, memory=None, gates=(1.0, 1.0, 1.0), limit=None):
+    """Return states, controls and memories of an unrolling with inputs (T, B or 1, E) and a memory (B, H).
+
+    Gates are numbers or tensors (T, B, D), those of the state's feedback, and a number, that of the memory's.
+    """
+    states, controls, memories, x, h = [x0], [], [memory], x0, memory
+    for n in range(steps):
+        alpha, beta = (gate if isinstance(gate, float) else gate[n] for gate in gates[:2])
+        seen, own = _Meeting.apply(x, alpha, beta, limit)[::-1]
+        more = [] if inputs is None else [inputs[n].expand(len(x), -1)]
+        if h is None:
+            c = controller(seen, *more)
+        else:
+            c, h = controller(seen, *more, gated(h, gates[2]))
+        x = step(own, c)
+        states.append(x)
+        controls.append(c)
+        memories.append(h)
+    return torch.stack(states), torch.stack(controls), None if h is None else torch.stack(memories)

@@ -9,6 +9,7 @@ from typing import Any
 
 import warp as wp
 
+from warp_phys.core.flow_gates import gate_functions
 from warp_phys.core.rows import RowFunctions, row_functions
 
 
@@ -105,108 +106,6 @@ def step_vjp_kernel(structure: Any, real: type) -> wp.Kernel:
             adj_p[b] = dp
 
     return step_vjp_rows
-
-
-@functools.cache
-def gate_functions(own: int, remembering: int, size: int, real: type) -> tuple[Any, Any]:
-    """Return how gates of single components act on rows of adjoints, and whether any of a controller's is open.
-
-    `gated(lam, dx, pulled, gates, f, n, b)` returns λ_n of ∂L/∂x_n, (∂S/∂x)ᵀ λ_{n+1} and (∂N/∂x)ᵀ ν_n. For each flow
-    and step, `gates` has for one sample, or for every sample, the numbers of `Flow.all_gates`. Of a row the first `own`
-    numbers are the state, those up to `remembering` a memory; what lies behind them has no gate.
-    """
-    Row, width = row_functions(size, real).vector, 2 * own + 2
-
-    @wp.func
-    def record_of(gates: wp.array3d[real], b: int):
-        return (b % (gates.shape[2] // wp.static(width))) * wp.static(width)
-
-    @wp.func
-    def physics_part(dx: Row, gates: wp.array3d[real], f: int, n: int, at: int):
-        out = Row()
-        for k in range(wp.static(size)):
-            alpha = real(1.0)
-            if k < wp.static(own):
-                alpha = gates[f, n, at + k]
-            if alpha != real(0.0):
-                out[k] = alpha * dx[k]
-        return out
-
-    @wp.func
-    def controller_part(pulled: Row, gates: wp.array3d[real], f: int, n: int, at: int):
-        out = Row()
-        for k in range(wp.static(size)):
-            beta = real(1.0)
-            if k < wp.static(own):
-                beta = gates[f, n, at + wp.static(own) + k]
-            elif k < wp.static(remembering):
-                beta = gates[f, n, at + wp.static(2 * own)]
-            if beta != real(0.0):
-                out[k] = beta * pulled[k]
-        return out
-
-    @wp.func
-    def largest(row: Row):
-        out = real(0.0)
-        for k in range(wp.static(own)):
-            out = wp.max(out, wp.abs(row[k]))
-        return out
-
-    @wp.func
-    def norm(row: Row, scale: real):
-        total = real(0.0)
-        for k in range(wp.static(own)):
-            total += (row[k] / scale) * (row[k] / scale)
-        return scale * wp.sqrt(total)
-
-    @wp.func
-    def scaled(row: Row, factor: real):
-        out = row
-        for k in range(wp.static(own)):
-            if factor == real(0.0):
-                out[k] = real(0.0)
-            else:
-                out[k] = factor * row[k]
-        return out
-
-    @wp.func
-    def limited(physics: Row, controller: Row, limit: real):
-        least = largest(physics)
-        most = largest(controller)
-        if most == real(0.0):
-            return controller
-        if least == real(0.0) or wp.isinf(most):  # what is infinite has no direction
-            return scaled(controller, real(0.0))
-        bound = limit * norm(physics, least)
-        length = norm(controller, most)
-        if length > bound:
-            return scaled(controller, bound / length)
-        return controller
-
-    @wp.func
-    def gated(lam: Row, dx: Row, pulled: Row, gates: wp.array3d[real], f: int, n: int, b: int):
-        at = record_of(gates, b)
-        physics = physics_part(dx, gates, f, n, at)
-        controller = controller_part(pulled, gates, f, n, at)
-        limit = gates[f, n, at + wp.static(2 * own + 1)]
-        if not wp.isinf(limit):
-            controller = limited(physics, controller, limit)
-        return lam + physics + controller
-
-    @wp.func
-    def is_open(gates: wp.array3d[real], f: int, n: int, first: int, count: int):
-        found = int(0)
-        for s in range(count):
-            at = record_of(gates, first + s)
-            last = wp.static(2 * own)
-            if wp.static(remembering == own):
-                last -= 1
-            for k in range(wp.static(own), last + 1):
-                if gates[f, n, at + k] != real(0.0):
-                    found = 1
-        return found
-
-    return gated, is_open
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from typing import Any
 
 import warp as wp
 
-from warp_phys.core.kernels import gate_functions
+from warp_phys.core.flow_gates import gate_functions
 from warp_phys.core.rows import row_functions
 from warp_phys.programs.rules import combined_body
 
@@ -77,7 +77,7 @@ def gate_rows_kernel(real: type) -> wp.Kernel:
 
 @functools.cache
 def gate_single_kernel(own: int, remembering: int, size: int, real: type) -> wp.Kernel:
-    """The same with gates of single components, one thread per flow and sample, see `kernels.gate_functions`.
+    """The same with gates of single components, one thread per flow and sample, see `flow_gates`.
 
     What is given from outside, the last numbers of a row, has its adjoints written to `adj_inputs`, unless that is
     empty.

@@ -11,7 +11,8 @@ from typing import Any
 
 import warp as wp
 
-from warp_phys.core.kernels import gate_functions, weighted_cost_function
+from warp_phys.core.flow_gates import gate_functions
+from warp_phys.core.kernels import weighted_cost_function
 from warp_phys.core.rows import row_functions, scalar_name
 from warp_phys.programs import native_code
 from warp_phys.programs.layout import layout_of
@@ -204,6 +205,89 @@ def step_kernel(structure: Any, real: type) -> wp.Kernel:
 
 
 @functools.cache
+def trajectory_kernel(structure: Any, real: type) -> wp.Kernel:
+    """All time steps under given controls; one thread per block of `SAMPLES` samples, beginning with block `begin`."""
+    types, advance = structure.types(real), advance_function(structure, real)
+    Parameters = types.Parameters
+
+    @wp.kernel(module="unique", module_options=module_options())
+    def advance_blocks(
+        # in and out: time step 0 is read, the others are written
+        states: wp.array3d[real],
+        # in
+        controls: wp.array3d[real],
+        p: wp.array[Parameters],
+        begin: int,
+    ):
+        first = SAMPLES * (begin + wp.tid())
+        for n in range(controls.shape[0]):
+            advance(states, controls, p, n, first, wp.min(SAMPLES, states.shape[1] - first))
+
+    return advance_blocks
+
+
+@functools.cache
+def trajectory_vjp_kernel(structure: Any, real: type, parameters: bool, single: bool) -> wp.Kernel:
+    """Its way back by one flow, of which the physics gates count; one thread takes so many `blocks` in turn.
+
+    λ_n and μ_n are those of `kernels.sweep_kernel` without a controller.
+    """
+    retreat, size, written = retreat_function(structure, real, parameters), structure.state_size, structure.written_size
+    gated, _ = gate_functions(structure.own_size, structure.remembering_size, size, real)
+    x_row = row_functions(size, real)
+    load_at, store_at, Row, Parameters = x_row.load_at, x_row.store_at, x_row.vector, structure.types(real).Parameters
+
+    @wp.kernel(module="unique", module_options=module_options())
+    def retreat_blocks(
+        # in
+        states: wp.array3d[real],
+        controls: wp.array3d[real],
+        p: wp.array[Parameters],
+        loss_states: wp.array3d[real],
+        loss_controls: wp.array3d[real],
+        gates: wp.array3d[real],
+        begin: int,
+        blocks: int,
+        # scratch: (1, SAMPLES, K)
+        adj_c: wp.array3d[real],
+        # out: λ_0 (1, batch, D), μ; adjoints of parameters (1, batch, P) and of inputs, or nothing
+        adj_x: wp.array3d[real],
+        adj_controls: wp.array3d[real],
+        adj_p: wp.array3d[real],
+        adj_inputs: wp.array3d[real],
+    ):
+        steps = controls.shape[0]
+        for block in range(begin, begin + blocks):
+            first = SAMPLES * block
+            count = wp.min(SAMPLES, states.shape[1] - first)
+            for b in range(first, first + count):
+                store_at(adj_x, 0, b, load_at(loss_states, steps, b))
+                for i in range(adj_p.shape[2]):
+                    adj_p[0, b, i] = real(0.0)
+            for back in range(steps):
+                n = steps - 1 - back
+                retreat(states, controls, p, n, first, count, adj_x, adj_c, adj_p)
+                for s in range(count):
+                    b = first + s
+                    for k in range(controls.shape[2]):
+                        adj_controls[n, b, k] = adj_c[0, s, k] + loss_controls[n, b, k]
+                    if wp.static(single):
+                        seed = load_at(loss_states, n, b)
+                        store_at(adj_x, 0, b, gated(seed, load_at(adj_x, 0, b), Row(), gates, 0, n, b))
+                    else:
+                        alpha = gates[0, n, 0]
+                        for k in range(wp.static(size)):
+                            lam = loss_states[n, b, k]
+                            if alpha != real(0.0):
+                                lam += alpha * adj_x[0, b, k]
+                            adj_x[0, b, k] = lam
+                    for k in range(adj_inputs.shape[2]):
+                        adj_inputs[n, b, k] = adj_x[0, b, wp.static(written) + k]
+
+    return retreat_blocks
+
+
+@functools.cache
 def _seed_function(structure: Any, real: type, parameters: bool) -> Any:
     """Return the function that writes ∂L/∂x_n of a block: as given, or from the system's own cost at chosen steps.
 
@@ -236,6 +320,59 @@ def _seed_function(structure: Any, real: type, parameters: bool) -> Any:
     return seed_block
 
 
+def _gate_functions(structure: Any, program: Program, real: type, single: bool) -> tuple[Any, Any]:
+    """Return the function that makes λ_n of a block by a flow's gates, and the one that says if a controller's is open.
+
+    `single` gates are those of samples and components, see `flow_gates`.
+    """
+    inputs, row, written = program.inputs, layout_of(program).row, structure.written_size
+    gated, is_open = gate_functions(structure.own_size, structure.remembering_size, inputs, real)
+    x_row = row_functions(inputs, real)
+    load, load_at, store_at, Row = x_row.load, x_row.load_at, x_row.store_at, x_row.vector
+
+    @wp.func
+    def pulled_of(deltas: wp.array[real], start: int, to_input: int):
+        out = Row()
+        for k in range(wp.static(inputs)):
+            if to_input != 0:
+                out[k] = deltas[start + k]
+        return out
+
+    @wp.func
+    def gate_singly(
+        seeds: wp.array2d[real], deltas: wp.array[real], slot: int, to_input: int, gates: wp.array3d[real],
+        f: int, n: int, first: int, count: int, adj_x: wp.array3d[real], adj_inputs: wp.array4d[real],
+    ):  # fmt: skip
+        for s in range(count):
+            b = first + s
+            pulled = pulled_of(deltas, (slot + s) * wp.static(row), to_input)
+            store_at(adj_x, f, b, gated(load(seeds, s), load_at(adj_x, f, b), pulled, gates, f, n, b))
+            for k in range(adj_inputs.shape[3]):
+                adj_inputs[f, n, b, k] = adj_x[f, b, wp.static(written) + k]
+
+    @wp.func
+    def gate_block(
+        seeds: wp.array2d[real], deltas: wp.array[real], slot: int, to_input: int, gates: wp.array3d[real],
+        f: int, n: int, first: int, count: int, adj_x: wp.array3d[real], adj_inputs: wp.array4d[real],
+    ):  # fmt: skip
+        alpha = gates[f, n, 0]
+        beta = gates[f, n, 1]
+        for s in range(count):
+            for k in range(wp.static(inputs)):
+                lam = seeds[s, k]
+                if alpha != real(0.0):
+                    lam += alpha * adj_x[f, first + s, k]
+                if to_input != 0:
+                    lam += beta * deltas[(slot + s) * wp.static(row) + k]
+                adj_x[f, first + s, k] = lam
+
+    @wp.func
+    def is_block_open(gates: wp.array3d[real], f: int, n: int, first: int, count: int):
+        return wp.where(gates[f, n, 1] != real(0.0), 1, 0)
+
+    return (gate_singly, is_open) if single else (gate_block, is_block_open)
+
+
 @functools.cache
 def sweep_kernel(
     structure: Any, program: Program, real: type, parameters: bool = False, single: bool = False
@@ -258,18 +395,8 @@ def sweep_kernel(
     seed_block = _seed_function(structure, real, parameters)
     Parameters = structure.types(real).Parameters
     layout, inputs = layout_of(program), program.inputs
-    row, out, own_controls, written = layout.row, layout.output, structure.own_controls, structure.written_size
-    gated, is_open = gate_functions(structure.own_size, structure.remembering_size, inputs, real)
-    x_row = row_functions(inputs, real)
-    load_x, load_x_at, store_x, Row = x_row.load, x_row.load_at, x_row.store_at, x_row.vector
-
-    @wp.func
-    def pulled_of(deltas: wp.array[real], start: int, to_input: int):
-        out = Row()
-        for k in range(wp.static(inputs)):
-            if to_input != 0:
-                out[k] = deltas[start + k]
-        return out
+    row, out, own_controls = layout.row, layout.output, structure.own_controls
+    gate_block, is_open = _gate_functions(structure, program, real, single)
 
     @wp.kernel(module="unique", module_options=module_options())
     def sweep_blocks(
@@ -342,30 +469,11 @@ def sweep_kernel(
                                 elif k < wp.static(own_controls):
                                     mu += real(2.0) * control_weight * controls[n, first + s, k]
                                 deltas[(own_slot + s) * row + out + k] = mu
-                        if wp.static(single):
-                            to_input = int(1)
-                            if adj_inputs.shape[0] == 0:
-                                to_input = is_open(gates, f, n, first, count)
-                            pull(packed, transposed, rows, base + slot, deltas, own_slot, count, to_input)
-                            for s in range(count):
-                                pulled = pulled_of(deltas, (own_slot + s) * row, to_input)
-                                dx = load_x_at(adj_x, f, first + s)
-                                store_x(adj_x, f, first + s, gated(load_x(seeds, s), dx, pulled, gates, f, n, first + s))
-                                for k in range(adj_inputs.shape[3]):
-                                    adj_inputs[f, n, first + s, k] = adj_x[f, first + s, wp.static(written) + k]
-                        else:
-                            alpha = gates[f, n, 0]
-                            beta = gates[f, n, 1]
-                            to_input = wp.where(beta != real(0.0), 1, 0)
-                            pull(packed, transposed, rows, base + slot, deltas, own_slot, count, to_input)
-                            for s in range(count):
-                                for k in range(inputs):
-                                    lam = seeds[s, k]
-                                    if alpha != real(0.0):
-                                        lam += alpha * adj_x[f, first + s, k]
-                                    if to_input != 0:
-                                        lam += beta * deltas[(own_slot + s) * row + k]
-                                    adj_x[f, first + s, k] = lam
+                        to_input = int(1)
+                        if adj_inputs.shape[0] == 0:
+                            to_input = is_open(gates, f, n, first, count)
+                        pull(packed, transposed, rows, base + slot, deltas, own_slot, count, to_input)
+                        gate_block(seeds, deltas, own_slot, to_input, gates, f, n, first, count, adj_x, adj_inputs)
                 for f in range(flows):
                     contract(rows, base, deltas, f * chunk * SAMPLES, (stop - start) * count, gradients, f)
                 stop = start

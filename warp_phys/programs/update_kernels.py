@@ -26,7 +26,8 @@ def finish_kernel(rule: Any, memory: bool, either: bool, real: type) -> wp.Kerne
     `rule` combines the flows at the first two of `addresses`, or is None: then the first alone counts. The third takes
     the result, `grad` the same clipped. With `memory` the second goes into the running average at the fourth, of this
     `decay`, and the rule takes that; with `either` also the second itself, where that leaves nothing. Where a state is
-    not finite, `status` becomes 0 and nothing else is written, else it becomes 1.
+    not finite, `status` becomes 0 and nothing else is written, else it becomes 1. The first `own`
+    numbers of what a controller returns are controls, whose squares cost.
 
     Raises:
         KeyError: `rule` has no kernel.
@@ -50,8 +51,11 @@ def finish_kernel(rule: Any, memory: bool, either: bool, real: type) -> wp.Kerne
         if (!status.data[0]) return;
         double total = cost_weight * sum(costs.data, (long long)costs.shape[0] * costs.shape[1]);
         shape = controls.shape.dims;
-        if (control_weight != 0.0)
-            total += control_weight * sum_of_squares(controls.data, (long long)shape[0] * shape[1] * shape[2]);
+        const long long rows = (long long)shape[0] * shape[1], width = shape[2];
+        if (control_weight != 0.0 && own == width) total += control_weight * sum_of_squares(controls.data, rows * own);
+        else if (control_weight != 0.0)
+            for (long long row = 0; row < rows; ++row)
+                total += control_weight * sum_of_squares(controls.data + row * width, own);
         loss.data[0] = ({scalar})total;
         const long long size = grad.shape[0];
         const auto* base = (const {scalar}*)addresses.data[0];
@@ -67,10 +71,10 @@ def finish_kernel(rule: Any, memory: bool, either: bool, real: type) -> wp.Kerne
         }}
         """)
     def finish(
-        states: wp.array3d[real], controls: wp.array3d[real], costs: wp.array2d[real], cost_weight: wp.float64,
-        control_weight: wp.float64, addresses: wp.array[wp.uint64], decay: wp.float64, clipping: int, limit: wp.float64,
-        tensors: wp.array2d[wp.uint64], starts: wp.array[int], groups: wp.array2d[wp.float64], status: wp.array[int],
-        loss: wp.array[real], grad: wp.array[real],
+        states: wp.array3d[real], controls: wp.array3d[real], own: int, costs: wp.array2d[real],
+        cost_weight: wp.float64, control_weight: wp.float64, addresses: wp.array[wp.uint64], decay: wp.float64,
+        clipping: int, limit: wp.float64, tensors: wp.array2d[wp.uint64], starts: wp.array[int],
+        groups: wp.array2d[wp.float64], status: wp.array[int], loss: wp.array[real], grad: wp.array[real],
     ): ...  # fmt: skip
 
     @wp.kernel(module="unique", module_options=module_options())
@@ -78,6 +82,7 @@ def finish_kernel(rule: Any, memory: bool, either: bool, real: type) -> wp.Kerne
         # in
         states: wp.array3d[real],
         controls: wp.array3d[real],
+        own: int,
         costs: wp.array2d[real],
         cost_weight: wp.float64,
         control_weight: wp.float64,
@@ -94,8 +99,8 @@ def finish_kernel(rule: Any, memory: bool, either: bool, real: type) -> wp.Kerne
         grad: wp.array[real],
     ):
         finish(
-            states, controls, costs, cost_weight, control_weight, addresses, decay, clipping, limit, tensors, starts,
-            groups, status, loss, grad,
+            states, controls, own, costs, cost_weight, control_weight, addresses, decay, clipping, limit, tensors,
+            starts, groups, status, loss, grad,
         )  # fmt: skip
 
     return finish_update

@@ -63,6 +63,8 @@ class SystemTypes(NamedTuple):
     """Struct of the physical parameters."""
     state_size: int
     control_size: int
+    Input: Any = None
+    """Vector of the E inputs, where the system has some."""
 
 
 class SystemFunctions(NamedTuple):
@@ -88,7 +90,8 @@ def _types(structure: "System", real: type) -> SystemTypes:
     State = row_functions(structure.state_size, real).vector
     Control = row_functions(structure.control_size, real).vector
     struct = _parameter_struct(type(structure).__name__, structure.parameter_names, real)
-    return SystemTypes(real, State, Control, struct, structure.state_size, structure.control_size)
+    Input = row_functions(structure.input_size, real).vector if structure.inputs else None
+    return SystemTypes(real, State, Control, struct, structure.state_size, structure.control_size, Input)
 
 
 @functools.cache

@@ -99,8 +99,8 @@ class Extended(System):
 
     def types(self, real: type) -> SystemTypes:
         """Return the types of the Warp functions."""
-        rows = (row_functions(size, real).vector for size in (self.state_size, self.control_size))
-        return SystemTypes(real, *rows, self.base.types(real).Parameters, self.state_size, self.control_size)
+        row, given = (row_functions(size, real).vector for size in (self.state_size, self.control_size))
+        return SystemTypes(real, row, given, self.base.types(real).Parameters, self.state_size, self.control_size)
 
     def functions(self, real: type) -> SystemFunctions:
         """Return the Warp functions."""
@@ -120,7 +120,7 @@ class Extended(System):
 
 
 @functools.cache
-def _functions(structure: Extended, real: type) -> SystemFunctions:
+def _functions(structure: Any, real: type) -> SystemFunctions:
     base, own = structure.base, structure.base.functions(real)
     types, inner = structure.types(real), base.types(real)
     Row, Given, Parameters = types.State, types.Control, types.Parameters

@@ -250,10 +250,11 @@ def _table(flow: Flow, steps: int | None) -> np.ndarray:
     """
     if steps is None:
         return flow.gates(1)
-    last = [gate[-1] if isinstance(gate, tuple) else gate for gate in (flow.physics, flow.controller)]
+    gates = flow.gates(steps)
+    last: Any = [gate[-1] if isinstance(gate, tuple) else gate for gate in (flow.physics, flow.controller)]
     if flow.window is not None and steps % flow.window == 0:
         last = [0.0, 0.0]
-    return np.vstack([flow.gates(steps), last])
+    return np.vstack([gates, last])
 
 
 class _Gate(torch.autograd.Function):

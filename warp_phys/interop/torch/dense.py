@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import warp as wp
 
@@ -130,3 +131,8 @@ def as_array(tensor: torch.Tensor, dtype: Any = None) -> wp.array:
     array = wp.array(ptr=tensor.data_ptr(), dtype=real, shape=tuple(shape), device="cpu")
     array._tensor = tensor  # type: ignore[attr-defined]  # keeps the memory alive
     return array
+
+
+def is_finite(states: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor are finite."""
+    return bool(np.isfinite(float(states.detach().sum()))) or bool(torch.isfinite(states).all())

@@ -14,7 +14,7 @@ from warp_phys.diagnose.diagnostics import Diagnosis, Layer, path_norms, spectra
 from warp_phys.diagnose.feedback import StepJacobians, step_jacobians, trace
 from warp_phys.diagnose.rotation import Rotation, difference_step, draw_probes, estimate
 from warp_phys.engine.layers import Workspace
-from warp_phys.engine.phases import Seeds, Trajectory, backward, flow_gates
+from warp_phys.engine.phases import Seeds, Trajectory, all_gates, backward
 from warp_phys.errors import check_count
 from warp_phys.flow import (
     MODIFIED,
@@ -263,7 +263,8 @@ def _derivatives(
 
 def _updates(rollout: Rollout, unrolled: _Unrolled, plain: Sequence[Flow]) -> torch.Tensor:
     """Return the updates of plain flows as training finds them, shape (flows, parameters)."""
-    gates = flow_gates(plain, unrolled.trajectory.controls.shape[0])
+    steps, batch, _ = unrolled.trajectory.controls.shape
+    gates = all_gates(plain, steps, batch, rollout._inner)
     gates_array = wp.array(gates, dtype=unrolled.trajectory.states.dtype, device=unrolled.trajectory.states.device)
     count = sum(p.numel() for p in rollout._adapter.trainable)
     updates = torch.zeros((len(plain), count), dtype=rollout.dtype, device=rollout.device)

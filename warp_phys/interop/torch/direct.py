@@ -12,12 +12,13 @@ from warp_phys.core import kernels
 from warp_phys.core.arrays import as_structs
 from warp_phys.core.checks import check_given, check_lengths, range_of
 from warp_phys.engine.layers import Workspace
-from warp_phys.engine.phases import Trajectory, flow_gates
+from warp_phys.engine.phases import Trajectory, all_gates
 from warp_phys.flow import Combined, Flow, combine, linear_parts
 from warp_phys.interop.torch.combine import announce, has_own_hooks, split
 from warp_phys.interop.torch.controller import TorchController, addresses_of
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.report import Report
+from warp_phys.interop.torch.rows import NOTHING, Beside, fill
 from warp_phys.programs.network import OwnLoss, Sweeps, address_array, run_sequences
 from warp_phys.systems.losses import chosen_array
 
@@ -95,7 +96,7 @@ class DirectPass:
         self.flow, self.flows, self.control_cost = flow, flows, control_cost
         self.parts = [flows.index(part) for part in linear_parts(flow)]
         self.states = torch.zeros((steps + 1, batch, system.state_size), dtype=dtype)
-        self._x0 = self.states[0]
+        self._inner, self.own_controls = system, system.own_controls
         self.controls = torch.zeros((steps, batch, system.control_size), dtype=dtype)
         self.lam = torch.zeros((len(self.flows), batch, system.state_size), dtype=dtype)
         self.costs = torch.zeros((len(times), batch), dtype=dtype)
@@ -141,7 +142,7 @@ class DirectPass:
         self._held: list[Any] = [own, chosen]  # a recorded launch does not keep its arrays alive
         counts = np.zeros(len(self.states), dtype=np.int32)
         counts[list(times)] = 1
-        self.control_weight = self.control_cost / self.controls.numel()
+        self.control_weight = self.control_cost / (len(self.controls) * self.controls.shape[1] * self.own_controls)
         self._loss = OwnLoss(wp.array(counts, dtype=wp.int32, device="cpu"), self.per_sample, self.control_weight)
 
     def _record_passes(self, system: Any, adapter: TorchController) -> None:
@@ -149,7 +150,7 @@ class DirectPass:
         network, tensors = adapter.network()
         x, c, lam = as_array(self.states), as_array(self.controls), as_array(self.lam)
         own, workspace, (steps, batch, _) = self._parameters(system, x), Workspace(), c.shape
-        gates = wp.array(flow_gates(self.flows, steps), dtype=x.dtype, device="cpu")
+        gates = wp.array(all_gates(self.flows, steps, batch, system), dtype=x.dtype, device="cpu")
         gradients = network.gradients(len(self.flows), batch, workspace)
         sources = address_array([addresses_of(tensors)])
         addresses = np.array(adapter.targets(tensors, list(self.updates)), dtype=np.uint64)
@@ -171,18 +172,24 @@ class DirectPass:
         rows = self._rows.numpy()  # type: ignore[union-attr]
         return given.write(rows) and bool((rows[:, self._positive] > 0.0).all())
 
-    def begin(self, x0: torch.Tensor) -> None:
-        """Take up initial states, and make room for the updates: the report keeps the last ones."""
-        self._x0.copy_(x0)
+    def _start(self, x0: torch.Tensor, beside: Beside) -> None:
+        if self._inner.own_size == self._inner.state_size:
+            self.states[0].copy_(x0)
+        else:
+            fill(self.states, x0, beside, self._inner)
+
+    def begin(self, x0: torch.Tensor, beside: Beside = NOTHING) -> None:
+        """Take up what a trajectory starts from, and make room for the updates: the report keeps the last ones."""
+        self._start(x0, beside)
         self._left = []
         self.updates = torch.zeros_like(self.updates)
         np.add(self._offsets, np.uint64(self.updates.data_ptr()), out=self._targets, where=self._trained)
 
-    def begin_again(self, x0: torch.Tensor) -> None:
-        """Take up initial states, in the room of the last updates."""
+    def begin_again(self, x0: torch.Tensor, beside: Beside = NOTHING) -> None:
+        """Do the same in the room of the last updates."""
         self._left = []
         self.updates.zero_()
-        self._x0.copy_(x0)
+        self._start(x0, beside)
 
     def launch(self) -> None:
         """Write states, controls, costs, and every flow's update in `updates`, shape (flows, parameters)."""
@@ -206,7 +213,7 @@ class DirectPass:
         """Return the loss of what `launch` left."""
         value = self.costs.sum() * self.per_sample
         if self.control_cost:
-            controls = self.controls.view(-1)
+            controls = self.controls[:, :, : self.own_controls].reshape(-1)
             value.add_(torch.dot(controls, controls), alpha=self.control_weight)
         return value
 
@@ -260,8 +267,3 @@ def hand_out(parameters: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) 
     for parameter, grad in zip(parameters, grads, strict=True):
         if parameter.grad is not grad:
             parameter.grad = grad
-
-
-def is_finite(states: torch.Tensor) -> bool:
-    """Whether all numbers of a tensor are finite."""
-    return bool(np.isfinite(float(states.detach().sum()))) or bool(torch.isfinite(states).all())

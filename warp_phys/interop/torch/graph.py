@@ -18,6 +18,7 @@ from warp_phys.interop.torch.memory import combine_remembering
 from warp_phys.interop.torch.optimiser import clip_gradients
 from warp_phys.interop.torch.report import Report
 from warp_phys.interop.torch.rollout import Rollout
+from warp_phys.interop.torch.rows import NOTHING, Beside, fill
 from warp_phys.systems.losses import chosen_array, chosen_times
 
 WARM_UP = 2
@@ -39,6 +40,7 @@ class WholeUpdate:
         clip: "none", "value" or "norm".
         clip_at: The limit.
         mean: The average, where the flow has a memory.
+        beside: Inputs and memory of the shapes that replays have.
     """
 
     def __init__(
@@ -51,13 +53,15 @@ class WholeUpdate:
         clip: str,
         clip_at: float,
         mean: torch.Tensor | None = None,
+        beside: Beside = NOTHING,
     ):
-        system, flow, steps = rollout.system, rollout.flow, rollout.steps
+        system, flow, steps = rollout._inner, rollout.flow, rollout.steps
         self.rollout, self.optimiser, self.flow = rollout, optimiser, flow
         self.times, self.control_cost, self.clip, self.clip_at = chosen_times(when, steps), control_cost, clip, clip_at
         self.flows = rollout.running_flows()
         kind: dict[str, Any] = {"dtype": rollout.dtype, "device": rollout.device}
-        self.x0 = torch.zeros((batch, system.state_size), **kind)
+        self.x0 = torch.zeros((batch, system.own_size), **kind)
+        self.beside = Beside(*(None if tensor is None else torch.zeros_like(tensor) for tensor in beside))
         self.states = torch.zeros((steps + 1, batch, system.state_size), **kind)
         self.controls = torch.zeros((steps, batch, system.control_size), **kind)
         self.trainable = rollout._adapter.trainable
@@ -69,7 +73,7 @@ class WholeUpdate:
         self.diverged = torch.zeros((), dtype=torch.float32, device=rollout.device)
         self.frozen = [p for p in rollout.controller.parameters() if not p.requires_grad]
         self._workspace = Workspace()
-        self._gates = rollout._gates_of(self.flows, steps)
+        self._gates = rollout._gates_of(self.flows, steps, batch)
         # whatever else a graph reads must live as long as it does, also when caches and modules forget it
         options = [value for group in optimiser.param_groups for name, value in group.items() if name != "params"]
         own = rollout._structs(None, as_array(self.states)), chosen_array(self.times, str(rollout.device))
@@ -78,7 +82,7 @@ class WholeUpdate:
 
     def run(self, step: bool) -> None:
         """Do all of it on `x0`; without `step` the weights stay."""
-        self.states[0].copy_(self.x0)
+        fill(self.states, self.x0, self.beside, self.rollout._inner)
         device = self.rollout.device
         with torch.no_grad(), torch_stream(device), torch.autocast(device.type, enabled=False):
             kept = self._forward()
@@ -91,26 +95,29 @@ class WholeUpdate:
     def _forward(self) -> Any:
         rollout, arrays = self.rollout, (as_array(self.states), as_array(self.controls))
         own, fused = rollout._structs(None, arrays[0]), rollout.backend == "fused"
-        return forward(rollout.system, rollout._adapter, *arrays, own, fused, keep=True)
+        return forward(rollout._inner, rollout._adapter, *arrays, own, fused, keep=True)
 
     def _loss(self) -> Seeds:
         """Write the loss and whether it diverged; return the derivatives of the loss."""
-        system: Any = self.rollout.system
+        system: Any = self.rollout._inner
         costs = costs_at(system, self.states, self.times, None)
         per_sample = 1.0 / (costs.numel() if system.time_average else costs.shape[1])
-        weight = self.control_cost / self.controls.numel()
+        controls = self.controls[:, :, : system.own_controls]
+        weight = self.control_cost / controls.numel()
         finite = torch.isfinite(self.states).all()
         self.diverged.copy_(~finite)
-        self.loss.copy_(costs.sum() * per_sample + self.controls.square().sum() * weight)
+        self.loss.copy_(costs.sum() * per_sample + controls.square().sum() * weight)
         adj_states, _ = costs_vjp(system, self.states, self.times, None, torch.full_like(costs, per_sample), False)
-        return Seeds(as_array(adj_states), as_array(self.controls * (2.0 * weight)))
+        adj_controls = torch.zeros_like(self.controls)
+        adj_controls[:, :, : system.own_controls] = controls * (2.0 * weight)
+        return Seeds(as_array(adj_states), as_array(adj_controls))
 
     def _backward(self, kept: Any, seeds: Seeds) -> None:
         rollout, arrays = self.rollout, (as_array(self.states), as_array(self.controls))
         self.updates.zero_()
         trajectory = Trajectory(*arrays, rollout._structs(None, arrays[0]), kept)
         backward(
-            rollout.system, rollout._adapter, trajectory, seeds, *self._gates, list(self.updates), self._workspace,
+            rollout._inner, rollout._adapter, trajectory, seeds, *self._gates, list(self.updates), self._workspace,
             fused=rollout.backend == "fused",
         )  # fmt: skip
 
@@ -149,9 +156,12 @@ class WholeUpdate:
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self.run(step=True)
 
-    def replay(self, x0: torch.Tensor) -> bool:
+    def replay(self, x0: torch.Tensor, beside: Beside = NOTHING) -> bool:
         """Take a step from x0; return whether all states were finite, else no weight has changed."""
         self.x0.copy_(x0)
+        for own, given in zip(self.beside, beside, strict=True):
+            if own is not None and given is not None:
+                own.copy_(given)
         self._graph.replay()
         self._hand_out()
         return not bool(self.diverged)

@@ -9,6 +9,7 @@ import torch
 from warp_phys.flow import Combined, Flow, linear_parts
 from warp_phys.interop.torch.combine import has_own_hooks, split
 from warp_phys.interop.torch.rollout import Rollout
+from warp_phys.interop.torch.rows import NOTHING, Beside
 
 
 class Memory:
@@ -108,6 +109,7 @@ def value_and_grad(
     when: str | Sequence[int],
     control_cost: float,
     parameters: Mapping[str, Any] | None = None,
+    beside: Beside = NOTHING,
 ) -> torch.Tensor:
     """Do what `Rollout.value_and_grad` does, for a flow with a memory too.
 
@@ -118,13 +120,14 @@ def value_and_grad(
         when: As there.
         control_cost: As there.
         parameters: As there.
+        beside: Inputs and memory, as there.
 
     Raises:
         ValueError: As there; or the flow has a memory, and a parameter has hooks, or a physical one a gradient.
     """
     flow = rollout.flow
     if not isinstance(flow, Combined) or not flow.memory:
-        return rollout.value_and_grad(x0, when, control_cost, parameters)
+        return rollout.value_and_grad(x0, when, control_cost, parameters, *beside)
     wanted = [name for name, value in (parameters or {}).items() if getattr(value, "requires_grad", False)]
     if wanted:
         raise ValueError(
@@ -139,7 +142,7 @@ def value_and_grad(
         )
     rollout.flow = replace(flow, memory=0.0, either=False)
     try:
-        loss = rollout.value_and_grad(x0, when, control_cost, parameters)
+        loss = rollout.value_and_grad(x0, when, control_cost, parameters, *beside)
     finally:
         rollout.flow = flow
     if rollout._beside:

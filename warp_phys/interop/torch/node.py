@@ -163,7 +163,8 @@ class Unroll(torch.autograd.Function):
         frozen = [p for p in rollout.controller.parameters() if not p.requires_grad]
         ctx.versions = [(p, p._version) for p in (*leaves, *frozen, *sources.cuts.values())]
         # a history that is followed to its leaves is not autograd's; what else has one may become combined too late
-        ctx.has_history = any(t is not None and t.requires_grad and not t.is_leaf for t in (x0, rows, inputs, memory, *leaves))
+        given = (x0, rows, inputs, memory, *leaves)
+        ctx.has_history = any(t is not None and t.requires_grad and not t.is_leaf for t in given)
         return states, controls
 
     @staticmethod

@@ -203,11 +203,11 @@ def record_end(
     starts = wp.array(np.cumsum(sizes), dtype=wp.int32, device="cpu")
     numbers = wp.array(np.array(groups).reshape(-1, GROUP), dtype=wp.float64, device="cpu")
     status, loss = wp.zeros(1, dtype=wp.int32, device="cpu"), torch.zeros(1, dtype=direct.grad.dtype)
-    trajectory = [as_array(tensor) for tensor in (direct.states, direct.controls, direct.costs)]
+    states, controls, costs = (as_array(tensor) for tensor in (direct.states, direct.controls, direct.costs))
     kind, limit = clipping
     inputs = [
-        *trajectory, direct.per_sample, direct.control_weight, addresses, memory_in(flow), CLIPPING[kind], limit,
-        tensors, starts, numbers,
+        states, controls, direct.own_controls, costs, direct.per_sample, direct.control_weight, addresses,
+        memory_in(flow), CLIPPING[kind], limit, tensors, starts, numbers,
     ]  # fmt: skip
     outputs = [status, as_array(loss), as_array(direct.grad)]
     rule = flow.rule if isinstance(flow, Combined) else None

@@ -26,8 +26,8 @@ from warp_phys.interop.torch.combine import combined_changes, has_own_hooks, spl
 from warp_phys.interop.torch.compiled import name_of_rollout
 from warp_phys.interop.torch.contract import Found, PassCheck, RowsCoupled, refuse_averaging
 from warp_phys.interop.torch.controller import TorchController, precision_and_device
-from warp_phys.interop.torch.dense import as_array
-from warp_phys.interop.torch.direct import DirectPass, Given, is_finite
+from warp_phys.interop.torch.dense import as_array, is_finite
+from warp_phys.interop.torch.direct import DirectPass, Given
 from warp_phys.interop.torch.leaves import Cuts, leaves_of
 from warp_phys.interop.torch.loss import (
     refuse_inference,
@@ -139,7 +139,7 @@ class Rollout:
         self.memory_size = check_count("memory", memory, least=0)
         """Numbers H that the controller remembers."""
         self._takes_inputs = takes_inputs(controller, self.memory_size)
-        has_rows = self._takes_inputs or self.memory_size or getattr(system, "inputs", ())
+        has_rows = self._takes_inputs or self.memory_size or self._own_inputs
         check_sizes(system, object() if has_rows else controller)
         # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
         self._workspaces: list[Workspace] = []
@@ -151,12 +151,12 @@ class Rollout:
         self.dtype, self.device = precision_and_device(controller, device)
         self._backend = check_choice("backend", backend, BACKENDS)
         self._inputs_known: int | None = None
-        if inputs is not None or not (self._takes_inputs or getattr(system, "inputs", ())):
+        if inputs is not None or not (self._takes_inputs or self._own_inputs):
             self._set_inputs(0 if inputs is None else check_count("inputs", inputs, least=0))
 
     def _set_inputs(self, size: int) -> None:
         """Take up how many numbers the inputs of a step have: from then on rows are known."""
-        own = getattr(self._system, "inputs", ())
+        own = self._own_inputs
         if size < len(own):
             raise ValueError(
                 f"{type(self._system).__name__} has inputs ({', '.join(own)}): give them to each call, "
@@ -174,6 +174,11 @@ class Rollout:
         )
         check_sizes(self._inner, self._adapter.dense() or module)
         choose_backend(self._backend, self._inner, self._adapter, self.device.type == "cuda")
+
+    @property
+    def _own_inputs(self) -> tuple[str, ...]:
+        """What the system itself is given at every step."""
+        return self._system.inputs if isinstance(self._system, System) else ()
 
     @property
     def _adapter(self) -> TorchController:
@@ -292,7 +297,8 @@ class Rollout:
                 raise ValueError("memory is given to a rollout without one: Rollout(…, memory=H)")
             memory = check_memory(self.as_tensor(memory, "memory"), x0, self.memory_size)
         if inputs is not None:
-            inputs = check_inputs("inputs", self.as_tensor(inputs, "inputs"), x0, self.steps, self._inputs_known or None)
+            known = self._inputs_known or None
+            inputs = check_inputs("inputs", self.as_tensor(inputs, "inputs"), x0, self.steps, known)
         size = 0 if inputs is None else inputs.shape[2]
         if self._inputs_known is None:
             self._set_inputs(size)
@@ -574,7 +580,8 @@ class Rollout:
     ) -> tuple[tuple[torch.Tensor | None, ...], list[torch.Tensor | None]]:
         """Run the flows backward; return the gradients of x0, parameter rows, inputs and memory, and of the leaves.
 
-        `wanted` says which of the first four are asked for. Of the leaves, those of `sources`, None stands for the gradient of a leaf that the controls do not depend on.
+        `wanted` says which of the first four are asked for. Of the leaves, those of `sources`, None stands for the
+        gradient of one that the controls do not depend on.
         `must_train` says that the last ones are all that is asked for: where there can be none, that is an error.
         `found` is what the forward pass found out about the controller; `one` a flow to follow in place of a combined
         one, for a pass from which nothing but its gradients is left.

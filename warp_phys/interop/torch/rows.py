@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from warp_phys.core.arrays import shape_message
-from warp_phys.interop.torch.direct import is_finite
+from warp_phys.interop.torch.dense import is_finite
 
 
 class Beside(NamedTuple):

@@ -11,7 +11,8 @@ from warp_phys.core.arrays import shape_message
 from warp_phys.core.checks import check_number
 from warp_phys.errors import check_choice
 from warp_phys.flow import Combined
-from warp_phys.interop.torch.direct import DirectPass, is_finite
+from warp_phys.interop.torch.dense import is_finite
+from warp_phys.interop.torch.direct import DirectPass
 from warp_phys.interop.torch.graph import WholeUpdate, beside, key_of
 from warp_phys.interop.torch.loss import refuse_inference
 from warp_phys.interop.torch.memory import Memory, value_and_grad
@@ -29,10 +30,14 @@ from warp_phys.interop.torch.optimiser import (
 )
 from warp_phys.interop.torch.report import Report
 from warp_phys.interop.torch.rollout import DIRECT_PASSES, Rollout
+from warp_phys.interop.torch.rows import Beside
 from warp_phys.programs.rules import RULES
 from warp_phys.programs.update_kernels import CLIPPING
 from warp_phys.systems.base import System
 from warp_phys.systems.losses import check_loss
+
+Start = tuple[torch.Tensor, Beside]
+"""Initial states, inputs and memory."""
 
 
 class Update:
@@ -169,11 +174,13 @@ class Update:
         """Whether updates are CUDA graphs."""
         return self._graph and self.rollout.device.type == "cuda"
 
-    def __call__(self, x0: Any) -> torch.Tensor:
+    def __call__(self, x0: Any, inputs: Any = None, memory: Any = None) -> torch.Tensor:
         """Take one step; return the loss before it, a tensor of no dimensions, detached.
 
         Args:
             x0: Initial states, shape (batch, D): torch, numpy or any DLPack array.
+            inputs: What controller and system are given at every step, as for a call of the rollout.
+            memory: What the controller remembers at first, likewise.
 
         Raises:
             TypeError, ValueError: As `Rollout.value_and_grad`.
@@ -183,10 +190,12 @@ class Update:
         refuse_inference("an update")
         x0 = self.rollout.initial_states(x0, check_finite=False)  # a trajectory from elsewhere is not finite either
         loss = x0.new_empty(1)
-        self._take_steps([x0], loss, _never)
+        self._take_steps([(x0, self.rollout._given(x0, inputs, memory))], loss, _never)
         return loss[0]
 
-    def minibatches(self, x0: Any, stop: Callable[[], bool] | None = None) -> torch.Tensor:
+    def minibatches(
+        self, x0: Any, stop: Callable[[], bool] | None = None, inputs: Any = None, memory: Any = None
+    ) -> torch.Tensor:
         """Take a step for each of several minibatches, as a call for each does; return the losses before each of them.
 
         Recorded launches follow each other with next to no Python in between, which makes small updates cheaper; the
@@ -196,6 +205,8 @@ class Update:
         Args:
             x0: Initial states, shape (minibatches, batch, D): torch, numpy or any DLPack array.
             stop: Asked before each step; when it says yes, the steps that are left are not taken.
+            inputs: As for a call, the same for all minibatches; or four dimensions, the minibatches first.
+            memory: What the controller remembers at first, shape (minibatches, batch, H); zeros if None.
 
         Returns:
             The losses of the steps taken, detached.
@@ -215,47 +226,66 @@ class Update:
             bad = torch.nonzero(~torch.isfinite(x0).all(dim=2))[0].tolist()
             raise ValueError("x0 must be finite, minibatch {} is not, in row {}".format(*bad))
         losses = x0.new_empty(len(x0))
-        return losses[: self._take_steps(x0.unbind(), losses, stop or _never)]
+        return losses[: self._take_steps(self._with_given(x0, inputs, memory), losses, stop or _never)]
 
-    def _take_steps(self, minibatches: Sequence[torch.Tensor], losses: torch.Tensor, stop: Callable[[], bool]) -> int:
+    def _with_given(self, x0: torch.Tensor, inputs: Any, memory: Any) -> list[Start]:
+        """Return what each minibatch starts from, or raise an error that says what is wrong with it."""
+        if inputs is None and memory is None:
+            given = self.rollout._given(x0[0], None, None)
+            return [(x, given) for x in x0.unbind()]
+        parts: list[Sequence[Any]] = []
+        for name, value, own in (("inputs", inputs, 4), ("memory", memory, 3)):
+            tensor = None if value is None else self.rollout.as_tensor(value, name)
+            if tensor is None or tensor.ndim != own:
+                parts.append([tensor] * len(x0))
+            elif len(tensor) != len(x0):
+                raise ValueError(f"{name} must be for {len(x0)} minibatches, got {len(tensor)}")
+            else:
+                parts.append(tensor.unbind())
+        return [(x, self.rollout._given(x, *own)) for x, *own in zip(x0.unbind(), *parts, strict=True)]
+
+    def _take_steps(self, minibatches: Sequence[Start], losses: torch.Tensor, stop: Callable[[], bool]) -> int:
         """Take steps until `stop` says yes; write their losses, return their number."""
         if self._graph_of_torchs or self.rollout.reduce is not None or self.parameters:
             return self._take_each(minibatches, losses, stop)
-        direct = self.rollout.direct_pass(len(minibatches[0]), *self._loss)
+        x0, beside = minibatches[0]
+        if beside.requires_grad:
+            return self._take_each(minibatches, losses, stop)
+        direct = self.rollout.direct_pass(len(x0), *self._loss)
         end = None if direct is None else self._end(direct)
         if direct is None or end is None:
             return self._take_each(minibatches, losses, stop)
         return self._launch(direct, end, minibatches, losses, stop)
 
-    def _take_each(self, minibatches: Sequence[torch.Tensor], losses: torch.Tensor, stop: Callable[[], bool]) -> int:
+    def _take_each(self, minibatches: Sequence[Start], losses: torch.Tensor, stop: Callable[[], bool]) -> int:
         """Take steps one by one: replays of a CUDA graph where there is one, else what autograd and torch do."""
-        for i, x0 in enumerate(minibatches):
+        for i, (x0, given) in enumerate(minibatches):
             if stop():
                 return i
-            loss = self._replay(x0) if self._graph_of_torchs and self.rollout.reduce is None else None
+            loss = self._replay(x0, given) if self._graph_of_torchs and self.rollout.reduce is None else None
             self.is_recorded = loss is not None
-            losses[i] = self._step_by_step(x0) if loss is None else loss
+            losses[i] = self._step_by_step(x0, given) if loss is None else loss
         return len(minibatches)
 
     def _launch(
         self,
         direct: DirectPass,
         end: End,
-        minibatches: Sequence[torch.Tensor],
+        minibatches: Sequence[Start],
         losses: torch.Tensor,
         stop: Callable[[], bool],
     ) -> int:
         """Take steps by recorded launches, and step by step where a state is not finite: then nothing has changed."""
         values, room, update, done = losses.numpy(), None, direct.grad, None
         try:
-            for i, x0 in enumerate(minibatches):
+            for i, (x0, given) in enumerate(minibatches):
                 if stop():
                     return i
                 with torch.no_grad():
                     if direct.updates is room:
-                        direct.begin_again(x0)
+                        direct.begin_again(x0, given)
                     else:  # the first step, or another pass has been in between
-                        direct.begin(x0)
+                        direct.begin(x0, given)
                         room, update = direct.updates, torch.empty_like(direct.grad)
                         end.aim(direct, update)
                     end.run(direct)
@@ -266,7 +296,7 @@ class Update:
                 if done is not None:
                     self._conclude(direct, done)
                     self.rollout.report, done = Report(changes=(done,)), None  # of the flows nothing is left
-                losses[i], room = self._step_by_step(x0), None
+                losses[i], room = self._step_by_step(x0, given), None
             return len(minibatches)
         finally:
             if done is not None:
@@ -277,14 +307,15 @@ class Update:
         self.rollout.report = direct.report(update)
         self._tell_torch((*direct.grads, *direct.moved))
 
-    def _replay(self, x0: torch.Tensor) -> torch.Tensor | None:
+    def _replay(self, x0: torch.Tensor, given: Beside) -> torch.Tensor | None:
         """Replay a CUDA graph; None as above."""
         check_capturable(self.optimiser)
         memory, known = memory_of(self.optimiser, self.rollout._adapter.trainable), key_of(self.rollout, len(x0))
-        if not memory or known is None or not isinstance(self.rollout.system, System):
+        if not memory or known is None or not isinstance(self.rollout.system, System) or given.requires_grad:
             return None
         mean = self._mean()
-        key = known, tuple(memory), options_of(self.optimiser), None if mean is None else mean.data_ptr()
+        shapes = tuple(None if tensor is None else tensor.shape for tensor in given)
+        key = known, shapes, tuple(memory), options_of(self.optimiser), None if mean is None else mean.data_ptr()
         if key not in self._graphs:
             if len(self._graphs) >= DIRECT_PASSES:
                 self._graphs.pop(next(iter(self._graphs)))
@@ -292,10 +323,10 @@ class Update:
             return None  # step by step, which checks that the module repeats itself
         whole = self._graphs[key]
         if whole is None:
-            whole = WholeUpdate(self.rollout, self.optimiser, len(x0), *self._loss, *self._clipping, mean)
+            whole = WholeUpdate(self.rollout, self.optimiser, len(x0), *self._loss, *self._clipping, mean, given)
             whole.capture(self._own_stream())
             self._graphs[key] = whole
-        if not whole.replay(x0):
+        if not whole.replay(x0, given):
             return None
         self.rollout.report = whole.report()
         self._tell_torch((*whole.grads, *whole.trainable))
@@ -312,9 +343,9 @@ class Update:
             self._stream = torch.cuda.Stream(self.rollout.device)
         return self._stream
 
-    def _step_by_step(self, x0: torch.Tensor) -> torch.Tensor:
+    def _step_by_step(self, x0: torch.Tensor, given: Beside) -> torch.Tensor:
         with beside(self._own_stream()) if self._graph_of_torchs else contextlib.nullcontext():
-            loss = value_and_grad(self.rollout, self._mean(), x0, *self._loss, self.parameters)
+            loss = value_and_grad(self.rollout, self._mean(), x0, *self._loss, self.parameters, given)
             clip_gradients(gradients_of(self._clipped()), *self._clipping)
             self.optimiser.step()
         return loss

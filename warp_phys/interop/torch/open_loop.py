@@ -1,0 +1,209 @@
+"""Trajectories under given controls, as one node of torch's graph."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import warp as wp
+
+from warp_phys.core import kernels
+from warp_phys.core.arrays import as_structs, for_all_streams, shape_message
+from warp_phys.core.checks import check_instance
+from warp_phys.engine.phases import all_gates, are_single, check_gates
+from warp_phys.flow import Combined, Flow, resolve
+from warp_phys.interop.torch.dense import as_array, is_finite
+from warp_phys.interop.torch.loss import (
+    refuse_second_derivative,
+    refuse_transforms,
+    rows_of_parameters,
+    torch_stream,
+)
+from warp_phys.interop.torch.node import freeze_diverged
+from warp_phys.interop.torch.rows import Beside, check_inputs, fill
+from warp_phys.programs import native_kernels
+from warp_phys.programs.program import SAMPLES
+from warp_phys.systems.base import System
+from warp_phys.systems.extended import Extended
+
+GATES = 32
+"""Gates that are kept."""
+
+
+def trajectory(
+    system: System,
+    x0: torch.Tensor,
+    controls: torch.Tensor,
+    parameters: Mapping[str, Any] | None = None,
+    inputs: torch.Tensor | None = None,
+    flow: str | Flow = "regular",
+) -> torch.Tensor:
+    """Return the states (steps + 1, batch, D) under given controls: an open loop.
+
+    Differentiable with respect to x0, controls, physical parameters and inputs, by one flow: of its gates those of the
+    physics count, the others have no meaning without a controller. So "regular" and "modified" are the same, a
+    `Flow(0.9)` decays, and there is nothing to be combined.
+
+    Args:
+        system: A `System`.
+        x0: Initial states, shape (batch, D), float32 or float64.
+        controls: Shape (steps, batch, K) or (steps, 1, K).
+        parameters: Physical parameters by name, a number or one per sample each; tensors may require gradients.
+        inputs: What a system that has inputs is given, shape (steps, E), (steps, 1, E) or (steps, batch, E).
+        flow: A name, a letter or a `Flow`.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit.
+        Diverged: A state is not finite.
+
+    >>> from warp_phys import CartPole
+    >>> forces = torch.zeros(50, 8, 1, requires_grad=True)
+    >>> trajectory(CartPole(), torch.ones(8, 4), forces)[-1].square().mean().backward()
+    >>> forces.grad.shape
+    torch.Size([50, 8, 1])
+    """
+    check_instance("system", system)
+    if not isinstance(system, System):
+        raise TypeError(f"system must be a warp_phys.System, got {type(system).__name__}: unroll Step instead")
+    flow = resolve(flow)
+    if isinstance(flow, Combined):
+        raise ValueError(
+            f"flow {flow.name!r} compares feedback through a controller with that through the physics: an open loop "
+            "has the physics alone, give 'regular' or a Flow"
+        )
+    refuse_transforms("a trajectory")
+    _check(system, x0, controls)
+    check_gates([flow], len(controls))
+    wp.init()
+    rows = rows_of_parameters(system, parameters or {}, x0)
+    if inputs is not None:
+        inputs = check_inputs("inputs", inputs, x0, len(controls), system.input_size or None)
+    if (inputs is None) != (not system.inputs):
+        names = ", ".join(system.inputs)
+        raise ValueError(f"{type(system).__name__} has inputs ({names}): give inputs" if names else
+                         f"{type(system).__name__} has no inputs")  # fmt: skip
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x0, controls, rows, inputs)):
+        return _Trajectory.apply(system, flow, x0, controls, rows, inputs)
+    return _unroll(system, x0, controls, rows, inputs)[0][:, :, : system.state_size]
+
+
+def _check(system: System, x0: Any, controls: Any) -> None:
+    for name, value in (("x0", x0), ("controls", controls)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must hold torch.float32 or torch.float64, got {value.dtype}")
+        if value.dtype != x0.dtype or value.device != x0.device:
+            raise TypeError(f"{name} must be {x0.dtype} on {x0.device} as x0 is, got {value.dtype} on {value.device}")
+    if x0.ndim != 2 or x0.shape[1] != system.state_size or len(x0) == 0:
+        raise ValueError(shape_message("x0", (-1, system.state_size), x0.shape, ", ".join(system.states)))
+    fits = controls.ndim == 3 and len(controls) > 0 and controls.shape[1] in (1, len(x0))
+    if not fits or controls.shape[2] != system.control_size:
+        expected = ("steps", len(x0), system.control_size)
+        raise ValueError(shape_message("controls", expected, controls.shape, ", ".join(system.controls)))
+    for name, value in (("x0", x0), ("controls", controls)):
+        if not is_finite(value):
+            raise ValueError(f"{name} must be finite")
+
+
+def _unroll(system: System, x0: Any, controls: Any, rows: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Return rows of states, controls of all samples, and the system of these rows."""
+    inner = Extended(system, 0, inputs.shape[2]) if inputs is not None else system
+    states = x0.new_empty((len(controls) + 1, len(x0), inner.state_size))
+    controls = controls.detach().expand(-1, len(x0), -1).contiguous()
+    fill(states, x0.detach(), Beside(None if inputs is None else inputs.detach()), inner)
+    with torch_stream(x0.device):
+        x, c = as_array(states), as_array(controls)
+        p = _structs(system, rows, x)
+        if x0.device.type == "cpu":
+            kernel, blocks = native_kernels.trajectory_kernel(inner.structure, x.dtype), -(-len(x0) // SAMPLES)
+            wp.launch(kernel, blocks, [x, c, p, 0], device="cpu", record_tape=False)
+        else:
+            kernel = kernels.trajectory_kernel(inner.structure, x.dtype)
+            wp.launch(kernel, len(x0), [c, p, x], device=x.device, record_tape=False)
+    freeze_diverged(states, controls, "raise")
+    return states, controls, inner
+
+
+def _structs(system: System, rows: torch.Tensor | None, like: wp.array) -> wp.array:
+    if rows is None:
+        return system.check_parameters(None, like, 1)
+    return as_structs(as_array(rows.detach().contiguous()), system.types(like.dtype).Parameters)
+
+
+class _Trajectory(torch.autograd.Function):
+    """An open loop as one node of torch's graph."""
+
+    @staticmethod
+    def forward(ctx, system, flow, x0, controls, rows, inputs):
+        states, own, ctx.inner = _unroll(system, x0, controls, rows, inputs)
+        ctx.system, ctx.flow, ctx.shared = system, flow, controls.shape[1] != len(x0)
+        ctx.inputs = None if inputs is None else inputs.shape
+        ctx.save_for_backward(states, own, rows)
+        return states[:, :, : system.state_size] if ctx.inner is not system else states
+
+    @staticmethod
+    def backward(ctx, adj_states):
+        refuse_second_derivative()
+        states, controls, rows = ctx.saved_tensors
+        if ctx.inner is not ctx.system:
+            adj_states = torch.nn.functional.pad(adj_states, (0, states.shape[2] - adj_states.shape[2]))
+        want_rows, want_inputs = ctx.needs_input_grad[4], ctx.needs_input_grad[5]
+        adj_x0, adj_controls, adj_rows, adj_inputs = _pull(
+            ctx.system, ctx.inner, ctx.flow, states, controls, rows, adj_states.contiguous(), want_rows, want_inputs
+        )
+        if ctx.shared:
+            adj_controls = adj_controls.sum(dim=1, keepdim=True)
+        if want_rows and len(rows) == 1:
+            adj_rows = adj_rows.sum(dim=0, keepdim=True)
+        if want_inputs:
+            own, end = ctx.system.state_size, ctx.inner.written_size
+            adj_inputs[0, :, : end - own] += adj_x0[:, own:end]
+            adj_inputs = adj_inputs.sum(dim=1, keepdim=True) if ctx.inputs[1] == 1 else adj_inputs
+        adj_x0 = adj_x0[:, : ctx.system.state_size]
+        return None, None, adj_x0, adj_controls, adj_rows if want_rows else None, adj_inputs if want_inputs else None
+
+
+def _pull(
+    system: System, inner: Any, flow: Flow, states: torch.Tensor, controls: torch.Tensor, rows: torch.Tensor | None,
+    adj_states: torch.Tensor, want_rows: bool, want_inputs: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return λ_0, μ, and the adjoints of each sample's physical parameters and inputs, empty if not wanted."""
+    steps, batch, size = controls.shape
+    make, on_cpu, count = states.new_zeros, states.device.type == "cpu", len(system.parameter_names)
+    per_step = (1,) if on_cpu else (1, steps)
+    adj_x = adj_states[steps:].clone()
+    adj_controls = make((1, steps, batch, size))
+    adj_p = make((*per_step, batch, count) if want_rows else (0,) * (len(per_step) + 2))
+    given = inner.state_size - inner.written_size
+    adj_inputs = make((1, steps, batch, given) if want_inputs else (0, 0, 0, 0))
+    with torch_stream(states.device):
+        x, c, seeds = (as_array(tensor) for tensor in (states, controls, adj_states))
+        gates = _gates_of(flow, steps, batch, inner, x.dtype, str(x.device))
+        nothing, single = as_array(make(controls.shape)), are_single(gates)
+        p = _structs(system, rows, x)
+        if on_cpu:
+            kernel = native_kernels.trajectory_vjp_kernel(inner.structure, x.dtype, want_rows, single)
+            own = adj_inputs[0] if want_inputs else make((0, 0, 0))
+            outputs = [as_array(t) for t in (make((1, SAMPLES, size)), adj_x, adj_controls[0], adj_p, own)]
+            inputs = [x, c, p, seeds, nothing, gates, 0, -(-batch // SAMPLES)]
+            wp.launch(kernel, 1, inputs, outputs, device="cpu", record_tape=False)
+        else:
+            kernel, no_jacobian = kernels.sweep_kernel(inner.structure, x.dtype, single), as_array(make((0, 0, 0, 0)))
+            structs = as_structs(as_array(adj_p), system.types(x.dtype).Parameters)
+            outputs = [as_array(adj_controls), structs, as_array(adj_inputs)]
+            inputs = [x, c, p, no_jacobian, seeds, nothing, gates, 0, steps, as_array(adj_x)]
+            wp.launch(kernel, (1, batch), inputs, outputs, device=x.device, record_tape=False)
+            adj_p = adj_p.sum(dim=1)
+    return adj_x[0], adj_controls[0], adj_p[0] if want_rows else adj_p, adj_inputs[0] if want_inputs else adj_inputs
+
+
+_GATES: dict[tuple, wp.array] = {}
+
+
+def _gates_of(flow: Flow, steps: int, batch: int, inner: Any, real: type, device: str) -> wp.array:
+    key = flow, steps, batch, inner.state_size, inner.own_size, real, device
+    if key not in _GATES:
+        if len(_GATES) >= GATES:
+            _GATES.pop(next(iter(_GATES)))
+        _GATES[key] = for_all_streams(wp.array(all_gates([flow], steps, batch, inner), dtype=real, device=device))
+    return _GATES[key]
