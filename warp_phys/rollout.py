@@ -352,8 +352,8 @@ class Rollout:
             kernel, inputs = row_kernels.sum_over_time_kernel(self.real), [per_sample.transpose((0, 2, 1, 3)), total]
             wp.launch(kernel, dim=total.shape, inputs=inputs, device=self.device, record_tape=False)
             per_sample = total
-        rows = (steps * grad.shape[1], size)
-        self._accumulate([per_sample[f].reshape(rows) for f in range(flows)], [], grad.reshape(rows))
+        shape = steps * grad.shape[1], size
+        self._accumulate([per_sample[f].reshape(shape) for f in range(flows)], [], grad.reshape(shape))
 
     def _accumulate(self, updates: list[wp.array], sums: list[wp.array], grad: wp.array) -> None:
         """Add one pass's update to `grad`; for a combined flow the change of the combination of the sums."""

@@ -64,15 +64,15 @@ def trajectory(
     check_instance("system", system)
     if not isinstance(system, System):
         raise TypeError(f"system must be a warp_phys.System, got {type(system).__name__}: unroll Step instead")
-    flow = resolve(flow)
-    if isinstance(flow, Combined):
+    resolved = resolve(flow)
+    if isinstance(resolved, Combined):
         raise ValueError(
-            f"flow {flow.name!r} compares feedback through a controller with that through the physics: an open loop "
+            f"flow {resolved.name!r} compares feedback through a controller with that through the physics: an open loop "
             "has the physics alone, give 'regular' or a Flow"
         )
     refuse_transforms("a trajectory")
     _check(system, x0, controls)
-    check_gates([flow], len(controls))
+    check_gates([resolved], len(controls))
     wp.init()
     rows = rows_of_parameters(system, parameters or {}, x0)
     if inputs is not None:
@@ -82,7 +82,7 @@ def trajectory(
         raise ValueError(f"{type(system).__name__} has inputs ({names}): give inputs" if names else
                          f"{type(system).__name__} has no inputs")  # fmt: skip
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x0, controls, rows, inputs)):
-        return _Trajectory.apply(system, flow, x0, controls, rows, inputs)
+        return _Trajectory.apply(system, resolved, x0, controls, rows, inputs)
     return _unroll(system, x0, controls, rows, inputs)[0][:, :, : system.state_size]
 
 
