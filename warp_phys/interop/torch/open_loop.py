@@ -67,8 +67,8 @@ def trajectory(
     resolved = resolve(flow)
     if isinstance(resolved, Combined):
         raise ValueError(
-            f"flow {resolved.name!r} compares feedback through a controller with that through the physics: an open loop "
-            "has the physics alone, give 'regular' or a Flow"
+            f"flow {resolved.name!r} compares feedback through a controller with that through the physics: an open "
+            "loop has the physics alone, give 'regular' or a Flow"
         )
     refuse_transforms("a trajectory")
     _check(system, x0, controls)
