@@ -284,3 +284,23 @@ def test_the_zoo_has_every_operation():
     used = {node.operation for node in _read(torch.float64)[1].plan.nodes}
     assert set(OPERATIONS) <= used
     assert {"dense", "load", "constant", "gather", "sum", "largest", "product"} <= used
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float64", "float32"])
+def test_areas_of_large_numbers(dtype):
+    """Their squares may be infinite."""
+
+    class Areas(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = torch.nn.Linear(2, 1, dtype=dtype)
+
+        def forward(self, x):
+            return torch.cat([self.last(x), x.asinh(), (1.1 + x.abs()).acosh()], 1)
+
+    module, x = Areas(), torch.tensor([[0.3, -1e12], [3e18, 5e9], [1e37, -1e37]], dtype=dtype)
+    found, wanted = (
+        run_program(read_program(module, 2, module.last.weight), x, torch.ones(3, 5, dtype=dtype))[0],
+        module(x),
+    )
+    assert ((found - wanted)[:, 1:].abs() <= TOLERANCES[dtype] * wanted[:, 1:].abs()).all()

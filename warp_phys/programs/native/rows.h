@@ -78,14 +78,17 @@ template <typename V> static inline V logarithm_of_one_more(V x) {
     return x > V{} + 1 ? logarithm(more) : value;
 }
 
+// log(2 x); log 2 in two parts: a vector of floats takes no double literal, and a double needs more than a float.
+template <typename V> static inline V logarithm_of_twice(V x) { return logarithm(x) + 0.693147182f - 1.90465421e-9f; }
+
 template <typename V> static inline V inverse_hyperbolic_sine(V x) {
     const V size = x < V{} ? -x : x, y = logarithm_of_one_more(size + size * size / (1 + root(size * size + 1)));
-    const V value = size > V{} + 1e9f ? logarithm(size) + 0.69314718055994531 : y;
+    const V value = size > V{} + 1e9f ? logarithm_of_twice(size) : y;
     return x < V{} ? -value : value;
 }
 template <typename V> static inline V inverse_hyperbolic_cosine(V x) {
     const V value = logarithm_of_one_more(x - 1 + root((x - 1) * (x + 1)));
-    return x > V{} + 1e9f ? logarithm(x) + 0.69314718055994531 : value;
+    return x > V{} + 1e9f ? logarithm_of_twice(x) : value;
 }
 template <typename V> static inline V inverse_hyperbolic_tangent(V x) { return logarithm_of_one_more(2 * x / (1 - x)) / 2; }
 
