@@ -221,7 +221,7 @@ class Update:
         """Take steps until `stop` says yes; write their losses, return their number."""
         if self._graph_of_torchs or self.rollout.reduce is not None or self.parameters:
             return self._take_each(minibatches, losses, stop)
-        direct = self.rollout.direct_pass(len(minibatches[0]), *self._loss)
+        direct = self.rollout.direct_pass(self.rollout.flow, len(minibatches[0]), *self._loss)
         end = None if direct is None else self._end(direct)
         if direct is None or end is None:
             return self._take_each(minibatches, losses, stop)
