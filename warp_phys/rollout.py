@@ -374,7 +374,7 @@ _STARTS: Any = weakref.WeakKeyDictionary()
 _HISTORY = (
     "x0 must not be the result of something on the tape where the flow is combined: its adjoint would be combined "
     "before the updates that it leads to are. Unroll the whole horizon in one rollout, start from a copy of x0 made "
-    "outside the tape, or run the tape with each of the linear flows and combine the sums with warp_phys.agree"
+    "outside the tape, or run the tape with each of the linear flows and combine the sums by the flow's rule"
 )
 
 

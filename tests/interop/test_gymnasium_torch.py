@@ -174,6 +174,8 @@ def test_errors():
     env = make(CartPole(), num_envs=2)
     with pytest.raises(ValueError, match="flow 'combined' is made from two: .*'modified' and with 'regular'"):
         env.flow = "combined"
+    with pytest.raises(ValueError, match="combine the two updates with its rule, minmod"):
+        env.flow = "minmod"
     with pytest.raises(ValueError, match="a flow with a window needs max_episode_steps"):
         make(CartPole(), steps=None, flow=Flow(window=3))
     env.reset()

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 import warp as wp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.rollout.reference import gradient, relative, unroll
 from tests.toy import TwoControls
 from warp_phys import CartPole, Diverged, Flow
 from warp_phys.engine import phases
-from warp_phys.flow import resolve
+from warp_phys.flow import linear_parts, resolve
 from warp_phys.interop.torch import Rollout
 from warp_phys.interop.torch import rollout as bridge
+from warp_phys.interop.torch.loss import rows_of_parameters
 
 STEPS = 60
 SYSTEM = CartPole(poles=2, dt=0.05)
@@ -415,6 +417,50 @@ def test_step_by_step_equals_parallel(flow, kind, device, monkeypatch):
         system.loss(*rollout(x0, {"stiffness": stiffness}), "every", 0.1).backward()
         results.append(torch.cat([flat(net), x0.grad.flatten(), stiffness.grad]))
     assert relative(results[1], results[0]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("flow", "batch", "controls", "parallel"),
+    [
+        ("R", 256, 1, True),  # one pass over all rows, where each step that is walked takes one of its own
+        ("R", 8, 33, True),
+        ("R", 256, 33, False),
+        ("M", 256, 33, True),  # nothing is asked of the controller
+        ("C", 256, 33, False),  # of two flows one goes through the controller
+        ("C", 5000, 2, True),
+        ("C", 5000, 9, False),
+        (Flow(window=1), 256, 33, True),
+    ],
+)
+def test_the_choice_of_a_way_counts_passes_and_steps(flow, batch, controls, parallel):
+    """By counts alone: of a GRU of 32 units whose memory stands in the state, for instance."""
+    trajectory = phases.Trajectory(None, np.zeros((100, batch, controls)), None)
+    adapter = type("GRU", (), {"multiply_adds": 3681})()
+    gates = phases.flow_gates(linear_parts(resolve(flow)), 100)
+    assert phases.parallel_in_time(SYSTEM, adapter, trajectory, gates) is parallel
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often numbers are asked for that may still be computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_physical_parameters_are_waited_for_once(device):
+    x0, names = start(device), SYSTEM.parameter_names
+    values = {name: torch.full((8,), getattr(SYSTEM, name), device=device) for name in names}
+    with Waits() as waits:
+        rows = rows_of_parameters(SYSTEM, values, x0)
+    assert waits.count == 1 and rows.shape == (8, len(names)) and rows.device == x0.device
+    for name, wrong, message in (("gravity", np.nan, "finite, got nan"), ("dt", -0.1, "positive, got -0.1")):
+        with pytest.raises(ValueError, match=f"parameter {name} must be {message}"):
+            rows_of_parameters(SYSTEM, {**values, name: wrong}, x0)
+        with pytest.raises(ValueError, match=f"parameter {name} must be {message.split(',')[0]}"):
+            rows_of_parameters(SYSTEM, {**values, name: torch.full((8,), wrong, device=device)}, x0)
 
 
 class Spring:

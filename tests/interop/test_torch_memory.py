@@ -307,3 +307,32 @@ def test_whoever_keeps_no_average_says_so():
         with pytest.raises(ValueError, match=words):
             call()
     assert all(p.grad is None for p in module.parameters())
+
+
+class Watching(NN.Module):
+    """A network that notes the flow of its rollout at each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        SEEN.append((ROLLOUTS[-1].flow, ROLLOUTS[-1].flow.memory) if ROLLOUTS else None)
+        return self.net(x)
+
+
+SEEN, ROLLOUTS = [], []
+
+
+def test_the_flow_of_the_rollout_stays_while_an_update_is_found():
+    """Whoever looks meanwhile, the controller or another thread, finds the flow that was set."""
+    module = Watching()
+    rollout = Rollout(SYSTEM, module, STEPS, "averaged", backend="general")
+    ROLLOUTS.append(rollout)
+    SEEN.clear()
+    try:
+        Update(rollout, torch.optim.Adam(module.parameters()), "every")(start())
+    finally:
+        ROLLOUTS.clear()
+    flow = resolve("averaged")
+    assert SEEN and set(SEEN) == {(flow, flow.memory)}

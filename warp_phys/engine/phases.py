@@ -30,8 +30,9 @@ from warp_phys.systems.base import Simulator, System
 CHUNK_ROWS = 2048
 """Rows (time steps × samples) that are linearised together: the activations of 100 units take 0.8 MB."""
 
-STEP_COST = 1e7
-"""Multiply-adds that stand for one more call of a controller, an estimate; see `parallel_in_time`."""
+ROW_COST, PASS_COST, STEP_COST = 3e3, 1.5e6, 7e6
+"""Multiply-adds that take the time of what a backward pass through a controller does with a row besides its products,
+of one more such pass, and of one more step that is walked; see `parallel_in_time`."""
 
 
 class Linearisation(Protocol):
@@ -208,17 +209,22 @@ def _open_gates(gates: np.ndarray, system: Any, want_inputs: bool) -> np.ndarray
     return want_inputs | (controller != 0.0).any(axis=(2, 3))
 
 
-def parallel_in_time(system: Simulator, controller: Controller, trajectory: Trajectory, flows: int) -> bool:
+def parallel_in_time(system: Simulator, controller: Controller, trajectory: Trajectory, is_open: np.ndarray) -> bool:
     """Whether to form the controller's Jacobians, or to pull adjoints through it step by step.
 
-    The Jacobians cost one backward pass per control component over all rows; pulling costs a forward and a backward
-    pass per step and flow, and the time of that many calls. A simulator that is no `System` has no sweep kernel.
+    The Jacobians cost one backward pass per control component over all rows, chunk by chunk; walking costs an
+    evaluation of each step, and a pass for each flow whose gate is open there. Both give the same numbers but for
+    rounding. So the choice is made by counts, at costs that were measured once, and by no timing: the same rollout has
+    the same bits each time. A simulator that is no `System` has no sweep kernel.
     """
     if not isinstance(system, System):
         return False
     steps, batch, controls = trajectory.controls.shape
-    evaluation = controller.multiply_adds * batch * steps
-    return controls * evaluation <= 2 * flows * (evaluation + steps * STEP_COST)
+    step = batch * (controller.multiply_adds + ROW_COST)
+    chunks = steps * batch / min(CHUNK_ROWS, max(1, CHUNK_ROWS // batch) * batch)
+    jacobians = controls * (steps * step + chunks * PASS_COST)
+    walk = is_open.any(axis=0).sum() * (step + STEP_COST) + is_open.sum() * (step + PASS_COST)
+    return not is_open.any() or bool(jacobians <= walk)
 
 
 def backward(
@@ -279,9 +285,9 @@ def backward(
         return Adjoints(lam, adj_p, adj_inputs)
     for f in range(flows):
         wp.copy(lam[f], seeds.states[steps])
-    if parallel is None:
-        parallel = not whole and parallel_in_time(system, controller, trajectory, flows)
     is_open = _open_gates(gates, system, want_inputs)
+    if parallel is None:
+        parallel = not whole and parallel_in_time(system, controller, trajectory, is_open)
     pass_ = _Pass(
         system, controller, is_open, gates_array, gradients, workspace, parallel, check, whole, simulator, fused
     )

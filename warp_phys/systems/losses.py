@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -164,6 +165,14 @@ def _numpy_costs(system, states, times, parameters) -> np.ndarray:
     return costs.numpy()
 
 
+def weights(system: Any, costs: Any, controls: Any, control_cost: float) -> tuple[float, float]:
+    """Return what a pointwise cost and a squared control weigh in the loss, for their arrays; controls may be None."""
+    count = math.prod(costs.shape) if system.time_average else costs.shape[1]
+    return 1.0 / count, 0.0 if controls is None else control_cost / (
+        math.prod(controls.shape[:2]) * system.own_controls
+    )
+
+
 def _warp_loss(system, states, controls, times, control_cost, parameters) -> wp.array:
     """Return the loss as a Warp array of one element; an active tape records it."""
     real, device = states.dtype, states.device
@@ -173,10 +182,9 @@ def _warp_loss(system, states, controls, times, control_cost, parameters) -> wp.
     total = wp.zeros(1, dtype=real, device=device, requires_grad=True)
     kernel = kernels.cost_kernel(system.structure, real)
     wp.launch(kernel, dim=costs.shape, inputs=[states, chosen, p], outputs=[costs], device=device)
-    count = costs.size if system.time_average else states.shape[1]
-    wp.launch(kernels.mean_kernel(real), dim=costs.shape, inputs=[costs, 1.0 / count], outputs=[total], device=device)
+    per_sample, weight = weights(system, costs, controls, control_cost)
+    wp.launch(kernels.mean_kernel(real), dim=costs.shape, inputs=[costs, per_sample], outputs=[total], device=device)
     if control_cost:
-        weight = control_cost / controls.size
         square = kernels.mean_square_kernel(real)
         wp.launch(square, dim=controls.shape, inputs=[controls, weight], outputs=[total], device=device)
     return total

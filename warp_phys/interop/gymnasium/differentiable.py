@@ -94,7 +94,8 @@ class DifferentiableVectorEnv(BatchEnv):
         if isinstance(chosen, Combined):
             raise ValueError(
                 f"flow {chosen.name!r} is made from two: run the backward pass with {chosen.base.name!r} and with "
-                f"{chosen.other.name!r}, and combine the two updates with warp_phys.agree"
+                f"{chosen.other.name!r}, and combine the two updates with its rule, "
+                f"{getattr(chosen.rule, '__name__', chosen.rule)}"
             )
         if steps is None and chosen.window is not None:
             raise ValueError("a flow with a window needs max_episode_steps")

@@ -6,9 +6,10 @@ makes to the combination, C(Σ + new) − C(Σ), and `p.grad` always holds C of 
 it. Passes may run in several threads; those that add to one `p.grad` must come one after the other.
 """
 
+import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -27,8 +28,8 @@ which never reach it."""
 class PassUpdates:
     """What one backward pass found for one parameter: a part of two flat tensors, cut out only if it is needed."""
 
-    def __init__(self, base: torch.Tensor, other: torch.Tensor, start: int, parameter: torch.Tensor):
-        self.flat, self.part, self.shape = (base, other), slice(start, start + parameter.numel()), parameter.shape
+    def __init__(self, base: torch.Tensor, other: torch.Tensor, part: slice, shape: torch.Size):
+        self.flat, self.part, self.shape = (base, other), part, shape
 
     def pair(self) -> Pair:
         """The updates by the base and by the other flow."""
@@ -103,19 +104,17 @@ def announce(source: Source, grads: Sequence[torch.Tensor]) -> None:
 
     So what they add, they add to that one's sums.
     """
-    start = 0
-    for index, grad in enumerate(grads):
-        _WRITTEN[grad] = weakref.ref(source), index, start
-        start += grad.numel()
+    for index, (grad, part) in enumerate(zip(grads, places_of(grads), strict=True)):
+        _WRITTEN[grad] = weakref.ref(source), index, part
 
 
 def _left_in(grad: torch.Tensor, parameter: torch.Tensor) -> tuple[Combined, PassUpdates] | None:
     if grad not in _WRITTEN:
         return None
-    source, index, start = _WRITTEN[grad]
+    source, index, part = _WRITTEN[grad]
     writer = source()
     left = None if writer is None else writer.left(index, grad._version)
-    return None if left is None else (left[0], PassUpdates(left[1], left[2], start, parameter))
+    return None if left is None else (left[0], PassUpdates(left[1], left[2], part, parameter.shape))
 
 
 _WRITTEN = WeakIdKeyDictionary()
@@ -149,18 +148,27 @@ def combined_changes(
         other: Its update by the other flow, likewise.
     """
     changes = split(flow.apply(base, other), parameters)
-    start = 0
-    for i, parameter in enumerate(parameters):
+    for i, (parameter, part) in enumerate(zip(parameters, places_of(parameters), strict=True)):
         with _LOCK:
             if parameter not in _SUMS:
                 _SUMS[parameter] = ParameterSums(parameter)
             own = _SUMS[parameter]
-        sums = own.add(flow, parameter, PassUpdates(base, other, start, parameter))
-        start += parameter.numel()
+        sums = own.add(flow, parameter, PassUpdates(base, other, part, parameter.shape))
         if sums is not None:
             before, after = sums
             changes[i] = flow.rule(*after) - flow.rule(*before)
     return changes
+
+
+def size_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Return how many numbers tensors hold together."""
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def places_of(tensors: Iterable[torch.Tensor]) -> list[slice]:
+    """Return where each tensor stands in a flat one of all of them, in their order."""
+    ends = itertools.accumulate((tensor.numel() for tensor in tensors), initial=0)
+    return list(itertools.starmap(slice, itertools.pairwise(ends)))
 
 
 def split(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from warp_phys.errors import NotRepeatable
 from warp_phys.flow import Combined, Flow
 from warp_phys.interop.torch.chain import HOOKS
+from warp_phys.interop.torch.combine import size_of
 from warp_phys.interop.torch.leaves import Cuts, leaves_of, nodes_of
 from warp_phys.interop.torch.linearisation import TorchLinearisation, relative_tolerance
 
@@ -77,7 +78,7 @@ class Found:
     @property
     def multiply_adds(self) -> int:
         """Number of parameters, see `phases.Controller`."""
-        return sum(leaf.numel() for leaf in self.leaves)
+        return size_of(self.leaves)
 
     def linearise(self, x: wp.array, workspace: Any, fused: bool = False) -> TorchLinearisation:
         """Return the module linearised at the rows x (N, D), with respect to all of its leaves."""

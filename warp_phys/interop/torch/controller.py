@@ -19,7 +19,7 @@ from warp_phys.interop.torch.chain import (
     is_sequential,
     read_plan,
 )
-from warp_phys.interop.torch.combine import has_own_hooks, number_of_hooks
+from warp_phys.interop.torch.combine import has_own_hooks, number_of_hooks, places_of, size_of
 from warp_phys.interop.torch.contract import (
     Examination,
     Found,
@@ -101,7 +101,7 @@ class TorchController:
     @property
     def multiply_adds(self) -> int:
         """Number of parameters: exact for dense layers, a lower bound for convolutions."""
-        return sum(p.numel() for p in self.module.parameters())
+        return size_of(self.module.parameters())
 
     def evaluator(self, states: wp.array, controls: wp.array) -> Callable[[int], None]:
         """Return a function that writes controls[n] = N(states[n]), shapes (steps + 1, B, D) and (steps, B, K)."""
@@ -199,10 +199,8 @@ class TorchController:
 
     def offsets(self, tensors: Sequence[torch.Tensor | None]) -> list[int]:
         """Return where the gradients of tensors begin in a flat one of all that is trained; −1 for one that is not."""
-        starts, start = {}, 0
-        for parameter in self.trainable:
-            starts[id(parameter)] = start
-            start += parameter.numel()
+        trainable = self.trainable
+        starts = {id(p): place.start for p, place in zip(trainable, places_of(trainable), strict=True)}
         return [starts.get(id(tensor), -1) for tensor in tensors]
 
     def fingerprint(self) -> tuple | None:

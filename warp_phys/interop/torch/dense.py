@@ -9,6 +9,7 @@ import torch
 import warp as wp
 
 from warp_phys.engine.dense_kernels import LANES, activate_kernel
+from warp_phys.interop.torch.combine import places_of
 
 
 class DenseLinearisation:
@@ -18,10 +19,7 @@ class DenseLinearisation:
         self, linears: Sequence[torch.nn.Linear], name: str, x: torch.Tensor, trainable: Sequence[torch.Tensor]
     ):
         self.linears = linears
-        self.starts, start = {}, 0
-        for parameter in trainable:
-            self.starts[id(parameter)] = start
-            start += parameter.numel()
+        self.places = {id(p): place for p, place in zip(trainable, places_of(trainable), strict=True)}
         self.h, self.slopes = [x.detach()], []
         for layer in linears[:-1]:
             y, slope = _activated(self.h[-1], layer, name)
@@ -84,13 +82,13 @@ class DenseLinearisation:
 
     def _add(self, gradient: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Add the gradients of those parameters that are trained to a flat tensor; a parameter may come twice."""
-        if [id(parameter) for parameter, _ in parts] == list(self.starts):
+        if [id(parameter) for parameter, _ in parts] == list(self.places):
             gradient.add_(torch.cat([value.reshape(-1) for _, value in parts]))
             return
         for parameter, value in parts:
-            start = self.starts.get(id(parameter))
-            if start is not None:
-                gradient[start : start + parameter.numel()].view(value.shape).add_(value)
+            place = self.places.get(id(parameter))
+            if place is not None:
+                gradient[place].view(value.shape).add_(value)
 
     def _through_hidden(self, seed: torch.Tensor, repeat: int) -> list[torch.Tensor]:
         """Return the adjoints before every hidden activation, from that before the last; each row repeated."""

@@ -30,7 +30,7 @@ from warp_phys.flow import (
     refuse_memory,
     resolve,
 )
-from warp_phys.interop.torch.combine import split
+from warp_phys.interop.torch.combine import places_of, size_of, split
 from warp_phys.interop.torch.contract import PassCheck
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.loss import rows_of_parameters, torch_stream
@@ -266,8 +266,7 @@ def _updates(rollout: Rollout, unrolled: _Unrolled, plain: Sequence[Flow]) -> to
     steps, batch, _ = unrolled.trajectory.controls.shape
     gates = all_gates(plain, steps, batch, rollout._inner)
     gates_array = wp.array(gates, dtype=unrolled.trajectory.states.dtype, device=unrolled.trajectory.states.device)
-    count = sum(p.numel() for p in rollout._adapter.trainable)
-    updates = torch.zeros((len(plain), count), dtype=rollout.dtype, device=rollout.device)
+    updates = torch.zeros((len(plain), size_of(rollout._adapter.trainable)), dtype=rollout.dtype, device=rollout.device)
     backward(
         rollout.system, rollout._adapter, unrolled.trajectory, unrolled.seeds, gates, gates_array, list(updates),
         Workspace(), check=PassCheck(), fused=rollout.backend == "fused",
@@ -320,20 +319,19 @@ def _contributions(
     """
     if updates.shape[1] == 0:
         return None
-    places = [plain.index(linear_parts(flow)[0]) for flow in flows]
-    bases = updates[places]
-    weights = torch.where(bases == 0.0, 0.0, combined / bases)
-    out = np.empty((len(flows), mu.shape[1]))
-    for n in range(mu.shape[1]):
-        linear = rollout._adapter.linearise(trajectory.states[n], Workspace())
-        given = torch.zeros_like(updates)
-        own = torch.as_tensor(np.ascontiguousarray(mu[:, n]), device=updates.device)
-        linear.contract(as_array(own), list(given))
-        rows = given[places]
-        for i, flow in enumerate(flows):
-            row = rows[i] * weights[i] if isinstance(flow, Combined) else rows[i]
-            out[i, n] = float(row.double().norm())
-    return out
+    bases = [linear_parts(flow)[0] for flow in flows]
+    needed = list(dict.fromkeys(bases))
+    places = [needed.index(base) for base in bases]
+    adjoints = torch.as_tensor(mu[[plain.index(base) for base in needed]].swapaxes(0, 1), device=updates.device)
+    own = updates[[plain.index(base) for base in bases]]
+    weights = torch.where(own == 0.0, 0.0, combined / own)
+    weights[[not isinstance(flow, Combined) for flow in flows]] = 1.0
+    given, norms, workspace = updates.new_zeros((len(needed), updates.shape[1])), [], Workspace()
+    for states, adjoint in zip(wp.to_torch(trajectory.states), adjoints, strict=False):
+        linear = rollout._adapter.linearise(as_array(states), workspace)
+        linear.contract(as_array(adjoint.contiguous()), list(given.zero_()))
+        norms.append((given[places] * weights).double().norm(dim=1))
+    return torch.stack(norms, dim=1).cpu().numpy()
 
 
 def _layers(rollout: Rollout, updates: torch.Tensor, flows: Sequence[Flow | Combined]) -> tuple[Layer, ...]:
@@ -342,10 +340,8 @@ def _layers(rollout: Rollout, updates: torch.Tensor, flows: Sequence[Flow | Comb
     if not trained:
         return ()
     rows = updates.double().cpu().numpy()
-    stops = np.cumsum([0, *(p.numel() for _, p in trained)])
-    parts = [(name, slice(a, b)) for (name, _), a, b in zip(trained, stops[:-1], stops[1:], strict=True)]
-    out = []
-    for name, part in [*parts, ("all", slice(None))]:
+    out, names = [], [name for name, _ in trained]
+    for name, part in zip([*names, "all"], [*places_of(p for _, p in trained), slice(None)], strict=True):
         own = rows[:, part]
         of_modified, of_regular = (own[flows.index(flow)] for flow in (MODIFIED, REGULAR))
         norms = {flow.name: norm(row) for flow, row in zip(flows, own, strict=True)}

@@ -1,6 +1,5 @@
 """Loss and update in one go, without autograd's graph: for training loops that do the same thing many times."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +13,13 @@ from warp_phys.core.checks import check_given, check_lengths, range_of
 from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import Trajectory, all_gates
 from warp_phys.flow import Combined, Flow, combine, linear_parts
-from warp_phys.interop.torch.combine import announce, has_own_hooks, split
+from warp_phys.interop.torch.combine import announce, has_own_hooks, places_of, size_of, split
 from warp_phys.interop.torch.controller import TorchController, addresses_of
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.report import Report
 from warp_phys.interop.torch.rows import NOTHING, Beside, fill
 from warp_phys.programs.network import OwnLoss, Sweeps, address_array, run_sequences
-from warp_phys.systems.losses import chosen_array
+from warp_phys.systems.losses import chosen_array, weights
 
 
 class Given:
@@ -105,11 +104,11 @@ class DirectPass:
         self.still = [*self.unused, *(p for p in adapter.module.parameters() if not p.requires_grad)]
         unused = {id(p) for p in self.unused}
         self.moved = [p for p in self.trainable if id(p) not in unused]
-        self._own_size = sum(p.numel() for p in self.trainable)
+        self._own_size = size_of(self.trainable)
         self._leaves = [] if given is None else given.leaves
         self.receivers = [*self.trainable, *(leaf for _, leaf in self._leaves)]
         """What gets a gradient."""
-        size = sum(p.numel() for p in self.receivers)
+        size = size_of(self.receivers)
         self.updates = torch.zeros((len(self.flows), size), dtype=dtype)
         self.grad = torch.zeros(size, dtype=dtype)
         # the same memory, each with a version of its own, as gradients of different parameters have
@@ -122,7 +121,7 @@ class DirectPass:
         self._positive = [i for i, name in enumerate(system.parameter_names) if range_of(name) == "positive"]
         # of each flow, and of the cost itself
         self._adj_p = torch.zeros((len(flows) + 1, batch, len(own)), dtype=dtype) if self._leaves else None
-        self.per_sample = 1.0 / (self.costs.numel() if system.time_average else batch)
+        self.per_sample, self.control_weight = weights(system, self.costs, self.controls, control_cost)
         self._record_cost(system, times)
         self._record_passes(system, adapter)
 
@@ -142,7 +141,6 @@ class DirectPass:
         self._held: list[Any] = [own, chosen]  # a recorded launch does not keep its arrays alive
         counts = np.zeros(len(self.states), dtype=np.int32)
         counts[list(times)] = 1
-        self.control_weight = self.control_cost / (len(self.controls) * self.controls.shape[1] * self.own_controls)
         self._loss = OwnLoss(wp.array(counts, dtype=wp.int32, device="cpu"), self.per_sample, self.control_weight)
 
     def _record_passes(self, system: Any, adapter: TorchController) -> None:
@@ -224,7 +222,7 @@ class DirectPass:
         per_sample = self._adj_p.numpy()
         total, start = per_sample.sum(axis=1), self._own_size
         found = np.empty((len(per_sample), self.updates.shape[1] - start), per_sample.dtype)
-        for (i, leaf), part in zip(self._leaves, _parts([leaf for _, leaf in self._leaves]), strict=True):
+        for (i, leaf), part in zip(self._leaves, places_of(leaf for _, leaf in self._leaves), strict=True):
             found[:, part] = per_sample[:, :, i] if leaf.numel() == per_sample.shape[1] else total[:, i : i + 1]
         self.updates[:, start:] = torch.from_numpy(found[:-1])
         return torch.from_numpy(found[-1])
@@ -254,12 +252,6 @@ class DirectPass:
         for parameter in self.still:
             parameter.grad = None
         return Report(self.flows, self.updates[:, : self._own_size], (update[: self._own_size],))
-
-
-def _parts(leaves: Sequence[torch.Tensor]) -> list[slice]:
-    """Return where each leaf stands in a flat array of all."""
-    ends = list(itertools.accumulate((leaf.numel() for leaf in leaves), initial=0))
-    return list(itertools.starmap(slice, itertools.pairwise(ends)))
 
 
 def hand_out(parameters: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import Seeds, Trajectory, backward, forward
 from warp_phys.flow import Combined, combine, linear_parts
 from warp_phys.interop.torch.chain import are_hooks_everywhere, has_hooks
-from warp_phys.interop.torch.combine import has_own_hooks, split
+from warp_phys.interop.torch.combine import has_own_hooks, size_of, split
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.direct import hand_out
 from warp_phys.interop.torch.loss import costs_at, costs_vjp, torch_stream
@@ -19,7 +19,7 @@ from warp_phys.interop.torch.optimiser import clip_gradients
 from warp_phys.interop.torch.report import Report
 from warp_phys.interop.torch.rollout import Rollout
 from warp_phys.interop.torch.rows import NOTHING, Beside, fill
-from warp_phys.systems.losses import chosen_array, chosen_times
+from warp_phys.systems.losses import chosen_array, chosen_times, weights
 
 WARM_UP = 2
 """Passes before a capture: kernels are loaded, libraries and workspaces have their memory."""
@@ -58,14 +58,14 @@ class WholeUpdate:
         system, flow, steps = rollout._inner, rollout.flow, rollout.steps
         self.rollout, self.optimiser, self.flow = rollout, optimiser, flow
         self.times, self.control_cost, self.clip, self.clip_at = chosen_times(when, steps), control_cost, clip, clip_at
-        self.flows = rollout.running_flows()
+        self.flows = rollout.running_flows(flow)
         kind: dict[str, Any] = {"dtype": rollout.dtype, "device": rollout.device}
         self.x0 = torch.zeros((batch, system.own_size), **kind)
         self.beside = Beside(*(None if tensor is None else torch.zeros_like(tensor) for tensor in beside))
         self.states = torch.zeros((steps + 1, batch, system.state_size), **kind)
         self.controls = torch.zeros((steps, batch, system.control_size), **kind)
         self.trainable = rollout._adapter.trainable
-        size = sum(parameter.numel() for parameter in self.trainable)
+        size = size_of(self.trainable)
         self.updates = torch.zeros((len(self.flows), size), **kind)
         self.update, self.grad = torch.zeros(size, **kind), torch.zeros(size, **kind)
         self.grads = [part.data for part in split(self.grad, self.trainable)]  # each with a version of its own
@@ -101,9 +101,8 @@ class WholeUpdate:
         """Write the loss and whether it diverged; return the derivatives of the loss."""
         system: Any = self.rollout._inner
         costs = costs_at(system, self.states, self.times, None)
-        per_sample = 1.0 / (costs.numel() if system.time_average else costs.shape[1])
+        per_sample, weight = weights(system, costs, self.controls, self.control_cost)
         controls = self.controls[:, :, : system.own_controls]
-        weight = self.control_cost / controls.numel()
         finite = torch.isfinite(self.states).all()
         self.diverged.copy_(~finite)
         self.loss.copy_(costs.sum() * per_sample + controls.square().sum() * weight)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 import warp as wp
 
+from warp_phys.interop.torch.combine import places_of
 from warp_phys.interop.torch.leaves import Cuts, inner_grad, plainly_saved, reaches_back, within
 
 
@@ -141,12 +142,9 @@ class TorchLinearisation:
 
 def add_parts(gradient: torch.Tensor, parts: Sequence[torch.Tensor | None], leaves: Sequence[torch.Tensor]) -> None:
     """Add tensors in the shapes of `leaves` to the beginning of a flat one; None stands for zeros."""
-    start = 0
-    for part, leaf in zip(parts, leaves, strict=True):
-        stop = start + leaf.numel()
+    for part, place in zip(parts, places_of(leaves), strict=True):
         if part is not None:
-            gradient[start:stop] += dense(part).reshape(-1)
-        start = stop
+            gradient[place] += dense(part).reshape(-1)
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:

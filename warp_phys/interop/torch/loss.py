@@ -116,19 +116,32 @@ def rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tenso
     """
     if not values:
         return None
-    names, columns = getattr(system, "parameter_names", ()), []
-    are_known = not torch.compiler.is_compiling() and not in_transform()
+    names = getattr(system, "parameter_names", ())
     check_given(names, values)
-    for name in names:
-        value = values.get(name, getattr(system, name))
-        column = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    given = {name: torch.as_tensor(value, dtype=like.dtype) for name, value in values.items()}
+    for name, column in given.items():
         check_lengths(name, column.shape, len(like))
-        if are_known:
-            fine = torch.isfinite(column) & (column > 0.0) if range_of(name) == "positive" else torch.isfinite(column)
-            if not fine.all():
-                raise ValueError(f"parameter {name} must be {range_of(name)}, got {value}")
-        columns.append(column.reshape(-1))
+    if not torch.compiler.is_compiling() and not in_transform():
+        _check_ranges(given, values)
+    kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+    columns = []
+    for name in names:
+        own = given[name].reshape(-1) if name in given else torch.full((1,), float(getattr(system, name)), **kind)
+        columns.append(own.to(like.device, non_blocking=own.is_cpu))
     return torch.stack(torch.broadcast_tensors(*columns), dim=1)
+
+
+def _check_ranges(given: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a physical parameter is not in its range.
+
+    Numbers on a CUDA device are waited for once, those on the host not at all.
+    """
+    fine = [torch.isfinite(c) & (c > 0.0) if range_of(n) == "positive" else torch.isfinite(c) for n, c in given.items()]
+    place = next((flags.device for flags in fine if not flags.is_cpu), torch.device("cpu"))
+    if torch.stack([flags.all().to(place, non_blocking=True) for flags in fine]).all():
+        return
+    name = next(name for name, flags in zip(given, fine, strict=True) if not flags.all())
+    raise ValueError(f"parameter {name} must be {range_of(name)}, got {values[name]}")
 
 
 def torch_stream(device: torch.device) -> contextlib.AbstractContextManager:

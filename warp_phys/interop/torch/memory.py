@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from warp_phys.flow import Combined, Flow, linear_parts
-from warp_phys.interop.torch.combine import has_own_hooks, split
+from warp_phys.interop.torch.combine import has_own_hooks, size_of, split
 from warp_phys.interop.torch.rollout import Rollout
 from warp_phys.interop.torch.rows import NOTHING, Beside
 
@@ -45,8 +45,7 @@ class Memory:
     def _gather(self, controller: torch.nn.Module) -> torch.Tensor:
         """Return a new flat tensor with what is known of the trained parameters, zero for the others."""
         named = {name: p for name, p in controller.named_parameters() if p.requires_grad}
-        like, size = next(iter(named.values())), sum(p.numel() for p in named.values())
-        flat = torch.zeros(size, dtype=like.dtype, device=like.device)
+        flat = next(iter(named.values())).new_zeros(size_of(named.values()))
         for name, part in zip(named, split(flat, list(named.values())), strict=True):
             before = self._means.get(name)
             if before is not None and before.shape == part.shape:
@@ -140,11 +139,8 @@ def value_and_grad(
             f"parameters must have no hooks for the flow {flow.name!r}, whose update is no gradient of autograd's; "
             f"{', '.join(hooked)} have. One that is not to be trained: requires_grad_(False)"
         )
-    rollout.flow = replace(flow, memory=0.0, either=False)
-    try:
-        loss = rollout.value_and_grad(x0, when, control_cost, parameters, *beside)
-    finally:
-        rollout.flow = flow
+    forgetful = replace(flow, memory=0.0, either=False)
+    loss = rollout._value_and_grad(forgetful, x0, when, control_cost, parameters, beside)
     if rollout._beside:
         raise ValueError(
             f"controller and system must depend on the controller's own parameters alone for the flow {flow.name!r}, "

@@ -9,6 +9,7 @@ import torch
 
 from warp_phys.errors import Diverged
 from warp_phys.flow import Combined, Flow
+from warp_phys.interop.torch.combine import places_of, size_of
 from warp_phys.interop.torch.leaves import Cuts, inner_grad, is_within, leaves_of
 from warp_phys.interop.torch.loss import refuse_second_derivative
 from warp_phys.interop.torch.rows import Beside
@@ -45,10 +46,8 @@ class Sources:
         self._elsewhere = {id(leaf) for leaf in others}
         self.leaves = list({id(leaf): leaf for leaf in (*self.controller, *self.system, *others)}.values())
         """All leaves, each once, those of the controller first."""
-        self._parts, self.size = {}, 0
-        for leaf in self.leaves:
-            self._parts[id(leaf)] = slice(self.size, self.size + leaf.numel())
-            self.size += leaf.numel()
+        self.size = size_of(self.leaves)
+        self._parts = {id(leaf): place for leaf, place in zip(self.leaves, places_of(self.leaves), strict=True)}
         numbers = [leaf for leaf in self.leaves if leaf.is_complex()]
         if numbers:
             raise ValueError(
@@ -149,13 +148,15 @@ class Unroll(torch.autograd.Function):
     """The unrolling as one node of torch's graph."""
 
     @staticmethod
-    def forward(ctx, rollout: Any, sources: Sources, found: Any, x0, rows, inputs, memory, *leaves):
+    def forward(
+        ctx, rollout: Any, flow: Flow | Combined | None, sources: Sources, found: Any, x0, rows, inputs, memory, *leaves
+    ):
         """Unroll; return rows of states and controls."""
         ctx.set_materialize_grads(False)
         ctx.beside = Beside(*(None if t is None else t.detach() for t in (inputs, memory)))
         states, controls, masked, kept = rollout._forward(x0, rows, keep=True, beside=ctx.beside)
         rollout._look_after(found, states[0], controls, masked)
-        ctx.rollout, ctx.kept, ctx.signature = rollout, kept, rollout._adapter.signature()
+        ctx.rollout, ctx.flow, ctx.kept, ctx.signature = rollout, flow, kept, rollout._adapter.signature()
         ctx.sources, ctx.found = sources, found
         ctx.program = rollout._adapter.program_key() if found is None else None
         ctx.save_for_backward(states, controls, rows, masked)
@@ -185,8 +186,9 @@ class Unroll(torch.autograd.Function):
                 "call the rollout again before the backward pass"
             )
         if adj_states is None and adj_controls is None:
-            return (None,) * (7 + len(sources.leaves))
-        combined = isinstance(rollout.flow, Combined)
+            return (None,) * (8 + len(sources.leaves))
+        flow = ctx.flow or rollout.flow
+        combined = isinstance(flow, Combined)
         if combined and ctx.has_history:
             raise RuntimeError(
                 "the flow has become a combined one since the forward pass, where x0, parameters or something that the "
@@ -198,14 +200,14 @@ class Unroll(torch.autograd.Function):
                 "combined at every step of the rollout around it"
             )
         sources.check()
-        wanted = ctx.needs_input_grad[3:7]
+        wanted, alone = ctx.needs_input_grad[4:8], getattr(_ONE, "flow", None) if combined else None
         adjoints, grads = rollout._backward(
             states, controls, rows, masked, ctx.kept, sources, (adj_states, adj_controls), wanted,
             must_train=not (any(wanted) or sources.apart or sources.system), found=ctx.found,
-            one=getattr(_ONE, "flow", None) if combined else None, beside=ctx.beside,
+            flow=alone or flow, alone=alone is not None, beside=ctx.beside,
         )  # fmt: skip
         own = (adjoint if is_wanted else None for adjoint, is_wanted in zip(adjoints, wanted, strict=True))
-        return None, None, None, *own, *grads
+        return None, None, None, None, *own, *grads
 
 
 def freeze_diverged(states: torch.Tensor, controls: torch.Tensor, on_divergence: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ import warp as wp
 from torch.optim import optimizer as optimisers
 
 from warp_phys.flow import Combined, Flow, memory_in
+from warp_phys.interop.torch.combine import places_of, size_of
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.direct import DirectPass
 from warp_phys.programs.update_kernels import CLIPPING, GROUP, TENSOR, finish_kernel
@@ -199,15 +200,14 @@ def record_end(
     if mean is not None:
         addresses.numpy()[3] = mean.data_ptr()
     tensors = wp.array(np.array(memory, dtype=np.uint64).reshape(-1, TENSOR), dtype=wp.uint64, device="cpu")
-    sizes = [0, *(parameter.numel() for parameter in direct.trainable)]
-    starts = wp.array(np.cumsum(sizes), dtype=wp.int32, device="cpu")
+    starts = [*(place.start for place in places_of(direct.trainable)), size_of(direct.trainable)]
     numbers = wp.array(np.array(groups).reshape(-1, GROUP), dtype=wp.float64, device="cpu")
     status, loss = wp.zeros(1, dtype=wp.int32, device="cpu"), torch.zeros(1, dtype=direct.grad.dtype)
     states, controls, costs = (as_array(tensor) for tensor in (direct.states, direct.controls, direct.costs))
     kind, limit = clipping
     inputs = [
         states, controls, direct.own_controls, costs, direct.per_sample, direct.control_weight, addresses,
-        memory_in(flow), CLIPPING[kind], limit, tensors, starts, numbers,
+        memory_in(flow), CLIPPING[kind], limit, tensors, wp.array(starts, dtype=wp.int32, device="cpu"), numbers,
     ]  # fmt: skip
     outputs = [status, as_array(loss), as_array(direct.grad)]
     rule = flow.rule if isinstance(flow, Combined) else None

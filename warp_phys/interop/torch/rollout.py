@@ -22,7 +22,7 @@ from warp_phys.engine.phases import (
 )
 from warp_phys.errors import check_choice, check_count
 from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refuse_memory, resolve
-from warp_phys.interop.torch.combine import combined_changes, has_own_hooks, split
+from warp_phys.interop.torch.combine import combined_changes, has_own_hooks, size_of, split
 from warp_phys.interop.torch.compiled import name_of_rollout
 from warp_phys.interop.torch.contract import Found, PassCheck, RowsCoupled, refuse_averaging
 from warp_phys.interop.torch.controller import TorchController, precision_and_device
@@ -310,25 +310,37 @@ class Rollout:
         return Beside(inputs, memory)
 
     def _unroll(
-        self, x0: torch.Tensor, rows: torch.Tensor | None, beside: Beside = NOTHING
+        self,
+        x0: torch.Tensor,
+        rows: torch.Tensor | None,
+        beside: Beside = NOTHING,
+        flow: Flow | Combined | None = None,
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]:
-        """Return rows and controls, attached to autograd where that is at work, and the leaves behind them."""
+        """Return rows and controls, attached to autograd where that is at work, and the leaves behind them.
+
+        Without a `flow` the backward pass is by that which the rollout has when it runs.
+        """
         if not torch.is_grad_enabled():
             return self._forward(x0, rows, keep=False, beside=beside)[:2], ()
-        found, sources = self._look(x0, rows, beside=beside)
+        found, sources = self._look(x0, rows, beside=beside, flow=flow)
         given = [tensor for tensor in (x0, rows, *beside) if tensor is not None and tensor.requires_grad]
         if not given and not sources.leaves:
             return self._forward(x0, rows, keep=False, beside=beside)[:2], ()
-        refuse_memory(self._flow)
-        refuse_averaging(self.controller, self._flow, self.reduce)
+        refuse_memory(flow or self._flow)
+        refuse_averaging(self.controller, flow or self._flow, self.reduce)
         if sources.combined:
             refuse_reentrant(*given)
         if sources.apart:
             x0, rows, beside = x0.detach(), None if rows is None else rows.detach(), beside.detach()
-        return Unroll.apply(self, sources, found, x0, rows, *beside, *sources.inputs), sources.origins
+        return Unroll.apply(self, flow, sources, found, x0, rows, *beside, *sources.inputs), sources.origins
 
     def _look(
-        self, x0: torch.Tensor, rows: torch.Tensor | None, cut: bool = True, beside: Beside = NOTHING
+        self,
+        x0: torch.Tensor,
+        rows: torch.Tensor | None,
+        cut: bool = True,
+        beside: Beside = NOTHING,
+        flow: Flow | Combined | None = None,
     ) -> tuple[Found | None, Sources]:
         """Return what a look at the controller finds before a pass from x0, and all that the pass depends on."""
         found, own, cuts, of_system, is_known = None, (), {}, None, self._adapter.is_known()
@@ -345,7 +357,7 @@ class Rollout:
                     own = self.system.leaves(x0, x0.new_zeros((len(x0), self.system.control_size)), of_system)
                     cuts = {**cuts, **of_system.of(own)}
         controller = self._adapter.trainable if found is None else found.leaves
-        combined = isinstance(self._flow, Combined)
+        combined = isinstance(flow or self._flow, Combined)
         histories = (x0, rows, *beside) if combined else (None,) * 4
         sources = Sources(controller, own, histories, cuts, combined)
         self._beside = len(sources.leaves) > len(self._adapter.trainable)
@@ -414,22 +426,34 @@ class Rollout:
             Diverged: A state is not finite, and `on_divergence` is "raise".
             RuntimeError: In `torch.inference_mode`.
         """
-        refuse_inference("value_and_grad")
         refuse_memory(self._flow)
+        return self._value_and_grad(self._flow, x0, when, control_cost, parameters, (inputs, memory))
+
+    def _value_and_grad(
+        self,
+        flow: Flow | Combined,
+        x0: Any,
+        when: str | Sequence[int],
+        control_cost: float,
+        parameters: Any,
+        beside: tuple[Any, Any] = (None, None),
+    ) -> torch.Tensor:
+        """Do that by a flow without a memory."""
+        refuse_inference("value_and_grad")
         when = check_loss(self.system, when, self.steps, control_cost)
         x0 = self.initial_states(x0)
-        given, beside = Given(self.system, parameters, x0) if parameters else None, self._given(x0, inputs, memory)
-        direct = None if beside.requires_grad else self.direct_pass(len(x0), when, control_cost, given)
+        given, start = Given(self.system, parameters, x0) if parameters else None, self._given(x0, *beside)
+        direct = None if start.requires_grad else self.direct_pass(flow, len(x0), when, control_cost, given)
         if direct is None or (given is not None and not direct.take_parameters(given)):
-            return self._value_and_grad_by_graph(x0, when, control_cost, parameters, beside)
+            return self._value_and_grad_by_graph(flow, x0, when, control_cost, parameters, start)
         self._beside = False
         with torch.no_grad():
-            direct.begin(x0, beside)
+            direct.begin(x0, start)
             direct.launch()
             if not is_finite(direct.states):
                 if self.on_divergence == "raise":
                     freeze_diverged(direct.states, direct.controls, self.on_divergence)
-                return self._value_and_grad_by_graph(x0, when, control_cost, parameters, beside)
+                return self._value_and_grad_by_graph(flow, x0, when, control_cost, parameters, start)
             loss = direct.loss()
             if self.reduce is not None:
                 self.reduce(direct.updates)
@@ -437,7 +461,7 @@ class Rollout:
         return loss
 
     def direct_pass(
-        self, batch: int, when: str | Sequence[int], control_cost: float, given: Given | None = None
+        self, flow: Flow | Combined, batch: int, when: Any, control_cost: float, given: Given | None = None
     ) -> DirectPass | None:
         """Return the memory of a pass, kept as long as nothing changes but numbers; None where it is not possible."""
         fingerprint = self._adapter.fingerprint() if self.device.type == "cpu" else None
@@ -448,7 +472,7 @@ class Rollout:
         when, control_cost = when if isinstance(when, str) else tuple(when), float(control_cost)
         threads = torch.get_num_threads()
         own = None if given is None else given.key
-        key = (self.steps, batch, self._flow, tuple(self.observe), when, control_cost, threads, own, fingerprint)
+        key = (self.steps, batch, flow, tuple(self.observe), when, control_cost, threads, own, fingerprint)
         found = self._direct.get(key)
         if found is None:
             self._check_place()
@@ -463,13 +487,14 @@ class Rollout:
             if len(self._direct) >= DIRECT_PASSES:
                 self._direct.pop(next(iter(self._direct)))
             found = self._direct[key] = DirectPass(
-                self._inner, self._adapter, shape, self._flow, self.running_flows(), times, control_cost, self.dtype,
+                self._inner, self._adapter, shape, flow, self.running_flows(flow), times, control_cost, self.dtype,
                 given,
             )  # fmt: skip
         return found
 
     def _value_and_grad_by_graph(
         self,
+        flow: Flow | Combined,
         x0: torch.Tensor,
         when: str | Sequence[int],
         control_cost: float,
@@ -481,7 +506,7 @@ class Rollout:
         own = {"parameters": parameters} if parameters else {}  # a foreign system's loss takes none
         with torch.enable_grad():
             rows = rows_of_parameters(self.system, parameters or {}, x0)
-            unrolled, leaves = self._unroll(x0.detach(), rows, beside)
+            unrolled, leaves = self._unroll(x0.detach(), rows, beside, flow)
             states, controls, *_ = self._own_parts(*unrolled)
             for tensor in (rows, *beside):
                 _clear_gradients(() if tensor is None else leaves_of(tensor))
@@ -575,7 +600,8 @@ class Rollout:
         wanted: Sequence[bool],
         must_train: bool = False,
         found: Found | None = None,
-        one: Flow | None = None,
+        flow: Flow | Combined | None = None,
+        alone: bool = False,
         beside: Beside = NOTHING,
     ) -> tuple[tuple[torch.Tensor | None, ...], list[torch.Tensor | None]]:
         """Run the flows backward; return the gradients of x0, parameter rows, inputs and memory, and of the leaves.
@@ -583,23 +609,23 @@ class Rollout:
         `wanted` says which of the first four are asked for. Of the leaves, those of `sources`, None stands for the
         gradient of one that the controls do not depend on.
         `must_train` says that the last ones are all that is asked for: where there can be none, that is an error.
-        `found` is what the forward pass found out about the controller; `one` a flow to follow in place of a combined
-        one, for a pass from which nothing but its gradients is left.
+        `found` is what the forward pass found out about the controller; `flow` is the rollout's own if None. It runs
+        `alone` where nothing but its gradients shall be left of the pass.
         """
         try:
             workspace = self._workspaces.pop()
         except IndexError:  # the first pass, or one within or beside another
             workspace = Workspace()
-        flow = self.flow if one is None else one
-        flows = self.running_flows() if one is None else (one,)
+        flow = flow or self._flow
+        flows = parts_of([flow]) if alone else self.running_flows(flow)
         seeds_ = [owned(seed, like, masked) for seed, like in zip(seeds, (states, controls), strict=True)]
         states, controls = without(states, masked, dim=1), without(controls, masked, dim=1)
         if rows is not None and len(rows) > 1:
             rows = without(rows, masked, dim=0)
         like: Any = {"dtype": self.dtype, "device": self.device}
         updates = torch.zeros((len(flows), sources.size), **like)
-        of_controller = sum(leaf.numel() for leaf in sources.controller)
-        of_system = torch.zeros((len(flows), sum(leaf.numel() for leaf in sources.system)), **like)
+        of_controller = size_of(sources.controller)
+        of_system = torch.zeros((len(flows), size_of(sources.system)), **like)
         want_rows, want_inputs = (wanted[i] or sources.histories[i] is not None for i in (1, 2))
         with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
             arrays = [as_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
@@ -626,10 +652,11 @@ class Rollout:
             sources.follow(updates[f], part, [None if a is None else a[f] for a in own])
         used = [flows.index(part) for part in linear_parts(flow)]
         changes = split(updates[0], sources.leaves)
-        if one is None:
+        if not alone:
             if self.reduce is not None:
                 self.reduce(updates)
-            changes = self._updates(updates[used], sources.leaves)
+            if isinstance(flow, Combined):
+                changes = combined_changes(flow, sources.leaves, *updates[used])
             count = len(sources.controller)
             self.report = Report(flows, updates[:, :of_controller], tuple(changes[:count]), tuple(masked.tolist()))
         through = {id(leaf) for leaf in sources.controller if check.includes(leaf)} | simulator.reached
@@ -687,9 +714,9 @@ class Rollout:
             return None
         return (0, self._passes % steps, steps - 1)
 
-    def running_flows(self) -> tuple[Flow, ...]:
-        """Return the flows that a backward pass runs: those of the flow, and what `observe` adds."""
-        return parts_of([self.flow, *map(resolve, self.observe)])
+    def running_flows(self, flow: Flow | Combined) -> tuple[Flow, ...]:
+        """Return the flows that a backward pass by a flow runs: its own, and what `observe` adds."""
+        return parts_of([flow, *map(resolve, self.observe)])
 
     def _gates_of(self, flows: tuple[Flow, ...], steps: int, batch: int) -> tuple[np.ndarray, wp.array]:
         """Return the gates of flows, see `phases.all_gates`, as numpy and on the device."""
@@ -701,12 +728,6 @@ class Rollout:
             array = wp.array(gates, dtype=wp.dtype_from_torch(self.dtype), device=str(self.device))
             self._gates[key] = gates, for_all_streams(array)
         return self._gates[key]
-
-    def _updates(self, updates: torch.Tensor, trainable: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return what this pass adds to the gradients of the parameters; one row of `updates` per part of the flow."""
-        if not isinstance(self.flow, Combined):
-            return split(updates[0], trainable)
-        return combined_changes(self.flow, trainable, updates[0], updates[1])
 
 
 def _clear_gradients(tensors: Iterable[torch.Tensor]) -> None:

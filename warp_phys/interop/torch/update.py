@@ -251,7 +251,7 @@ class Update:
         x0, beside = minibatches[0]
         if beside.requires_grad:
             return self._take_each(minibatches, losses, stop)
-        direct = self.rollout.direct_pass(len(x0), *self._loss)
+        direct = self.rollout.direct_pass(self.rollout.flow, len(x0), *self._loss)
         end = None if direct is None else self._end(direct)
         if direct is None or end is None:
             return self._take_each(minibatches, losses, stop)
