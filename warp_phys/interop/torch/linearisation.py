@@ -90,7 +90,7 @@ class TorchLinearisation:
         sources = [self.x, *self.leaves]
         if not self.output.requires_grad:
             return [torch.zeros_like(source) for source in sources]
-        found = self._product(sources, mu)
+        found = self._product(sources, mu, rarely=True)
         return [torch.zeros_like(s) if a is None else dense(a) for s, a in zip(sources, found, strict=True)]
 
     def _pull(self, mu: torch.Tensor, out: torch.Tensor) -> None:
@@ -119,7 +119,9 @@ class TorchLinearisation:
                 self.module(x)
         return cuts
 
-    def _product(self, inputs: Sequence[torch.Tensor], mu: torch.Tensor) -> Sequence[torch.Tensor | None]:
+    def _product(
+        self, inputs: Sequence[torch.Tensor], mu: torch.Tensor, rarely: bool = False
+    ) -> Sequence[torch.Tensor | None]:
         """Return (∂N/∂inputs)ᵀ mu; None for an input that the controls do not depend on.
 
         The graph of a module that torch has compiled may serve only once, as torch says when it is asked for more; then
@@ -130,7 +132,7 @@ class TorchLinearisation:
         else:
             try:
                 with within():
-                    return inner_grad(self.output, inputs, mu)
+                    return inner_grad(self.output, inputs, mu, rarely=rarely)
             except RuntimeError as error:
                 if "donated buffers" not in str(error):
                     raise
