@@ -123,7 +123,11 @@ def within() -> Iterator[None]:
 
 
 def inner_grad(
-    output: torch.Tensor, inputs: Sequence[torch.Tensor], seed: torch.Tensor, retain_graph: bool = True
+    output: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+    seed: torch.Tensor,
+    retain_graph: bool = True,
+    rarely: bool = False,
 ) -> tuple[torch.Tensor | None, ...]:
     """Return (∂output/∂inputs)ᵀ seed, without a call of the hooks on leaves among the inputs.
 
@@ -132,16 +136,19 @@ def inner_grad(
         inputs: What it is differentiated by.
         seed: Adjoint of the output, its shape.
         retain_graph: Whether the graph may be used again.
+        rarely: Whether a call may take longer, if that spares the first one an import that takes half a second.
 
     Returns:
         A tensor for each input; None for one that the output does not depend on.
     """
     tasks: list[int] = []
-    if any([_quieten(tensor) for tensor in inputs if tensor.is_leaf and tensor._backward_hooks]):  # noqa: C419, all of them
+    hooked = any([_quieten(tensor) for tensor in inputs if tensor.is_leaf and tensor._backward_hooks])  # noqa: C419, all
+    given: torch.Tensor | None = seed
+    if hooked or rarely:
         with torch.enable_grad():
-            output = _Root.apply(output, tasks)
+            output, given = _Root.apply(output, seed, tasks), None
     try:
-        return torch.autograd.grad(output, inputs, seed, retain_graph=retain_graph, allow_unused=True)
+        return torch.autograd.grad(output, inputs, given, retain_graph=retain_graph, allow_unused=True)
     finally:
         _INSIDE.difference_update(tasks)
 
@@ -183,16 +190,19 @@ def _quieten(leaf: torch.Tensor) -> bool:
 
 
 class _Root(torch.autograd.Function):
-    """The identity; the first thing that a pass inside does is to say so."""
+    """A number whose adjoint 1 gives the output its seed; the first thing that a pass inside does is to say so.
+
+    Torch imports its symbolic algebra to look at a seed that it is given.
+    """
 
     @staticmethod
-    def forward(ctx, output, tasks):
-        ctx.tasks = tasks
-        return output.view_as(output)
+    def forward(ctx, output, seed, tasks):
+        ctx.seed, ctx.tasks = seed, tasks
+        return output.new_zeros(())
 
     @staticmethod
-    def backward(ctx, adj):
+    def backward(ctx, _adj):
         task = torch._C._current_graph_task_id()
         _INSIDE.add(task)
         ctx.tasks.append(task)
-        return adj, None
+        return ctx.seed, None, None
