@@ -191,7 +191,7 @@ def run(command: Command, stop: threading.Event, received: list[int]) -> int:
         trained = train(
             settings, resume=command.resume, overwrite=command.overwrite, stop=stop, progress=progress, graph=True
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         say(f"python -m controllers: error: {error}")
         return 2
     except Diverged as error:

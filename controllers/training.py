@@ -17,6 +17,7 @@ from controllers.record import Record, plot_record, write_record
 from controllers.settings import Training, check_resume, derive_seeds
 from warp_phys import Diverged
 from warp_phys.flow import memory_in, resolve
+from warp_phys.interop.extras import require
 from warp_phys.interop.torch import Report, Rollout, Update
 from warp_phys.interop.torch.optimiser import clip_gradients, gradients_of
 
@@ -64,11 +65,14 @@ def train(
         FileNotFoundError: There is nothing to resume.
         ValueError: The saved run had other settings.
         Diverged: A trajectory left the finite numbers; the last checkpoint, where there is one, is kept.
+        ImportError: The curves of a run with a folder need matplotlib.
 
     >>> trained = train(Training(epochs=2, train_states=8, test_states=8, steps=10, hidden=(8,), out=""))
     >>> [record.epoch for record in trained.records]
     [1, 2]
     """
+    if settings.out:
+        require("matplotlib", "plots")
     loop = Loop(settings, graph)
     folder = Path(settings.out) if settings.out else None
     if folder and resume:

@@ -9,7 +9,7 @@ Needs Newton, `pip install "warp_phys[newton]"`. Opens a window unless it is tol
 from demos.interrupt import end_on_interrupt
 
 if __name__ == "__main__":
-    end_on_interrupt()
+    end_on_interrupt("newton")
 
 import sys
 import time
