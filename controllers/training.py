@@ -16,7 +16,7 @@ from controllers.ranks import Ranks
 from controllers.record import Record, plot_record, write_record
 from controllers.settings import Training, check_resume, derive_seeds
 from warp_phys import Diverged
-from warp_phys.flow import memory_in, resolve
+from warp_phys.flow import MODIFIED, REGULAR, memory_in, resolve
 from warp_phys.interop.extras import require
 from warp_phys.interop.torch import Report, Rollout, Update
 from warp_phys.interop.torch.optimiser import clip_gradients, gradients_of
@@ -131,7 +131,7 @@ class Loop:
             self.system,
             self.controller,
             steps=settings.steps,
-            flow=settings.flow,
+            flow=resolve(settings.flow),
             device=settings.device,
             reduce=self.ranks.sum if self.ranks.world > 1 else None,
         )
@@ -178,7 +178,7 @@ class Loop:
         states = self.train_states[self.order()].unflatten(0, (-1, self.settings.batch))
         last = len(states) - 1
         # Both flows ride along in the sweep of one update per epoch, whatever the flow trained with.
-        for observe, end in (((), last), (("modified", "regular"), len(states))):
+        for observe, end in (((), last), ((MODIFIED, REGULAR), len(states))):
             self.rollout.observe = observe
             self.update(states[self.minibatch : end], lambda: self.ranks.any(stop(), self.device))
             if self.minibatch < end:

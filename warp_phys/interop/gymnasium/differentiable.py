@@ -8,7 +8,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from warp_phys.core.arrays import shape_message
-from warp_phys.flow import Combined, Flow, resolve
+from warp_phys.flow import Combined, Flow, FlowName, resolve
 from warp_phys.interop.gymnasium.attached import Attached
 from warp_phys.interop.gymnasium.base import BatchEnv
 from warp_phys.interop.gymnasium.episodes import DIVERGENCE_REWARD, Task, check_options, resolve_system
@@ -71,7 +71,7 @@ class DifferentiableVectorEnv(BatchEnv):
         dtype: Any = "float32",
         device: Any = "cpu",
         render_mode: str | None = None,
-        flow: str | Flow = "regular",
+        flow: FlowName | Flow = "regular",
         **parameters: Any,
     ):
         system = resolve_system(system, parameters)
@@ -89,7 +89,7 @@ class DifferentiableVectorEnv(BatchEnv):
         return self._flow
 
     @flow.setter
-    def flow(self, flow: str | Flow) -> None:
+    def flow(self, flow: FlowName | Flow) -> None:
         chosen, steps = resolve(flow), self._episodes.max_episode_steps
         if isinstance(chosen, Combined):
             raise ValueError(

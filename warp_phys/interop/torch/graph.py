@@ -18,6 +18,7 @@ from warp_phys.interop.torch.memory import combine_remembering
 from warp_phys.interop.torch.optimiser import clip_gradients
 from warp_phys.interop.torch.report import Report
 from warp_phys.interop.torch.rollout import Rollout
+from warp_phys.programs.update_kernels import Clip
 from warp_phys.systems.losses import chosen_array, chosen_times
 
 WARM_UP = 2
@@ -48,7 +49,7 @@ class WholeUpdate:
         batch: int,
         when: Any,
         control_cost: float,
-        clip: str,
+        clip: Clip,
         clip_at: float,
         mean: torch.Tensor | None = None,
     ):

@@ -1,7 +1,7 @@
 """Rollouts of torch modules whose backward pass is a flow of one's choice, attached to autograd."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from warp_phys.core.arrays import as_structs, for_all_streams, shape_message
 from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import Adjoints, Controller, Retreat, Seeds, Trajectory, backward, flow_gates, forward
 from warp_phys.errors import check_choice, check_count
-from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refuse_memory, resolve
+from warp_phys.flow import Combined, Flow, FlowLike, FlowName, combine, linear_parts, parts_of, refuse_memory, resolve
 from warp_phys.interop.torch.combine import combined_changes, has_own_hooks, split
 from warp_phys.interop.torch.compiled import name_of_rollout
 from warp_phys.interop.torch.contract import Found, PassCheck, RowsCoupled, refuse_averaging
@@ -28,9 +28,9 @@ from warp_phys.interop.torch.loss import (
 from warp_phys.interop.torch.node import Sources, Unroll, freeze_diverged, owned, refuse_reentrant, without
 from warp_phys.interop.torch.ops import name_of
 from warp_phys.interop.torch.report import Report
-from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
+from warp_phys.rollout import BACKENDS, Backend, check_sizes, choose_backend
 from warp_phys.systems.base import Simulator, System
-from warp_phys.systems.losses import check_loss, chosen_times
+from warp_phys.systems.losses import When, check_loss, chosen_times
 
 DIRECT_PASSES = 8
 """Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
@@ -87,12 +87,12 @@ class Rollout:
         system: Simulator,
         controller: torch.nn.Module,
         steps: int,
-        flow: str | Flow | Combined = "combined",
+        flow: FlowLike = "combined",
         device: str | torch.device | None = None,
-        backend: str = "auto",
-        on_divergence: str = "raise",
+        backend: Backend = "auto",
+        on_divergence: Literal["raise", "mask"] = "raise",
         reduce: Callable[[torch.Tensor], Any] | None = None,
-        check: str = "auto",
+        check: Literal["auto", "always"] = "auto",
     ):
         if not isinstance(controller, torch.nn.Module):
             raise TypeError(f"controller must be a torch.nn.Module, got {type(controller).__name__}")
@@ -100,7 +100,7 @@ class Rollout:
         self._system, self._controller = system, controller
         self._steps = check_count("steps", steps)
         self.flow = flow
-        self.observe: Sequence[str | Flow] = ()
+        self.observe: Sequence[FlowName | Flow] = ()
         """Further flows that ride along in backward passes, for the report only."""
         self.report = Report()
         """Numbers of the last backward pass."""
@@ -161,7 +161,7 @@ class Rollout:
         return self._flow
 
     @flow.setter
-    def flow(self, flow: str | Flow | Combined) -> None:
+    def flow(self, flow: FlowLike) -> None:
         flow = resolve(flow)
         flow_gates(linear_parts(flow), self.steps)  # as above
         self._flow = flow
@@ -272,7 +272,7 @@ class Rollout:
     def value_and_grad(
         self,
         x0: Any,
-        when: str | Sequence[int] = "final",
+        when: When = "final",
         control_cost: float = 0.0,
         parameters: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
@@ -321,9 +321,7 @@ class Rollout:
             self.report = direct.leave()
         return loss
 
-    def direct_pass(
-        self, batch: int, when: str | Sequence[int], control_cost: float, given: Given | None = None
-    ) -> DirectPass | None:
+    def direct_pass(self, batch: int, when: When, control_cost: float, given: Given | None = None) -> DirectPass | None:
         """Return the memory of a pass, kept as long as nothing changes but numbers; None where it is not possible."""
         fingerprint = self._adapter.fingerprint() if self.device.type == "cpu" else None
         if fingerprint is None or (given is not None and not given.are_plain):
@@ -354,7 +352,7 @@ class Rollout:
         return found
 
     def _value_and_grad_by_graph(
-        self, x0: torch.Tensor, when: str | Sequence[int], control_cost: float, parameters: Mapping[str, Any] | None
+        self, x0: torch.Tensor, when: When, control_cost: float, parameters: Mapping[str, Any] | None
     ) -> torch.Tensor:
         """Do the same for any backend."""
         _clear_gradients(self.controller.parameters())

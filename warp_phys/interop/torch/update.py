@@ -30,9 +30,9 @@ from warp_phys.interop.torch.optimiser import (
 from warp_phys.interop.torch.report import Report
 from warp_phys.interop.torch.rollout import DIRECT_PASSES, Rollout
 from warp_phys.programs.rules import RULES
-from warp_phys.programs.update_kernels import CLIPPING
+from warp_phys.programs.update_kernels import CLIPPING, Clip
 from warp_phys.systems.base import System
-from warp_phys.systems.losses import check_loss
+from warp_phys.systems.losses import When, check_loss
 
 
 class Update:
@@ -82,9 +82,9 @@ class Update:
         self,
         rollout: Rollout,
         optimiser: torch.optim.Optimizer,
-        when: str | Sequence[int] = "final",
+        when: When = "final",
         control_cost: float = 0.0,
-        clip: str = "none",
+        clip: Clip = "none",
         clip_at: float = 1.0,
         graph: bool = False,
         parameters: Mapping[str, Any] | None = None,
