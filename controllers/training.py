@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from controllers import checkpoint as files
+from controllers.config import write_config
 from controllers.networks import make_network
 from controllers.ranks import Ranks
 from controllers.record import Record, plot_record, write_record
@@ -47,7 +48,7 @@ def train(
 ) -> Trained:
     """Train a controller; on the CPU the same settings give the same bits, stopped and resumed or in one go.
 
-    Files in `settings.out`: checkpoint.pt, record.csv and settings.json as it goes; controller.pt (the weights alone,
+    Files in `settings.out`: run.toml, checkpoint.pt and record.csv as it goes; controller.pt (the weights alone,
     for `load_state_dict`) and curves.png at its end. May be called from any thread.
 
     Args:
@@ -87,7 +88,7 @@ def train(
     if not loop.ranks.leads:
         folder, progress = None, None
     if folder:
-        files.save_json(folder / files.SETTINGS, asdict(settings))
+        write_config(folder / files.CONFIG, settings)
     try:
         finished = loop.run(asked, progress, folder)
     except Diverged as error:
