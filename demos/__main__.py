@@ -21,8 +21,8 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         name = sys.argv.pop(1)
         if name not in found:
-            sys.exit(f"python -m demos: error: the demo must be one of {', '.join(found)}, got {name!r}")
+            sys.exit(f"python -m {__package__}: error: the demo must be one of {', '.join(found)}, got {name!r}")
         runpy.run_module(f"{__package__}.{name}", run_name="__main__", alter_sys=True)
     width = max(map(len, found))
     for name, line in found.items():
-        print(f"python -m demos.{name:{width}}  {line}")
+        print(f"python -m {__package__}.{name:{width}}  {line}")

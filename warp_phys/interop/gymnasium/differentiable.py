@@ -3,18 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from gymnasium.vector import AutoresetMode
+from warp_phys.interop.extras import require
 
-from warp_phys.core.arrays import shape_message
-from warp_phys.flow import Combined, Flow, FlowName, resolve
-from warp_phys.interop.gymnasium.attached import Attached
-from warp_phys.interop.gymnasium.base import BatchEnv
-from warp_phys.interop.gymnasium.episodes import DIVERGENCE_REWARD, Task, check_options, resolve_system
-from warp_phys.interop.torch.dense import as_array
-from warp_phys.interop.torch.loss import pointwise_cost, refuse_second_derivative, torch_stream
-from warp_phys.systems import System
+require("torch", "torch")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from gymnasium.vector import AutoresetMode  # noqa: E402
+
+from warp_phys.core.arrays import shape_message  # noqa: E402
+from warp_phys.flow import Combined, Flow, FlowName, resolve  # noqa: E402
+from warp_phys.interop.gymnasium.attached import Attached  # noqa: E402
+from warp_phys.interop.gymnasium.base import BatchEnv  # noqa: E402
+from warp_phys.interop.gymnasium.episodes import DIVERGENCE_REWARD, Task, check_options, resolve_system  # noqa: E402
+from warp_phys.interop.torch.dense import as_array  # noqa: E402
+from warp_phys.interop.torch.loss import pointwise_cost, refuse_second_derivative, torch_stream  # noqa: E402
+from warp_phys.systems import System  # noqa: E402
 
 PHYSICS, CONTROLLER = 0, 1
 """Columns of a flow's gates."""
