@@ -9,7 +9,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-quick clean
+.PHONY: demo test lint dist bench bench-quick clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m demos.swingup
@@ -22,6 +22,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# An sdist, and from it a wheel; see tests/packaging.
+dist: $(VENV)/.installed
+	$(BIN)/python -m build --no-isolation
+
 # Against JAX and torch, see docs/benchmarks.md; flags: make bench BENCH="--system cartpole --batch 8".
 bench: $(VENV)/.bench-installed
 	$(BIN)/python -m tests.benchmarks $(BENCH)
@@ -33,7 +37,7 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	touch $@
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "warp_phys needs Python 3.11 or newer, got " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
@@ -41,4 +45,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) out build dist *.egg-info

@@ -4,7 +4,13 @@ python -m controllers --system cartpole --poles 4 --flow combined --epochs 1000 
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
+
+if find_spec("torch") is None:
+    from warp_phys.interop.extras import require
+
+    require("torch", "torch")  # it raises; where torch is there, Warp is not loaded yet
 
 if TYPE_CHECKING:
     from controllers.networks import MLP, GridCNN, Linear

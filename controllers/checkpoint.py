@@ -10,13 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-CHECKPOINT, CONTROLLER, RECORD, CURVES, SETTINGS = (
-    "checkpoint.pt",
-    "controller.pt",
-    "record.csv",
-    "curves.png",
-    "settings.json",
-)
+CHECKPOINT, CONTROLLER, RECORD, CURVES = "checkpoint.pt", "controller.pt", "record.csv", "curves.png"
+CONFIG = "run.toml"
 KEYS = {"settings", "weights", "optimiser", "records", "minibatch", "losses", "seconds"}
 ADDED = {"update"}
 """What checkpoints of earlier versions lack."""
@@ -85,7 +80,7 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: The folder holds a run and `overwrite` is false.
     """
-    found = [name for name in (CHECKPOINT, CONTROLLER, RECORD, CURVES, SETTINGS) if (folder / name).exists()]
+    found = [name for name in (CHECKPOINT, CONTROLLER, RECORD, CURVES, CONFIG) if (folder / name).exists()]
     if found and not overwrite:
         raise FileExistsError(
             f"out: {folder} already holds a run ({', '.join(found)}); "

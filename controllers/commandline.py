@@ -1,12 +1,9 @@
 """The command line program; its flags are the fields of `Training` and of the chosen system."""
 
-import ast
-import inspect
 import os
 import shlex
 import signal
 import sys
-import textwrap
 import threading
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
@@ -19,7 +16,8 @@ from typing import Any, Literal, NoReturn
 import torch
 import warp
 
-from controllers.checkpoint import CHECKPOINT, load_checkpoint
+from controllers.checkpoint import CHECKPOINT, CONFIG, load_checkpoint
+from controllers.config import field_help, read_config
 from controllers.progress import Progress
 from controllers.ranks import Ranks, launched_ranks
 from controllers.settings import Training
@@ -59,37 +57,54 @@ def parse(arguments: Sequence[str]) -> Command:
     """Read a command line; exits with status 2 and one line where it makes no sense."""
     options: dict[str, Any] = {"prog": "python -m controllers", "allow_abbrev": False}
     first = Parser(add_help=False, **options)
-    first.add_argument("--system", default=None)
-    first.add_argument("--out", default=Training.out)
+    for name in ("--system", "--out", "--config"):
+        first.add_argument(name)
     first.add_argument("--resume", action="store_true")
     glance = first.parse_known_args(arguments)[0]
     try:
-        saved = load_checkpoint(Path(glance.out))["settings"] if glance.resume else {}
-    except (OSError, ValueError) as error:
+        described = read_config(glance.config) if glance.config is not None else {}
+        out = described.get("out", Training.out) if glance.out is None else glance.out
+        saved = _saved(Path(out)) if glance.resume else {}
+    except (OSError, ValueError, TypeError) as error:
         first.error(str(error))
-    name = glance.system or saved.get("system", Training.system)
+    name = glance.system or described.get("system") or saved.get("system", Training.system)
     if name not in SYSTEMS:
         first.error(f"system must be one of {', '.join(SYSTEMS)}, got {name!r}")
     parser = Parser(description="Train a neural controller through an unrolled simulation.", **options)
     add_flags(parser.add_argument_group("training"), Training)
     own_flags = add_flags(parser.add_argument_group(f"parameters of {name}"), SYSTEMS[name], taken=FLAGS)
-    files = parser.add_argument_group("an earlier run in the same folder")
-    files.add_argument("--resume", action="store_true", help="Continue it; what is not given here stays as it was.")
-    files.add_argument("--overwrite", action="store_true", help="Replace it.")
+    files = parser.add_argument_group("files")
+    text = "Take what is not given here from a file, such as the run.toml of an earlier run."
+    files.add_argument("--config", metavar="FILE", help=text)
+    files.add_argument("--resume", action="store_true", help="Continue the run in out, as its run.toml describes it.")
+    files.add_argument("--overwrite", action="store_true", help="Replace the run in out.")
     given = vars(parser.parse_args(arguments))
-    resume, overwrite = given.pop("resume"), given.pop("overwrite")
+    resume, overwrite, _ = given.pop("resume"), given.pop("overwrite"), given.pop("config")
     if resume and overwrite:
         parser.error("resume and overwrite exclude each other")
-    parameters = {own: given.pop(flag) for flag, own in own_flags.items() if flag in given}
-    if saved and name == saved["system"]:
-        parameters = saved["parameters"] | parameters
+    given["parameters"] = {own: given.pop(flag) for flag, own in own_flags.items() if flag in given}
     try:
-        return Command(Training(**(saved | given | {"parameters": parameters})), resume, overwrite)
+        return Command(Training(**_merged(saved, described, given)), resume, overwrite)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
 
 
-FLAGS = frozenset(entry.name for entry in fields(Training)) | {"resume", "overwrite", "help"}
+def _saved(folder: Path) -> dict[str, Any]:
+    """The settings of the run in a folder: its file, which may have been edited, else its checkpoint's."""
+    saved = load_checkpoint(folder)["settings"]
+    return read_config(folder / CONFIG) if (folder / CONFIG).exists() else saved
+
+
+def _merged(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Settings of which each layer overrides those before; the parameters of another system count no more."""
+    merged: dict[str, Any] = {"system": Training.system, "parameters": {}}
+    for layer in layers:
+        parameters = merged["parameters"] if layer.get("system", merged["system"]) == merged["system"] else {}
+        merged |= layer | {"parameters": parameters | layer.get("parameters", {})}
+    return merged
+
+
+FLAGS = frozenset(entry.name for entry in fields(Training)) | {"config", "resume", "overwrite", "help"}
 
 
 def add_flags(group: Any, kind: type, taken: Container[str] = ()) -> dict[str, str]:
@@ -126,22 +141,6 @@ def flag_options(hint: Any) -> dict[str, Any] | None:
     # A parameter that may be an array or a number is a number here.
     plain = next((part for part in (hint, *parts) if part in (int, float, str)), None)
     return {"type": plain, "metavar": plain.__name__.upper()} if plain and origin not in (tuple, dict) else None
-
-
-def field_help(kind: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, inherited fields included.
-
-    >>> field_help(Training)["rate"]
-    'Learning rate of Adam.'
-    """
-    found: dict[str, str] = {}
-    for base in reversed([base for base in kind.__mro__ if "__dataclass_fields__" in base.__dict__]):
-        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
-        for entry, below in zip(body[:-1], body[1:], strict=True):
-            match entry, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    found[name] = " ".join(text.split())
-    return found
 
 
 @contextmanager
@@ -191,7 +190,7 @@ def run(command: Command, stop: threading.Event, received: list[int]) -> int:
         trained = train(
             settings, resume=command.resume, overwrite=command.overwrite, stop=stop, progress=progress, graph=True
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         say(f"python -m controllers: error: {error}")
         return 2
     except Diverged as error:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from controllers.checkpoint import atomic_write
+from warp_phys.interop.extras import require
 
 
 class Record(NamedTuple):
@@ -47,6 +48,7 @@ def read_record(path: str | Path) -> np.ndarray:
 
 def plot_record(path: str | Path, records: Sequence[Record], title: str = "") -> None:
     """Draw the curves of one training: losses, norm of the update, cosine between M and R."""
+    require("matplotlib", "plots")
     # Figures without pyplot: no window system is touched and any thread may draw. Imported late: it takes a second.
     from matplotlib.figure import Figure  # noqa: PLC0415
 

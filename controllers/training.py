@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from controllers import checkpoint as files
+from controllers.config import write_config
 from controllers.networks import make_network
 from controllers.ranks import Ranks
 from controllers.record import Record, plot_record, write_record
 from controllers.settings import Training, check_resume, derive_seeds
 from warp_phys import Diverged
-from warp_phys.flow import memory_in, resolve
+from warp_phys.flow import MODIFIED, REGULAR, memory_in, resolve
+from warp_phys.interop.extras import require
 from warp_phys.interop.torch import Report, Rollout, Update
 from warp_phys.interop.torch.optimiser import clip_gradients, gradients_of
 
@@ -46,7 +48,7 @@ def train(
 ) -> Trained:
     """Train a controller; on the CPU the same settings give the same bits, stopped and resumed or in one go.
 
-    Files in `settings.out`: checkpoint.pt, record.csv and settings.json as it goes; controller.pt (the weights alone,
+    Files in `settings.out`: run.toml, checkpoint.pt and record.csv as it goes; controller.pt (the weights alone,
     for `load_state_dict`) and curves.png at its end. May be called from any thread.
 
     Args:
@@ -64,11 +66,14 @@ def train(
         FileNotFoundError: There is nothing to resume.
         ValueError: The saved run had other settings.
         Diverged: A trajectory left the finite numbers; the last checkpoint, where there is one, is kept.
+        ImportError: The curves of a run with a folder need matplotlib.
 
     >>> trained = train(Training(epochs=2, train_states=8, test_states=8, steps=10, hidden=(8,), out=""))
     >>> [record.epoch for record in trained.records]
     [1, 2]
     """
+    if settings.out:
+        require("matplotlib", "plots")
     loop = Loop(settings, graph)
     folder = Path(settings.out) if settings.out else None
     if folder and resume:
@@ -83,7 +88,7 @@ def train(
     if not loop.ranks.leads:
         folder, progress = None, None
     if folder:
-        files.save_json(folder / files.SETTINGS, asdict(settings))
+        write_config(folder / files.CONFIG, settings)
     try:
         finished = loop.run(asked, progress, folder)
     except Diverged as error:
@@ -127,7 +132,7 @@ class Loop:
             self.system,
             self.controller,
             steps=settings.steps,
-            flow=settings.flow,
+            flow=resolve(settings.flow),
             device=settings.device,
             reduce=self.ranks.sum if self.ranks.world > 1 else None,
         )
@@ -174,7 +179,7 @@ class Loop:
         states = self.train_states[self.order()].unflatten(0, (-1, self.settings.batch))
         last = len(states) - 1
         # Both flows ride along in the sweep of one update per epoch, whatever the flow trained with.
-        for observe, end in (((), last), (("modified", "regular"), len(states))):
+        for observe, end in (((), last), ((MODIFIED, REGULAR), len(states))):
             self.rollout.observe = observe
             self.update(states[self.minibatch : end], lambda: self.ranks.any(stop(), self.device))
             if self.minibatch < end:

@@ -1,6 +1,8 @@
-"""`python -m demos` lists the demos with a line each."""
+"""`python -m demos` lists the demos with a line each; `python -m demos race` is `python -m demos.race`."""
 
 import ast
+import runpy
+import sys
 from pathlib import Path
 
 
@@ -16,6 +18,11 @@ def list_demos() -> dict[str, str]:
 
 if __name__ == "__main__":
     found = list_demos()
+    if len(sys.argv) > 1:
+        name = sys.argv.pop(1)
+        if name not in found:
+            sys.exit(f"python -m {__package__}: error: the demo must be one of {', '.join(found)}, got {name!r}")
+        runpy.run_module(f"{__package__}.{name}", run_name="__main__", alter_sys=True)
     width = max(map(len, found))
     for name, line in found.items():
-        print(f"python -m demos.{name:{width}}  {line}")
+        print(f"python -m {__package__}.{name:{width}}  {line}")

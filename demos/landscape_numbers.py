@@ -11,11 +11,11 @@ import torch
 from controllers.settings import check_setting
 from demos.outputs import PICTURES, check_file
 from warp_phys.diagnose import plane
-from warp_phys.diagnose.landscape import FlowLike, Landscape
-from warp_phys.flow import resolve
+from warp_phys.diagnose.landscape import Landscape
+from warp_phys.flow import FlowLike, FlowName, resolve
 from warp_phys.systems import Polynomial
 
-FLOWS = ("R", "M", "S", "C")
+FLOWS: tuple[FlowName, ...] = ("R", "M", "S", "C")
 SOLVED = 1e-4
 """Loss below which a path counts as arrived."""
 GRID_STARTS = 29

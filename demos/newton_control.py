@@ -9,7 +9,7 @@ Needs Newton, `pip install "warp_phys[newton]"`. Opens a window unless it is tol
 from demos.interrupt import end_on_interrupt
 
 if __name__ == "__main__":
-    end_on_interrupt()
+    end_on_interrupt("newton")
 
 import sys
 import time
@@ -85,7 +85,7 @@ class Curve(NamedTuple):
 def train(task: Task, system: Any, settings: Settings, flow: str) -> Curve:
     """Train a network with one flow; the loss is the mean cost of all states of a rollout."""
     network = MLP(system, hidden=(64, 64), init="zero-last", seed=settings.seed)
-    rollout = Rollout(system, network, settings.steps or task.steps, flow=flow)
+    rollout = Rollout(system, network, settings.steps or task.steps, flow=resolve(flow))
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.rate)
     test = task.start(system, np.random.default_rng([settings.seed, 0]))
     losses, seconds = [], []

@@ -37,6 +37,7 @@ from demos.experiments.plan import find_runs
 from demos.experiments.published import EXPERIMENTS
 from demos.outputs import check_folder
 from demos.weights import FOLDER, load_arrays, save_weights
+from warp_phys.flow import resolve
 from warp_phys.interop.torch import Rollout
 from warp_phys.systems import Quantum, System
 
@@ -226,7 +227,7 @@ def train_lasting(task: Lasting, flow: str, updates: int = 0, tell: Tell = quiet
     """
     controller = task.make()
     updates = updates or task.updates
-    rollout = Rollout(task.system, controller, steps=task.steps, flow=flow, on_divergence="mask")
+    rollout = Rollout(task.system, controller, steps=task.steps, flow=resolve(flow), on_divergence="mask")
     optimiser = torch.optim.Adam(controller.parameters(), lr=task.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, updates)
     generator = np.random.default_rng(0)

@@ -14,6 +14,7 @@ from warp_phys.diagnose.feedback import StepJacobians, retrace
 from warp_phys.flow import MODIFIED, REGULAR, STOPPED, combine, linear_parts, resolve
 from warp_phys.interop.torch import Rollout, jacobians, pointwise_cost
 from warp_phys.systems import CartPole, Quantum, System
+from warp_phys.systems.losses import When
 
 FLOWS = ("R", "M", "S", "C")
 PLAIN = (REGULAR, MODIFIED, STOPPED)
@@ -30,7 +31,7 @@ class Scenario:
     """What is steered."""
     steps: int
     """Horizon of the training."""
-    when: str
+    when: When
     """When the loss of the training counts; the feedback shown is that of the cost at the end of the horizon."""
     epochs: int
     """Epochs that the training has had."""

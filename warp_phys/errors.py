@@ -1,6 +1,9 @@
 """What the engine raises when a user's input or a simulation goes wrong."""
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+Choice = TypeVar("Choice", bound=str)
 
 
 class Diverged(RuntimeError):
@@ -43,8 +46,8 @@ def check_count(name: str, value: object, least: int = 1) -> int:
     return count
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+def check_choice(name: str, value: Choice, choices: Sequence[str]) -> Choice:
     """Return `value` if it is one of `choices`, else raise a ValueError that lists them."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return str(value)
+    return value

@@ -20,7 +20,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -378,9 +378,16 @@ NAMED: dict[str, Flow | Combined] = {
     "either": Combined(memory=0.9, either=True),
 }
 """The flows by name. Those of the publication are also known by their letters R, M, S, N and C."""
+FlowName = Literal[
+    "regular", "modified", "stopped", "controller", "combined", "geometric", "minmod", "averaged", "either",
+    "R", "M", "S", "N", "C",
+]  # fmt: skip
+"""These names and letters, for type checkers."""
+FlowLike = FlowName | Flow | Combined
+"""What stands for a flow wherever one is asked for; `resolve` makes a flow of any text."""
 
 
-def resolve(flow: "str | Flow | Combined") -> Flow | Combined:
+def resolve(flow: str | Flow | Combined) -> Flow | Combined:
     """Return the flow that a name, a letter or a flow stands for.
 
     Raises:

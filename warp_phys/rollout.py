@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import warp as wp
@@ -25,12 +25,13 @@ from warp_phys.engine.phases import (
     forward,
 )
 from warp_phys.errors import Diverged, check_choice, check_count
-from warp_phys.flow import COMBINED, Combined, Flow, linear_parts, refuse_memory, resolve
+from warp_phys.flow import COMBINED, Combined, Flow, FlowLike, linear_parts, refuse_memory, resolve
 from warp_phys.programs.rules import RULES
 from warp_phys.systems.base import Simulator, System
 from warp_phys.systems.extended import extended
 
-BACKENDS = ("auto", "fused", "general")
+Backend = Literal["auto", "fused", "general"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 class Rollout:
@@ -66,10 +67,10 @@ class Rollout:
         system: Simulator,
         controller: WarpController,
         steps: int,
-        flow: str | Flow | Combined = "combined",
-        on_divergence: str = "raise",
-        backend: str = "auto",
-        check: str = "auto",
+        flow: FlowLike = "combined",
+        on_divergence: Literal["raise", "ignore"] = "raise",
+        backend: Backend = "auto",
+        check: Literal["auto", "always"] = "auto",
         memory: int = 0,
         inputs: int = 0,
     ):
@@ -116,7 +117,7 @@ class Rollout:
         return self._flow
 
     @flow.setter
-    def flow(self, flow: str | Flow | Combined) -> None:
+    def flow(self, flow: FlowLike) -> None:
         flow = resolve(flow)
         refuse_memory(flow)
         if isinstance(flow, Combined) and flow.rule not in RULES:
@@ -455,7 +456,7 @@ def _check_controller(controller: Any) -> None:
         )
 
 
-def choose_backend(backend: str, system: Any, controller: Controller, cuda: bool) -> str:
+def choose_backend(backend: Backend, system: Any, controller: Controller, cuda: bool) -> Literal["fused", "general"]:
     """Return "fused" or "general".
 
     Raises:

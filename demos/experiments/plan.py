@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from controllers.checkpoint import CHECKPOINT, RECORD, SETTINGS, save_json
+from controllers.checkpoint import CHECKPOINT, CONFIG, RECORD, save_json
+from controllers.config import read_config
 from controllers.settings import Training, check_resume
 from demos.experiments.published import EXPERIMENTS
 from warp_phys.flow import NAMED
@@ -102,11 +103,11 @@ class Run:
 
     def check(self) -> None:
         """Raise ValueError where its folder holds a run with other settings, or something else."""
-        if not (self.folder / SETTINGS).exists():
+        if not (self.folder / CONFIG).exists():
             # a run that failed before it began has left word of that alone
             left = [name for name in (CHECKPOINT, RECORD) if (self.folder / name).exists()]
             if left:
-                raise ValueError(f"out: {self.folder} has {', '.join(left)} and no {SETTINGS}; delete or complete it")
+                raise ValueError(f"out: {self.folder} has {', '.join(left)} and no {CONFIG}; delete or complete it")
             return
         saved = read_settings(self.folder)
         try:
@@ -127,9 +128,9 @@ def read_settings(folder: Path) -> Training:
     Raises:
         ValueError: The file there is not one of ours.
     """
-    path = folder / SETTINGS
+    path = folder / CONFIG
     try:
-        return replace(Training(**(json.loads(path.read_text(encoding="utf-8")) | {"device": "cpu"})), out=str(folder))
+        return replace(Training(**(read_config(path) | {"device": "cpu"})), out=str(folder))
     except (ValueError, TypeError) as error:
         raise ValueError(f"out: {path} does not hold the settings of a run: {error}") from None
 
@@ -176,7 +177,7 @@ def find_runs(out: str | Path) -> list[Run]:
         ValueError: A run's settings cannot be read, or do not belong to its folder's name.
     """
     runs = []
-    for path in Path(out).glob(f"*/*/*/*/*/{SETTINGS}"):
+    for path in Path(out).glob(f"*/*/*/*/*/{CONFIG}"):
         if path.relative_to(out).parts[0] not in EXPERIMENTS:
             continue
         settings = read_settings(path.parent)

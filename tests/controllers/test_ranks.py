@@ -68,5 +68,5 @@ def test_two_ranks_record_what_one_does(folder):
         "controller.pt",
         "curves.png",
         "record.csv",
-        "settings.json",
+        "run.toml",
     }

@@ -1,7 +1,6 @@
 """Files of a run: nothing is lost, nothing is half written, other programs read them."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from small_training import same_bits, small, without_seconds
 
 from controllers import MLP, Training, train
 from controllers.checkpoint import atomic_write, load_checkpoint
+from controllers.config import read_config
 from controllers.record import Record, read_record, write_record
 
 
@@ -28,9 +28,9 @@ def test_a_run_leaves_its_files_and_nothing_else(run):
         "controller.pt",
         "curves.png",
         "record.csv",
-        "settings.json",
+        "run.toml",
     }
-    content = json.loads((folder / "settings.json").read_text())
+    content = read_config(folder / "run.toml")
     assert Training(**content) == settings
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 

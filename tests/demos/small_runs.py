@@ -1,10 +1,11 @@
 """Runs small enough for a test, and runs that were never trained."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 
-from controllers.checkpoint import RECORD, SETTINGS, save_json
+from controllers.checkpoint import CONFIG, RECORD
+from controllers.config import write_config
 from controllers.record import Record, write_record
 from demos.experiments.plan import DIVERGED, FINISHED, State, make_plan
 
@@ -28,7 +29,7 @@ def records(losses):
 def pretend(run, losses, word=FINISHED, reason=""):
     """Leave the files of a run that had these test losses."""
     write_record(run.folder / RECORD, records(losses))
-    save_json(run.folder / SETTINGS, asdict(run.settings))
+    write_config(run.folder / CONFIG, run.settings)
     if word:
         run.conclude(State(word, len(losses), reason))
 

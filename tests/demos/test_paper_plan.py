@@ -1,12 +1,9 @@
 """The published experiments: which runs there are, with which settings, and which choices make no sense."""
 
-import json
-from dataclasses import asdict
-
 import pytest
 from small_runs import SMALL, changed, pretend, small_plan
 
-from controllers.checkpoint import SETTINGS
+from controllers.checkpoint import CONFIG
 from demos import paper
 from demos.__main__ import list_demos
 from demos.experiments.plan import (
@@ -163,11 +160,11 @@ def test_unknown_experiments_are_refused():
 def test_a_folder_of_other_settings_is_refused(changes, message, tmp_path):
     first, second = small_plan(tmp_path)
     pretend(changed(first, **changes), [1.0, 0.9, 0.8])
-    before = (first.folder / SETTINGS).read_bytes()
+    before = (first.folder / CONFIG).read_bytes()
     with pytest.raises(ValueError) as error:
         check_plan(tmp_path, [first, second])
     assert message in str(error.value)
-    assert (first.folder / SETTINGS).read_bytes() == before
+    assert (first.folder / CONFIG).read_bytes() == before
 
 
 def test_runs_of_other_sizes_do_not_share_a_folder(tmp_path):
@@ -209,11 +206,11 @@ def test_files_that_are_not_ours_are_told(tmp_path):
     (run.folder / "outcome.json").write_text("{")
     with pytest.raises(ValueError, match=r"outcome\.json is not an outcome"):
         run.state()
-    (run.folder / SETTINGS).write_text(json.dumps(asdict(run.settings) | {"colour": 1}))
-    with pytest.raises(ValueError, match=r"settings\.json does not hold the settings of a run"):
+    (run.folder / CONFIG).write_text("colour = 1\n")
+    with pytest.raises(ValueError, match=r"run\.toml does not hold the settings of a run"):
         run.check()
-    (run.folder / SETTINGS).unlink()
-    with pytest.raises(ValueError, match=r"seed-0 has record\.csv and no settings\.json"):
+    (run.folder / CONFIG).unlink()
+    with pytest.raises(ValueError, match=r"seed-0 has record\.csv and no run\.toml"):
         run.check()
     (run.folder / "record.csv").unlink()
     run.conclude(State(FAILED, 0, "OSError: disk full"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 WIDTH = 120
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -52,6 +52,8 @@ def modules() -> list[str]:
     for package in ("warp_phys", "controllers", "demos"):
         found = pkgutil.walk_packages([str(ROOT / package)], package + ".")
         names += [package, *(module.name for module in found if not module.name.endswith("__main__"))]
+    # warp_phys.controllers and warp_phys.demos are other names of the same modules
+    names = [name for name in names if not re.match(r"warp_phys\.(controllers|demos)\b", name)]
     return [name for name in names if ">>> " in source(name)]
 
 

@@ -21,11 +21,9 @@ from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.diagnose import landscape_kernels, plane
 from warp_phys.engine.phases import flow_gates
 from warp_phys.errors import check_count
-from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refuse_memory, resolve
+from warp_phys.flow import Combined, Flow, FlowLike, combine, linear_parts, parts_of, refuse_memory, resolve
 from warp_phys.systems.losses import chosen_array
 from warp_phys.systems.polynomial import Polynomial
-
-FlowLike = str | Flow | Combined
 
 
 class Evaluation(NamedTuple):

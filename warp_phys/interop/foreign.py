@@ -10,7 +10,7 @@ import warp as wp
 from warp_phys.core.arrays import check_array, shape_message
 from warp_phys.core.gate import active_tape
 from warp_phys.errors import check_count
-from warp_phys.systems.losses import check_trajectory, chosen_times
+from warp_phys.systems.losses import When, check_trajectory, chosen_times
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +47,7 @@ class ForeignSystem(ABC):
         """Names of the control components: none are known."""
         return ()
 
-    def loss(
-        self, states: Any, controls: Any = None, when: str | Sequence[int] = "final", control_cost: float = 0.0
-    ) -> Any:
+    def loss(self, states: Any, controls: Any = None, when: When = "final", control_cost: float = 0.0) -> Any:
         """Return the mean pointwise cost over samples and the chosen times, plus a control cost.
 
         Args:

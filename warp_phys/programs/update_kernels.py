@@ -1,7 +1,7 @@
 """The kernel that ends an update on a CPU: loss, combination, clipping and a step of Adam."""
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import warp as wp
 
@@ -9,7 +9,8 @@ from warp_phys.core.rows import scalar_name
 from warp_phys.programs.native_kernels import module_options
 from warp_phys.programs.rules import combined_body
 
-CLIPPING = {"none": 0, "value": 1, "norm": 2}
+Clip = Literal["none", "value", "norm"]
+CLIPPING: dict[str, int] = {"none": 0, "value": 1, "norm": 2}
 """Kinds of clipping, as native/update.h numbers them."""
 
 TENSOR = 5

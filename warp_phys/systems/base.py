@@ -15,6 +15,7 @@ from warp_phys.core.arrays import as_structs, check_array, for_all_streams, nump
 from warp_phys.core.checks import range_of
 from warp_phys.core.rows import row_functions
 from warp_phys.systems import losses
+from warp_phys.systems.losses import When
 from warp_phys.systems.structure import structure_of
 
 Parameters = Mapping[str, Any]
@@ -147,15 +148,19 @@ class System(ABC):
             "(state, control=None), as in docs/extending.md"
         )
 
-    @functools.cached_property
+    @property
     def state_size(self) -> int:
         """Number D of state components."""
-        return len(self.states)
+        return self._sizes[0]
 
-    @functools.cached_property
+    @property
     def control_size(self) -> int:
         """Number K of control components."""
-        return len(self.controls)
+        return self._sizes[1]
+
+    @functools.cached_property
+    def _sizes(self) -> tuple[int, int]:
+        return len(self.states), len(self.controls)
 
     @functools.cached_property
     def input_size(self) -> int:
@@ -340,7 +345,7 @@ class System(ABC):
         self,
         states: Any,
         controls: Any = None,
-        when: str | Sequence[int] = "final",
+        when: When = "final",
         control_cost: float = 0.0,
         parameters: Parameters | None = None,
         inputs: Any = None,

@@ -6,7 +6,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import warp as wp
@@ -23,12 +23,15 @@ no framework."""
 EXTENDED: dict[str, Any] = {}
 """The system whose rows hold inputs beside states, see `extended`, which enters it."""
 
+When = Literal["final", "every"] | Sequence[int]
+"""Times at which the cost counts: the last, all but the first, or chosen steps."""
+
 
 def loss(
     system: Any,
     states: Any,
     controls: Any,
-    when: str | Sequence[int],
+    when: When,
     control_cost: float,
     parameters: Mapping[str, Any],
     inputs: Any = None,
@@ -106,7 +109,7 @@ def check_trajectory(system: Any, states: Any, controls: Any, control_cost: floa
         raise ValueError(shape_message("controls", expected, controls.shape, ", ".join(system.controls)))
 
 
-def check_loss(system: Any, when: str | Sequence[int], steps: int, control_cost: float) -> str | tuple[int, ...]:
+def check_loss(system: Any, when: When, steps: int, control_cost: float) -> Literal["final", "every"] | tuple[int, ...]:
     """Raise a TypeError or ValueError if a system has no loss, or its loss does not take these arguments.
 
     Returns:
@@ -122,7 +125,7 @@ def check_loss(system: Any, when: str | Sequence[int], steps: int, control_cost:
     return when if isinstance(when, str) else times
 
 
-def chosen_times(when: str | Sequence[int], steps: int) -> tuple[int, ...]:
+def chosen_times(when: When, steps: int) -> tuple[int, ...]:
     """Return the steps at which the cost counts.
 
     Raises:

@@ -9,6 +9,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from warp_phys.errors import check_choice
+from warp_phys.interop.extras import require
 from warp_phys.interop.gymnasium.episodes import Episodes, Task
 from warp_phys.systems import System
 
@@ -29,6 +30,7 @@ class Camera:
     def picture(self, state: np.ndarray, control: np.ndarray | None) -> np.ndarray:
         """Return one picture, shape (400, 400, 3), uint8."""
         if self._move is None:
+            require("matplotlib", "plots")
             from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415, only who renders needs it
             from matplotlib.figure import Figure  # noqa: PLC0415
 

@@ -3,18 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from gymnasium.vector import AutoresetMode
+from warp_phys.interop.extras import require
 
-from warp_phys.core.arrays import shape_message
-from warp_phys.flow import Combined, Flow, resolve
-from warp_phys.interop.gymnasium.attached import Attached
-from warp_phys.interop.gymnasium.base import BatchEnv
-from warp_phys.interop.gymnasium.episodes import DIVERGENCE_REWARD, Task, check_options, resolve_system
-from warp_phys.interop.torch.dense import as_array
-from warp_phys.interop.torch.loss import pointwise_cost, refuse_second_derivative, torch_stream
-from warp_phys.systems import System
+require("torch", "torch")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from gymnasium.vector import AutoresetMode  # noqa: E402
+
+from warp_phys.core.arrays import shape_message  # noqa: E402
+from warp_phys.flow import Combined, Flow, FlowName, resolve  # noqa: E402
+from warp_phys.interop.gymnasium.attached import Attached  # noqa: E402
+from warp_phys.interop.gymnasium.base import BatchEnv  # noqa: E402
+from warp_phys.interop.gymnasium.episodes import DIVERGENCE_REWARD, Task, check_options, resolve_system  # noqa: E402
+from warp_phys.interop.torch.dense import as_array  # noqa: E402
+from warp_phys.interop.torch.loss import pointwise_cost, refuse_second_derivative, torch_stream  # noqa: E402
+from warp_phys.systems import System  # noqa: E402
 
 PHYSICS, CONTROLLER = 0, 1
 """Columns of a flow's gates."""
@@ -71,7 +75,7 @@ class DifferentiableVectorEnv(BatchEnv):
         dtype: Any = "float32",
         device: Any = "cpu",
         render_mode: str | None = None,
-        flow: str | Flow = "regular",
+        flow: FlowName | Flow = "regular",
         **parameters: Any,
     ):
         system = resolve_system(system, parameters)
@@ -89,7 +93,7 @@ class DifferentiableVectorEnv(BatchEnv):
         return self._flow
 
     @flow.setter
-    def flow(self, flow: str | Flow) -> None:
+    def flow(self, flow: FlowName | Flow) -> None:
         chosen, steps = resolve(flow), self._episodes.max_episode_steps
         if isinstance(chosen, Combined):
             raise ValueError(

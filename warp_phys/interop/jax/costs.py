@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from warp_phys.core.checks import check_given
 from warp_phys.interop.jax import calls
 from warp_phys.interop.jax.arrays import key_of, real_of, rows_of_parameters
-from warp_phys.systems.losses import COSTS
+from warp_phys.systems.losses import COSTS, When
 
 
 def loss(
     system: Any,
     states: Any,
     controls: Any = None,
-    when: str | Sequence[int] = "final",
+    when: When = "final",
     control_cost: float = 0.0,
     parameters: Mapping[str, Any] | None = None,
 ) -> jax.Array:

@@ -13,7 +13,7 @@ from warp_phys.core.arrays import shape_message
 from warp_phys.core.checks import check_instance
 from warp_phys.engine.phases import flow_gates
 from warp_phys.errors import Diverged, check_choice, check_count
-from warp_phys.flow import Combined, Flow, combine, linear_parts, refuse_memory, resolve
+from warp_phys.flow import Combined, Flow, FlowLike, combine, linear_parts, refuse_memory, resolve
 from warp_phys.interop.jax import calls
 from warp_phys.interop.jax.arrays import (
     check_rows,
@@ -27,7 +27,7 @@ from warp_phys.interop.jax.mlp import MLP
 from warp_phys.interop.jax.program import Fused, read_and_check
 from warp_phys.interop.jax.stepping import check_function, step_pull, step_rows
 from warp_phys.interop.jax.trace import Program, trace
-from warp_phys.rollout import BACKENDS, check_sizes
+from warp_phys.rollout import BACKENDS, Backend, check_sizes
 from warp_phys.systems.base import Simulator, System
 
 
@@ -37,9 +37,9 @@ def rollout(
     params: Any,
     x0: Any,
     steps: int,
-    flow: str | Flow | Combined = "combined",
+    flow: FlowLike = "combined",
     parameters: Mapping[str, Any] | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Return states (steps + 1, batch, D) and controls (steps, batch, K) of x_{n+1} = S(x_n, N(params, x_n)).
 
@@ -115,7 +115,7 @@ def trajectory(
     system: System,
     x0: Any,
     controls: Any,
-    flow: str | Flow | Combined = "regular",
+    flow: FlowLike = "regular",
     parameters: Mapping[str, Any] | None = None,
 ) -> jax.Array:
     """Return the states (steps + 1, batch, D) under given controls: an open loop, in one call of the engine.

@@ -1,13 +1,17 @@
 """The bridge to torch: rollouts whose backward pass is a flow of one's choice, updates, steps and diagnoses."""
 
-from warp_phys.interop.torch.diagnosis import diagnose, jacobians, rotation
-from warp_phys.interop.torch.loss import pointwise_cost
-from warp_phys.interop.torch.open_loop import trajectory
-from warp_phys.interop.torch.ops import Step
-from warp_phys.interop.torch.report import Report
-from warp_phys.interop.torch.rollout import Rollout
-from warp_phys.interop.torch.system import TorchSystem
-from warp_phys.interop.torch.update import Update
+from warp_phys.interop.extras import require
+
+require("torch", "torch")
+
+from warp_phys.interop.torch.diagnosis import diagnose, jacobians, rotation  # noqa: E402
+from warp_phys.interop.torch.loss import pointwise_cost  # noqa: E402
+from warp_phys.interop.torch.open_loop import trajectory  # noqa: E402
+from warp_phys.interop.torch.ops import Step  # noqa: E402
+from warp_phys.interop.torch.report import Report  # noqa: E402
+from warp_phys.interop.torch.rollout import Rollout  # noqa: E402
+from warp_phys.interop.torch.system import TorchSystem  # noqa: E402
+from warp_phys.interop.torch.update import Update  # noqa: E402
 
 __all__ = [
     "Report",

@@ -21,6 +21,8 @@ from warp_phys.flow import (
     REGULAR,
     Combined,
     Flow,
+    FlowLike,
+    FlowName,
     agreement,
     combine,
     cosine,
@@ -35,20 +37,20 @@ from warp_phys.interop.torch.contract import PassCheck
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.loss import rows_of_parameters, torch_stream
 from warp_phys.systems.base import System
+from warp_phys.systems.losses import When
 
 if TYPE_CHECKING:
     from warp_phys.interop.torch.rollout import Rollout
 
-FlowLike = str | Flow | Combined
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-PUBLISHED = ("regular", "modified", "stopped", "combined")
+PUBLISHED: tuple[FlowName, ...] = ("regular", "modified", "stopped", "combined")
 
 
 def diagnose(
     rollout: Rollout,
     x0: Any,
     flows: FlowLike | Sequence[FlowLike] = PUBLISHED,
-    when: str | Sequence[int] = "final",
+    when: When = "final",
     control_cost: float = 0.0,
     loss: Loss | None = None,
     parameters: Mapping[str, Any] | None = None,
@@ -110,7 +112,7 @@ def rotation(
     rollout: Rollout,
     x0: Any,
     flows: FlowLike | Sequence[FlowLike] = PUBLISHED,
-    when: str | Sequence[int] = "final",
+    when: When = "final",
     control_cost: float = 0.0,
     loss: Loss | None = None,
     parameters: Mapping[str, Any] | None = None,

@@ -19,6 +19,7 @@ from warp_phys.interop.torch.optimiser import clip_gradients
 from warp_phys.interop.torch.report import Report
 from warp_phys.interop.torch.rollout import Rollout
 from warp_phys.interop.torch.rows import NOTHING, Beside, fill
+from warp_phys.programs.update_kernels import Clip
 from warp_phys.systems.losses import chosen_array, chosen_times, weights
 
 WARM_UP = 2
@@ -50,7 +51,7 @@ class WholeUpdate:
         batch: int,
         when: Any,
         control_cost: float,
-        clip: str,
+        clip: Clip,
         clip_at: float,
         mean: torch.Tensor | None = None,
         beside: Beside = NOTHING,

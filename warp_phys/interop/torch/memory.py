@@ -1,6 +1,6 @@
 """The running average of an update that a flow with a memory consults."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from warp_phys.flow import Combined, Flow, linear_parts
 from warp_phys.interop.torch.combine import has_own_hooks, size_of, split
 from warp_phys.interop.torch.rollout import Rollout
 from warp_phys.interop.torch.rows import NOTHING, Beside
+from warp_phys.systems.losses import When
 
 
 class Memory:
@@ -105,7 +106,7 @@ def value_and_grad(
     rollout: Rollout,
     mean: torch.Tensor | None,
     x0: torch.Tensor,
-    when: str | Sequence[int],
+    when: When,
     control_cost: float,
     parameters: Mapping[str, Any] | None = None,
     beside: Beside = NOTHING,

@@ -13,7 +13,7 @@ from warp_phys.flow import Combined, Flow, memory_in
 from warp_phys.interop.torch.combine import places_of, size_of
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.direct import DirectPass
-from warp_phys.programs.update_kernels import CLIPPING, GROUP, TENSOR, finish_kernel
+from warp_phys.programs.update_kernels import CLIPPING, GROUP, TENSOR, Clip, finish_kernel
 
 
 def gradients_of(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -21,7 +21,7 @@ def gradients_of(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def clip_gradients(gradients: Sequence[torch.Tensor], clip: str, limit: float) -> None:
+def clip_gradients(gradients: Sequence[torch.Tensor], clip: Clip, limit: float) -> None:
     """Clip in place: "value" each component to [−limit, limit], "norm" the norm of all together to at most limit."""
     if clip == "value":
         for gradient in gradients:

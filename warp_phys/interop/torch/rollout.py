@@ -1,7 +1,7 @@
 """Rollouts of torch modules whose backward pass is a flow of one's choice, attached to autograd."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from warp_phys.engine.phases import (
     forward,
 )
 from warp_phys.errors import check_choice, check_count
-from warp_phys.flow import Combined, Flow, combine, linear_parts, parts_of, refuse_memory, resolve
+from warp_phys.flow import Combined, Flow, FlowLike, FlowName, combine, linear_parts, parts_of, refuse_memory, resolve
 from warp_phys.interop.torch.combine import combined_changes, has_own_hooks, size_of, split
 from warp_phys.interop.torch.compiled import name_of_rollout
 from warp_phys.interop.torch.contract import Found, PassCheck, RowsCoupled, refuse_averaging
@@ -49,10 +49,10 @@ from warp_phys.interop.torch.rows import (
     first_row,
     takes_inputs,
 )
-from warp_phys.rollout import BACKENDS, check_sizes, choose_backend
+from warp_phys.rollout import BACKENDS, Backend, check_sizes, choose_backend
 from warp_phys.systems.base import Simulator, System
 from warp_phys.systems.extended import extended
-from warp_phys.systems.losses import check_loss, chosen_times
+from warp_phys.systems.losses import When, check_loss, chosen_times
 
 DIRECT_PASSES = 8
 """Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
@@ -112,12 +112,12 @@ class Rollout:
         system: Simulator,
         controller: torch.nn.Module,
         steps: int,
-        flow: str | Flow | Combined = "combined",
+        flow: FlowLike = "combined",
         device: str | torch.device | None = None,
-        backend: str = "auto",
-        on_divergence: str = "raise",
+        backend: Backend = "auto",
+        on_divergence: Literal["raise", "mask"] = "raise",
         reduce: Callable[[torch.Tensor], Any] | None = None,
-        check: str = "auto",
+        check: Literal["auto", "always"] = "auto",
         memory: int = 0,
         inputs: int | None = None,
     ):
@@ -127,7 +127,7 @@ class Rollout:
         self._system, self._controller = system, controller
         self._steps = check_count("steps", steps)
         self.flow = flow
-        self.observe: Sequence[str | Flow] = ()
+        self.observe: Sequence[FlowName | Flow] = ()
         """Further flows that ride along in backward passes, for the report only."""
         self.report = Report()
         """Numbers of the last backward pass."""
@@ -228,7 +228,7 @@ class Rollout:
         return self._flow
 
     @flow.setter
-    def flow(self, flow: str | Flow | Combined) -> None:
+    def flow(self, flow: FlowLike) -> None:
         flow = resolve(flow)
         check_gates(linear_parts(flow), self.steps)
         self._flow = flow
@@ -394,7 +394,7 @@ class Rollout:
     def value_and_grad(
         self,
         x0: Any,
-        when: str | Sequence[int] = "final",
+        when: When = "final",
         control_cost: float = 0.0,
         parameters: Mapping[str, Any] | None = None,
         inputs: Any = None,
@@ -461,7 +461,7 @@ class Rollout:
         return loss
 
     def direct_pass(
-        self, flow: Flow | Combined, batch: int, when: Any, control_cost: float, given: Given | None = None
+        self, flow: Flow | Combined, batch: int, when: When, control_cost: float, given: Given | None = None
     ) -> DirectPass | None:
         """Return the memory of a pass, kept as long as nothing changes but numbers; None where it is not possible."""
         fingerprint = self._adapter.fingerprint() if self.device.type == "cpu" else None
@@ -496,7 +496,7 @@ class Rollout:
         self,
         flow: Flow | Combined,
         x0: torch.Tensor,
-        when: str | Sequence[int],
+        when: When,
         control_cost: float,
         parameters: Mapping[str, Any] | None,
         beside: Beside = NOTHING,

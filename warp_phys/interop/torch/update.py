@@ -32,9 +32,9 @@ from warp_phys.interop.torch.report import Report
 from warp_phys.interop.torch.rollout import DIRECT_PASSES, Rollout
 from warp_phys.interop.torch.rows import Beside
 from warp_phys.programs.rules import RULES
-from warp_phys.programs.update_kernels import CLIPPING
+from warp_phys.programs.update_kernels import CLIPPING, Clip
 from warp_phys.systems.base import System
-from warp_phys.systems.losses import check_loss
+from warp_phys.systems.losses import When, check_loss
 
 Start = tuple[torch.Tensor, Beside]
 """Initial states, inputs and memory."""
@@ -87,9 +87,9 @@ class Update:
         self,
         rollout: Rollout,
         optimiser: torch.optim.Optimizer,
-        when: str | Sequence[int] = "final",
+        when: When = "final",
         control_cost: float = 0.0,
-        clip: str = "none",
+        clip: Clip = "none",
         clip_at: float = 1.0,
         graph: bool = False,
         parameters: Mapping[str, Any] | None = None,
