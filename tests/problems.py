@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import warp as wp
 
 from tests.toy import TwoControls
-from warp_phys import CartPole, Polynomial, Quantum, Repulsion
+from warp_phys import CartPole, Hopper, LinearQuadratic, Pendulum, Polynomial, Quadrotor, Quantum, Repulsion
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class Problem:
         return self.kick * np.random.default_rng(seed + 2).standard_normal(shape)
 
 
+LINEAR = LinearQuadratic(
+    A=((0.1, 1.0, 0.0), (0.0, 0.2, 1.0), (0.3, 0.0, -0.4)),
+    B=((0.0, 0.3), (1.0, 0.0), (0.0, 0.7)),
+    Q=((2.0, 0.1, 0.0), (0.1, 1.0, 0.0), (0.0, 0.0, 0.5)),
+    R=((0.6, 0.1), (0.1, 0.4)),
+)
+"""Three states of which one runs away, two controls."""
+
 # 17 and 20 poles, 20 evaders, 40 points: Warp no longer unrolls the loops over them
 PROBLEMS = [
     Problem(CartPole(poles=1)),
@@ -52,4 +61,16 @@ PROBLEMS = [
     Problem(Quantum(points=40, target=4)),
     Problem(Polynomial()),
     Problem(Polynomial(dt=0.3, start=0.5, target=-1.0)),
+    Problem(Pendulum(integrator="semi-implicit")),
+    Problem(Quadrotor(wind_x=0.5, wind_z=-0.3, target_x=0.2, target_z=0.4)),
+    Problem(Hopper(stiffness=200.0, softness=0.1, slip_speed=1.0)),
+    Problem(LINEAR),
 ]
+
+
+def open_loop(system: Any, x0: np.ndarray, controls: np.ndarray, device: Any) -> np.ndarray:
+    """Return the states of a trajectory under given controls (steps, batch, K) in float64, (steps + 1, batch, D)."""
+    states = wp.zeros((len(controls) + 1, *x0.shape), dtype=wp.float64, device=device)
+    states[0].assign(x0)
+    system.trajectory(states, wp.array(controls, dtype=wp.float64, device=device))
+    return states.numpy()

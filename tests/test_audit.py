@@ -5,9 +5,26 @@ import pytest
 import warp as wp
 
 from tests.toy import TwoControls
-from warp_phys import CartPole, Polynomial, Quantum, Repulsion, audit
+from warp_phys import (
+    CartPole,
+    Hopper,
+    Pendulum,
+    Polynomial,
+    Quadrotor,
+    Quantum,
+    Repulsion,
+    audit,
+)
 
-SYSTEMS = [CartPole(poles=2), Repulsion(drivers=1, evaders=2), Quantum(points=8), Polynomial()]
+SYSTEMS = [
+    CartPole(poles=2),
+    Repulsion(drivers=1, evaders=2),
+    Quantum(points=8),
+    Polynomial(),
+    Pendulum(),
+    Quadrotor(),
+    Hopper(),
+]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

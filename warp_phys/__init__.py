@@ -6,7 +6,19 @@ from warp_phys.engine.layers import Dense
 from warp_phys.errors import Diverged
 from warp_phys.flow import COMBINED, CONTROLLER, MODIFIED, REGULAR, STOPPED, Combined, Flow, agree, geometric, minmod
 from warp_phys.rollout import Rollout
-from warp_phys.systems import SYSTEMS, CartPole, Polynomial, Quantum, Repulsion, Simulator, System
+from warp_phys.systems import (
+    SYSTEMS,
+    CartPole,
+    Hopper,
+    LinearQuadratic,
+    Pendulum,
+    Polynomial,
+    Quadrotor,
+    Quantum,
+    Repulsion,
+    Simulator,
+    System,
+)
 
 __version__ = "0.1.0"
 
@@ -22,7 +34,11 @@ __all__ = [
     "Dense",
     "Diverged",
     "Flow",
+    "Hopper",
+    "LinearQuadratic",
+    "Pendulum",
     "Polynomial",
+    "Quadrotor",
     "Quantum",
     "Repulsion",
     "Rollout",

@@ -22,7 +22,7 @@ from warp_phys.interop.gymnasium import TASKS, SystemEnv, SystemVectorEnv
 from warp_phys.interop.gymnasium.differentiable import DifferentiableVectorEnv
 
 MODES = list(AutoresetMode)
-SMALL = {"warp_phys/Quantum-v0": {"points": 4}}
+SMALL = {"warp_phys/Quantum-v0": {"points": 4}, "warp_phys/Pendulum-v0": {"links": 1, "integrator": "semi-implicit"}}
 """Fields with which a system compiles fast."""
 
 each_task = pytest.mark.parametrize("name", TASKS)

@@ -49,7 +49,8 @@ def test_parameter_adjoint(problem, device):
     x, c, l = problem.states(), problem.controls(), _weights(problem)
     adj_p = _vjp(problem, device)[2]
     for i, name in enumerate(problem.system.parameter_names):
-        value, h = getattr(problem.system, name), 1e-5
+        value = getattr(problem.system, name)
+        h = 1e-5 * (abs(value) or 1.0)
         fd = np.zeros(problem.batch)
         for sign in (1, -1):
             p = problem.system.parameter_array({name: value + sign * h}, device, np.float64)

@@ -2,18 +2,9 @@
 
 import numpy as np
 import pytest
-import warp as wp
 
+from tests.problems import open_loop
 from warp_phys import CartPole
-
-
-def _run(system, x0, controls, device):
-    """Return the states of an open-loop trajectory in float64, shape (steps + 1, batch, D)."""
-    controls = wp.array(controls, dtype=wp.float64, device=device)
-    states = wp.zeros((len(controls) + 1, *x0.shape), dtype=wp.float64, device=device)
-    states[0].assign(x0)
-    system.trajectory(states, controls)
-    return states.numpy()
 
 
 def _energy(system, x):
@@ -24,27 +15,12 @@ def _energy(system, x):
     return kinetic + m * system.gravity * l * np.cos(angle)
 
 
-@pytest.mark.parametrize(("integrator", "order"), [("euler", 1), ("semi-implicit", 1), ("rk4", 4)])
-def test_order_of_convergence(integrator, order, device):
-    x0 = CartPole(poles=2).sample(4, seed=1, dtype=np.float64)
-    controls = np.full((1, 4, 1), 2.0)
-
-    def end(integrator, steps):
-        system = CartPole(poles=2, dt=0.5 / steps, integrator=integrator)
-        return _run(system, x0, np.repeat(controls, steps, 0), device)[-1]
-
-    exact = end("rk4", 4096)
-    counts = np.array([64, 128, 256]) if order == 1 else np.array([16, 32, 64])
-    errors = [np.abs(end(integrator, n) - exact).max() for n in counts]
-    assert -np.polyfit(np.log(counts), np.log(errors), 1)[0] == pytest.approx(order, abs=0.25)
-
-
 def test_energy_without_force(device):
     x0 = CartPole().sample(4, seed=2, dtype=np.float64)
     drift = {}
     for integrator in ("rk4", "semi-implicit"):
         system = CartPole(dt=0.002, integrator=integrator)
-        energy = _energy(system, _run(system, x0, np.zeros((2000, 4, 1)), device))
+        energy = _energy(system, open_loop(system, x0, np.zeros((2000, 4, 1)), device))
         drift[integrator] = np.abs(energy - energy[0]).max()
     assert drift["rk4"] < 1e-11  # measured 7e-13 J
     assert 1e-6 < drift["semi-implicit"] < 5e-3  # first order; measured 3e-4 J
@@ -52,7 +28,7 @@ def test_energy_without_force(device):
 
 def test_hanging_at_rest_stays(device):
     x0 = np.array([[0.3, 0.0, np.pi, 0.0, np.pi, 0.0]])
-    states = _run(CartPole(poles=2), x0, np.zeros((100, 1, 1)), device)
+    states = open_loop(CartPole(poles=2), x0, np.zeros((100, 1, 1)), device)
     np.testing.assert_allclose(states, np.broadcast_to(x0, states.shape), atol=1e-14)
 
 
@@ -61,7 +37,7 @@ def test_poles_do_not_feel_their_order(device):
     x0 = system.sample(2, dtype=np.float64)
     swapped = x0[:, [0, 1, 6, 7, 4, 5, 2, 3]]
     controls = np.random.default_rng(0).standard_normal((50, 2, 1))
-    a, b = _run(system, x0, controls, device), _run(system, swapped, controls, device)
+    a, b = open_loop(system, x0, controls, device), open_loop(system, swapped, controls, device)
     np.testing.assert_allclose(a[:, :, [0, 1, 6, 7, 4, 5, 2, 3]], b, rtol=1e-9, atol=1e-12)
 
 

@@ -39,6 +39,8 @@ def _functions(system, real):
     types = system.types(real)
     State, Control, Parameters = types.State, types.Control, types.Parameters
     Pair = wp.types.vector(length=2, dtype=real)
+    half, pair = real(0.5), Pair(0.3, -0.7)
+    square = wp.types.matrix(shape=(2, 2), dtype=real)(1.0, 0.5, -0.25, 2.0)
 
     @wp.func
     def tan(x: State, c: Control, p: Parameters):
@@ -104,6 +106,14 @@ def _functions(system, real):
         return total
 
     @wp.func
+    def constants(x: State, c: Control, p: Parameters):
+        total = half * x[0]
+        for i in range(2):
+            for j in range(2):
+                total += square[i, j] * x[i] * x[j] * pair[i]
+        return total + wp.dot(pair, Pair(x[1], x[2]))
+
+    @wp.func
     def branch(x: State, c: Control, p: Parameters):
         y = x[0]
         if x[0] > x[1]:
@@ -124,7 +134,8 @@ def _functions(system, real):
 
     ways = {
         "tan": tan, "exp": exp, "log": log, "sqrt": sqrt, "tanh": tanh, "extremes": extremes, "where": where,
-        "vectors": vectors, "copy": copy, "calls": calls, "branch": branch, "surrogate": surrogate,
+        "vectors": vectors, "copy": copy, "calls": calls, "constants": constants, "branch": branch,
+        "surrogate": surrogate,
     }  # fmt: skip
     chosen = ways[system.way]
 
@@ -140,7 +151,7 @@ def _functions(system, real):
     return SystemFunctions(integrate(rate, types, "euler"), cost)
 
 
-WAYS = ["tan", "exp", "log", "sqrt", "tanh", "extremes", "where", "vectors", "calls"]
+WAYS = ["tan", "exp", "log", "sqrt", "tanh", "extremes", "where", "vectors", "calls", "constants"]
 
 
 @pytest.mark.parametrize("system", [*(Every(way=way) for way in WAYS), Coupled()], ids=[*WAYS, "solve"])

@@ -369,14 +369,27 @@ def _symbol(value: Any, graph: Graph, real: type) -> Any:
         return _Warp(graph, real)
     if isinstance(value, wp.Function):
         return _FUNCTIONS[value.key] if value.is_builtin() else traced(value, graph, real)
-    if isinstance(value, type) and getattr(value, "_wp_scalar_type_", None) is real:
-        length, *more = value._shape_  # type: ignore[attr-defined]
-        if more:
-            return lambda: Matrix([[graph.number(0.0)] * more[0]] * length)
-        return lambda *values: _vector(graph, length, values)
+    if real in (type(value), getattr(value, "_wp_scalar_type_", None)):
+        return _constructor(value, graph) if isinstance(value, type) else _constant(value)
     if callable(value):
         raise Untraceable(f"{value} has no symbol")
     return value
+
+
+def _constructor(kind: Any, graph: Graph) -> Callable[..., Any]:
+    """Return what makes vectors or matrices of one type."""
+    length, *more = kind._shape_
+    if more:
+        return lambda: Matrix([[graph.number(0.0)] * more[0]] * length)
+    return lambda *values: _vector(graph, length, values)
+
+
+def _constant(value: Any) -> Any:
+    """Return a number, a vector or a matrix of Warp as plain numbers."""
+    length, *more = getattr(value, "_shape_", (0,))
+    if more:
+        return Matrix([[float(value[i, j]) for j in range(more[0])] for i in range(length)])
+    return Row([float(value[i]) for i in range(length)]) if length else float(value)
 
 
 def _vector(graph: Graph, length: int, values: Sequence[Any]) -> Row:

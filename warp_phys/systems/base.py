@@ -218,16 +218,23 @@ class System(ABC):
         """Copy and pickle the fields alone: what is derived from them is found again."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def check_numbers(self) -> None:
-        """Raise a TypeError or ValueError if a physical parameter is not a finite number, or dt not positive."""
+    def check_numbers(self, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
+        """Raise a TypeError or ValueError if a physical parameter is not a finite number, or dt not positive.
+
+        Args:
+            positive: Names of others that must be positive.
+            not_negative: Names of those that must not be negative.
+        """
         for name in self.parameter_names:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
                 raise TypeError(
                     f"{name} must be a number, got {value!r}; numbers per sample go to parameter_array, or to a rollout"
                 )
-            if not math.isfinite(value) or (range_of(name) == "positive" and value <= 0.0):
-                raise ValueError(f"{name} must be {range_of(name)}, got {value}")
+            wanted = "positive" if name in positive else "not negative" if name in not_negative else range_of(name)
+            outside = {"positive": value <= 0.0, "not negative": value < 0.0}.get(wanted, False)
+            if not math.isfinite(value) or outside:
+                raise ValueError(f"{name} must be {wanted}, got {value}")
             object.__setattr__(self, name, float(value))
 
     def types(self, real: type) -> SystemTypes:

@@ -1,7 +1,7 @@
 """Systems as Gymnasium environments: one at a time, or many in one launch.
 
-Importing this package registers `warp_phys/CartPole-v0`, `warp_phys/Repulsion-v0`, `warp_phys/Quantum-v0` and
-`warp_phys/Polynomial-v0` for `gymnasium.make` and `gymnasium.make_vec`.
+Importing this package registers the names of `TASKS`, `warp_phys/CartPole-v0` and others, for `gymnasium.make` and
+`gymnasium.make_vec`.
 """
 
 from warp_phys.interop.extras import require

@@ -235,8 +235,12 @@ TASKS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "warp_phys/Repulsion-v0": ("repulsion", 60, {"action_scale": 1.0}),
     "warp_phys/Quantum-v0": ("quantum", 128, {"action_scale": 10.0}),
     "warp_phys/Polynomial-v0": ("polynomial", 4, {}),
+    "warp_phys/Pendulum-v0": ("pendulum", 200, {"action_scale": 30.0}),
+    "warp_phys/Quadrotor-v0": ("quadrotor", 100, {"action_scale": 2.0}),
+    "warp_phys/Hopper-v0": ("hopper", 200, {"action_scale": 2.0}),
+    "warp_phys/LinearQuadratic-v0": ("linear_quadratic", 100, {}),
 }
-"""What is registered: the system, the horizon of its publication, and other settings than the defaults."""
+"""What is registered: the system, a horizon (that of its publication, where there is one), other settings."""
 
 
 def register() -> None:

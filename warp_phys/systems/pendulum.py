@@ -1,0 +1,207 @@
+"""A chain of links on a cart: coupled and chaotic, by its mass matrix."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import warp as wp
+
+from warp_phys.core.arrays import numpy_type, real_type
+from warp_phys.errors import check_choice, check_count
+from warp_phys.systems.base import System, SystemFunctions
+from warp_phys.systems.integrators import INTEGRATORS, integrate
+from warp_phys.systems.solve import LARGEST, solve
+
+
+@dataclass(frozen=True)
+class Pendulum(System):
+    """A cart that carries a chain of N links, each hanging from the end of the one before; a force f pushes the cart.
+
+    A mass m is at the end of each link of length l; n_ij = N + 1 − max(i, j) masses are beyond both links i and j:
+
+        T = ½ (M + N m) x'² + Σ_i n_ii m l cos θ_i x' θ_i' + ½ Σ_ij n_ij m l² cos(θ_i − θ_j) θ_i' θ_j'
+        V = Σ_i n_ii m g l cos θ_i
+
+    of which Lagrange's equations make mass matrix · accelerations = forces, solved by Cholesky's factorisation in every
+    step. State [x, x', θ1, θ1', …, θN, θN'], D = 2 (N + 1); θ = 0 is upright, θ = π hangs down. Control [f], K = 1.
+    Pointwise cost: mean over the links of 1 − cos θ.
+
+    Raises:
+        TypeError, ValueError: Fewer than one link or more than 15, a mass, length or time step that is not positive, a
+            parameter that is not a finite number, an unknown integrator.
+
+    Source: Lagrangian mechanics, in any textbook.
+
+    >>> Pendulum(links=3).state_size
+    8
+    """
+
+    links: int = 2
+    """Number N of links, at most 15."""
+    dt: float = 0.01
+    """Time step [s]."""
+    gravity: float = 9.8
+    """Gravitational acceleration g [m/s²]."""
+    cart_mass: float = 1.0
+    """Mass M of the cart [kg]."""
+    link_mass: float = 0.1
+    """Mass m at the end of a link [kg]."""
+    length: float = 0.5
+    """Length l of a link [m]."""
+    integrator: str = "rk4"
+    """Integrator: "rk4", "semi-implicit" Euler (velocities first), or "euler"."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "links", check_count("links", self.links))
+        if self.links >= LARGEST:  # and the cart is one unknown more
+            raise ValueError(f"links must be at most {LARGEST - 1}, got {self.links}")
+        check_choice("integrator", self.integrator, INTEGRATORS)
+        self.check_numbers(positive=("cart_mass", "link_mass", "length"))
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the state components with their units."""
+        links = (name for i in range(1, self.links + 1) for name in (f"angle {i} [rad]", f"rate {i} [rad/s]"))
+        return ("position [m]", "velocity [m/s]", *links)
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names of the control components with their units."""
+        return ("force [N]",)
+
+    def functions(self, real: type) -> SystemFunctions:
+        """Return the Warp functions in one precision."""
+        return SystemFunctions(integrate(_rate(self, real), self.types(real), self.integrator), _cost(self, real))
+
+    def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
+        """Return hanging states: x, x' and θ' uniform in [−1, 1], θ = π + uniform(−π/6, π/6); shape (batch, D)."""
+        batch, dtype = check_count("batch", batch), numpy_type(real_type(dtype))
+        states = np.random.default_rng(seed).uniform(-1.0, 1.0, (batch, self.state_size))
+        states[:, 2::2] = np.pi + states[:, 2::2] * (np.pi / 6.0)
+        return states.astype(dtype)
+
+    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
+        """Put cart, chain, rail and force on matplotlib `axes`; return a function (state, control=None) that moves."""
+        return _sketch(self, axes)
+
+
+@functools.cache
+def _rate(system: Pendulum, real: type) -> Any:
+    """Return the rate of change of the state; `system` is a structure, its numbers travel in p."""
+    types, links, size = system.types(real), system.links, system.links + 1
+    State, Control, Parameters = types.State, types.Control, types.Parameters
+    Matrix, Vector = wp.types.matrix(shape=(size, size), dtype=real), wp.types.vector(length=size, dtype=real)
+
+    # number 0 of a vector is the cart, number i the link i
+    @wp.func
+    def sines(x: State):
+        out = Vector()
+        for i in range(1, wp.static(size)):
+            out[i] = wp.sin(x[2 * i])
+        return out
+
+    @wp.func
+    def cosines(x: State):
+        out = Vector()
+        for i in range(1, wp.static(size)):
+            out[i] = wp.cos(x[2 * i])
+        return out
+
+    @wp.func
+    def moment_beyond(i: int, j: int, p: Parameters):
+        return real(wp.static(size) - wp.max(i, j)) * p.link_mass * p.length
+
+    @wp.func
+    def mass_matrix(sine: Vector, cosine: Vector, p: Parameters):
+        out = Matrix()
+        out[0, 0] = p.cart_mass + real(wp.static(links)) * p.link_mass
+        for i in range(1, wp.static(size)):
+            beside = moment_beyond(i, i, p) * cosine[i]
+            out[0, i] = beside
+            out[i, 0] = beside
+            for j in range(1, wp.static(size)):
+                out[i, j] = moment_beyond(i, j, p) * p.length * (cosine[i] * cosine[j] + sine[i] * sine[j])
+        return out
+
+    @wp.func
+    def turning_force(i: int, x: State, sine: Vector, cosine: Vector, p: Parameters):
+        total = moment_beyond(i, i, p) * p.gravity * sine[i]
+        for j in range(1, wp.static(size)):
+            swing = (sine[i] * cosine[j] - cosine[i] * sine[j]) * x[2 * j + 1] * x[2 * j + 1]
+            total -= moment_beyond(i, j, p) * p.length * swing
+        return total
+
+    @wp.func
+    def pushing_force(x: State, sine: Vector, f: real, p: Parameters):
+        total = f
+        for j in range(1, wp.static(size)):
+            total += moment_beyond(j, j, p) * sine[j] * x[2 * j + 1] * x[2 * j + 1]
+        return total
+
+    @wp.func
+    def forces(x: State, sine: Vector, cosine: Vector, f: real, p: Parameters):
+        out = Vector()
+        out[0] = pushing_force(x, sine, f, p)
+        for i in range(1, wp.static(size)):
+            out[i] = turning_force(i, x, sine, cosine, p)
+        return out
+
+    @wp.func
+    def pendulum_rate(x: State, c: Control, p: Parameters):
+        sine = sines(x)
+        cosine = cosines(x)
+        acceleration = solve(mass_matrix(sine, cosine, p), forces(x, sine, cosine, c[0], p))
+        out = State()
+        for i in range(wp.static(size)):
+            out[2 * i] = x[2 * i + 1]
+            out[2 * i + 1] = acceleration[i]
+        return out
+
+    return pendulum_rate
+
+
+@functools.cache
+def _cost(system: Pendulum, real: type) -> Any:
+    """Return the pointwise cost: mean over the links of 1 − cos θ."""
+    types = system.types(real)
+    State, Parameters = types.State, types.Parameters
+
+    @wp.func
+    def sum_of_cosines(x: State):
+        total = real(0.0)
+        for i in range(wp.static(system.links)):
+            total += wp.cos(x[2 * i + 2])
+        return total
+
+    @wp.func
+    def pendulum_cost(x: State, p: Parameters):
+        return real(1.0) - sum_of_cosines(x) / real(wp.static(system.links))
+
+    return pendulum_cost
+
+
+def _sketch(system: Pendulum, axes: Any) -> Callable[..., Sequence[Any]]:
+    """Draw in metres; the picture follows the cart."""
+    width, height, length = 0.4, 0.2, system.length
+    reach = 1.15 * length * system.links + width
+    (rail,) = axes.plot([-1e3, 1e3], [-height / 2] * 2, color="0.6", linewidth=1, zorder=0)
+    ticks = axes.plot(np.arange(-50, 51), np.full(101, -height / 2), "|", color="0.6", markersize=6, zorder=0)
+    (cart,) = axes.fill([0.0] * 4, [0.0] * 4, color="0.25", zorder=3)
+    (chain,) = axes.plot([], [], "o-", color="C0", linewidth=3, markersize=6, zorder=4)
+    (force,) = axes.plot([], [], color="0.25", linewidth=1.5, zorder=2)
+    axes.set(aspect="equal", ylim=(-reach, reach), yticks=[], xlabel="position [m]")
+
+    def move(state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
+        x, angles = float(state[0]), np.asarray(state[2::2], dtype=float)
+        left, right = x - width / 2, x + width / 2
+        cart.set_xy([(left, -height / 2), (right, -height / 2), (right, height / 2), (left, height / 2)])
+        across, up = (np.cumsum([0.0, *length * part]) for part in (np.sin(angles), np.cos(angles)))
+        chain.set_data(x + across, up)
+        push = 0.0 if control is None else float(np.clip(0.05 * control[0], -reach, reach))
+        force.set_data([x, x + push], [0.0, 0.0])
+        axes.set_xlim(x - reach, x + reach)
+        return [cart, chain, force, rail, *ticks]
+
+    return move
