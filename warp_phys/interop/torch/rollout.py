@@ -433,7 +433,7 @@ class Rollout:
         self,
         flow: Flow | Combined,
         x0: Any,
-        when: str | Sequence[int],
+        when: When,
         control_cost: float,
         parameters: Any,
         beside: tuple[Any, Any] = (None, None),
