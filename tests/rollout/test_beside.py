@@ -11,7 +11,7 @@ from tests.rollout import reference
 from tests.rollout.test_systems_with_inputs import Wind, wind_cost, wind_step
 from warp_phys import CartPole, Combined, Flow, agree
 from warp_phys.flow import resolve
-from warp_phys.interop.torch import Rollout, Update
+from warp_phys.interop.torch import Rollout, Update, diagnose, jacobians
 
 STEPS, BATCH, MEMORY, INPUTS = 9, 11, 5, 3
 SYSTEM = CartPole(poles=1, dt=0.05)
@@ -354,3 +354,30 @@ def test_errors():
     wrong.forward = lambda x, h: wrong.compute(x, h=h)[0]
     with pytest.raises(TypeError, match="must return"):
         Rollout(SYSTEM, wrong, STEPS, memory=MEMORY)(x0)
+
+
+@pytest.mark.parametrize(("inputs", "memory"), [(INPUTS, MEMORY), (INPUTS, 0)])
+def test_diagnosis(inputs, memory):
+    """Feedback and updates are those of training; what is given has no part in feedback."""
+    policy, (x0, w, h) = _policy(inputs, memory), _given(inputs, memory)
+    x0, w, h = (None if t is None else t.detach() for t in (x0, w, h))
+    given = {"inputs": w} if h is None else {"inputs": w, "memory": h}
+    flows = (Flow(1.0, 0.5, memory=0.5), Flow(limit=0.5), Flow(np.array([[[1.0, 0.3, 0.0, 0.8]]])), resolve("C"))
+    rollout = Rollout(SYSTEM, policy, STEPS, "R", memory=memory, inputs=inputs)
+    found = diagnose(rollout, x0, flows, "every", **given)
+    for flow in flows:
+        policy.zero_grad()
+        own = Rollout(SYSTEM, policy, STEPS, flow, memory=memory, inputs=inputs)
+        own.value_and_grad(x0, "every", **given)
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in policy.parameters()))
+        assert found.layers[-1].norms[flow.name] == pytest.approx(norm, rel=1e-9)
+    steps = jacobians(rollout, x0, samples=2, **given)
+    assert steps.closed_loop.shape == (STEPS, 2, 4 + memory, 4 + memory)
+    states, *_ = rollout(x0, **given)
+    moved = x0.clone()
+    moved[0, 1] += 1e-6
+    change = (rollout(moved, **given)[0] - states)[:, 0] / 1e-6
+    product = np.eye(4 + memory)
+    for n in range(STEPS):
+        product = steps.closed_loop[n, 0] @ product
+    assert np.allclose(product[:4, 1], change[-1].detach().numpy(), rtol=1e-4, atol=1e-6)

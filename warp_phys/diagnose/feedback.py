@@ -5,14 +5,14 @@ differences. Results are numpy arrays. `warp_phys.diagnose.diagnostics` makes fi
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type
 from warp_phys.engine.layers import Workspace
-from warp_phys.engine.phases import CHUNK_ROWS, Controller, Seeds, Trajectory, flow_gates
+from warp_phys.engine.phases import CHUNK_ROWS, Controller, Seeds, Trajectory
 from warp_phys.flow import Flow
 from warp_phys.systems.base import Simulator, System
 
@@ -65,11 +65,16 @@ def trace(
     """
     jacobian = controller_jacobians(controller, trajectory)
     loss_states, loss_controls = seeds.states.numpy(), seeds.controls.numpy()
-    return _recur(lambda n, adj: _pull(system, trajectory, n, adj), jacobian, loss_states, loss_controls, flows)
+    sizes = _sizes(system)
+    return _recur(lambda n, adj: _pull(system, trajectory, n, adj), jacobian, loss_states, loss_controls, flows, *sizes)
 
 
 def retrace(
-    jacobians: StepJacobians, loss_states: np.ndarray, loss_controls: np.ndarray | None, flows: Sequence[Flow]
+    jacobians: StepJacobians,
+    loss_states: np.ndarray,
+    loss_controls: np.ndarray | None,
+    flows: Sequence[Flow],
+    own: int | None = None,
 ) -> Feedback:
     """Return the same from Jacobians that are there already: for another loss, other flows, or a shorter horizon.
 
@@ -80,6 +85,7 @@ def retrace(
         loss_states: ∂L/∂x_n, shape (steps + 1, samples, D).
         loss_controls: ∂L/∂c_n, shape (steps, samples, K); zeros if None.
         flows: The flows.
+        own: How many of the components are the state, where those behind them are a controller's memory; all if None.
     """
     if loss_controls is None:
         shape = (len(loss_states) - 1, loss_states.shape[1], jacobians.control.shape[3])
@@ -89,7 +95,29 @@ def retrace(
         rows = adj[:, :, None, :]
         return (rows @ jacobians.physics[n])[:, :, 0], (rows @ jacobians.control[n])[:, :, 0]
 
-    return _recur(pull, jacobians.controller, loss_states, loss_controls, flows)
+    size = loss_states.shape[2]
+    return _recur(pull, jacobians.controller, loss_states, loss_controls, flows, size if own is None else own, size)
+
+
+def _sizes(system: Simulator) -> tuple[int, int]:
+    """Return how many numbers of a row are the state, and how many that and a controller's memory."""
+    size = system.state_size
+    return getattr(system, "own_size", size), getattr(system, "remembering_size", size)
+
+
+def _gates_of(flow: Flow, shape: tuple[int, ...], own: int, remembering: int) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Return α and β for all numbers of rows (steps, batch, size), zero for what is given; and the limit."""
+    steps, batch, size = shape
+    record = flow.all_gates(steps, batch, own)
+    alpha, beta = np.zeros((2, steps, record.shape[1], size))
+    alpha[:, :, :own], beta[:, :, :own] = record[:, :, :own], record[:, :, own : 2 * own]
+    alpha[:, :, own:remembering], beta[:, :, own:remembering] = 1.0, record[:, :, -2:-1]
+    return alpha, beta, flow.limit
+
+
+def _opened(gates: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return values times gates; a gate of zero is a cut: what lies behind it may be infinite."""
+    return np.where(gates == 0.0, 0.0, gates * values)
 
 
 def _recur(
@@ -98,10 +126,12 @@ def _recur(
     loss_states: np.ndarray,
     loss_controls: np.ndarray,
     flows: Sequence[Flow],
+    own: int,
+    remembering: int,
 ) -> Feedback:
     """Run n = T − 1 … 0; `pull` gives (∂S/∂x)ᵀ λ and (∂S/∂c)ᵀ λ at step n for λ of shape (flows, batch, D)."""
     steps, real = len(loss_controls), loss_states.dtype
-    gates = flow_gates(flows, steps).astype(real)
+    gates = [_gates_of(flow, (steps, *loss_states.shape[1:]), own, remembering) for flow in flows]
     shape = (len(flows), steps, *loss_states.shape[1:])
     physics, controller = np.zeros(shape, real), np.zeros(shape, real)
     adjoints, controls = np.zeros((len(flows), *loss_states.shape), real), []
@@ -111,11 +141,12 @@ def _recur(
             dx, dc = pull(n, adjoints[:, n + 1])
             mu = dc + loss_controls[n]
             pulled = (mu[:, :, None, :] @ jacobian[n])[:, :, 0]
-            for f, (alpha, beta) in enumerate(gates[:, n]):
-                if alpha != 0.0:  # a gate of zero is a cut: what lies behind it may be infinite
-                    physics[f, n] = alpha * dx[f]
-                if beta != 0.0:
-                    controller[f, n] = beta * pulled[f]
+            for f, (alpha, beta, limit) in enumerate(gates):
+                physics[f, n], controller[f, n] = _opened(alpha[n], dx[f]), _opened(beta[n], pulled[f])
+                if limit is not None:
+                    lengths = [np.linalg.norm(part[f, n, :, :own], axis=1) for part in (physics, controller)]
+                    scale = np.where(lengths[1] > limit * lengths[0], limit * lengths[0] / lengths[1], 1.0)
+                    controller[f, n, :, :own] *= scale[:, None]
             adjoints[:, n] = loss_states[n] + physics[:, n] + controller[:, n]
             controls.append(mu)
     return Feedback(adjoints, physics, controller, np.stack(controls[::-1], axis=1))
@@ -140,7 +171,9 @@ def step_jacobians(
     units = np.repeat(units[:, None], trajectory.states.shape[1], axis=1)
     rows = [_pull(system, trajectory, n, units) for n in range(steps)]
     physics, control = (np.stack([row[i] for row in rows]).swapaxes(1, 2)[:, :count] for i in range(2))
-    return StepJacobians(physics, control, controller_jacobians(controller, trajectory)[:, :count])
+    seen = slice(0, _sizes(system)[1])  # what is given to a step has no part in feedback
+    controllers = controller_jacobians(controller, trajectory)[:, :count]
+    return StepJacobians(physics[:, :, seen, seen], control[:, :, seen], controllers[:, :, :, seen])
 
 
 def first_samples(trajectory: Trajectory, count: int) -> Trajectory:

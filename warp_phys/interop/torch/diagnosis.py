@@ -57,6 +57,8 @@ def diagnose(
     samples: int = 8,
     probes: int = 0,
     seed: int = 0,
+    inputs: Any = None,
+    memory: Any = None,
 ) -> Diagnosis:
     """Return how feedback travels back through a rollout, for any flows, from one forward pass.
 
@@ -75,6 +77,8 @@ def diagnose(
         probes: If not 0, the rotation of the updates is estimated as well, with 2 further unrollings per probe; see
             `rotation`.
         seed: Seed of the probes.
+        inputs: What controller and system are given at every step, as for a call of the rollout.
+        memory: What the controller remembers at first, likewise. Feedback is measured in state and memory together.
 
     Returns:
         The measures, without those samples that diverged if the rollout masks them.
@@ -87,11 +91,11 @@ def diagnose(
     wanted += tuple(flow for flow in (REGULAR, MODIFIED) if flow not in wanted)
     plain, count = parts_of(wanted), check_count("samples", samples)
     probes = check_count("probes", probes, 0)
-    objective = _objective(rollout, when, control_cost, loss, parameters)
-    unrolled = _unroll(rollout, x0, objective, parameters)
+    objective = _objective(rollout, when, control_cost, loss, parameters, inputs)
+    unrolled = _unroll(rollout, x0, objective, parameters, (inputs, memory))
     with torch_stream(rollout.device), torch.autocast(rollout.device.type, enabled=False):
         updates = _updates(rollout, unrolled, plain)
-        place = rollout.system, rollout._adapter, unrolled.trajectory
+        place = rollout._inner, rollout._adapter, unrolled.trajectory
         feedback = trace(*place, unrolled.seeds, plain)
         measured = spectra(step_jacobians(*place, count))
         combined = _combined(updates, plain, wanted)
@@ -100,7 +104,9 @@ def diagnose(
         )
     turning: Mapping[str, Rotation] = {}
     if probes:
-        turning = rotation(rollout, x0, wanted, when, control_cost, loss, parameters, probes, seed)
+        turning = rotation(
+            rollout, x0, wanted, when, control_cost, loss, parameters, probes, seed, None, inputs, memory
+        )
     return Diagnosis(
         _title(rollout, unrolled, f"loss at {when}" if loss is None else "a loss of its own"), wanted, unrolled.loss,
         *path_norms(feedback, plain, wanted), measured, contributions,
@@ -119,6 +125,8 @@ def rotation(
     probes: int = 16,
     seed: int = 0,
     step: float | None = None,
+    inputs: Any = None,
+    memory: Any = None,
 ) -> dict[str, Rotation]:
     """Return the rotation of the flows' updates as fields over θ, the trained parameters of the controller.
 
@@ -139,6 +147,8 @@ def rotation(
         probes: Number of probes, at least 3; as many as there are parameters form the Jacobian itself.
         seed: Seed of the probes.
         step: Distance of the differences to either side in θ; see `warp_phys.diagnose.rotation.difference_step`.
+        inputs: As in `diagnose`.
+        memory: As in `diagnose`.
 
     Returns:
         A `Rotation` by the flow's name.
@@ -148,19 +158,21 @@ def rotation(
         Diverged: As in `diagnose`.
     """
     wanted, plain = _flows(flows), parts_of(_flows(flows))
+    rollout._given(rollout.initial_states(x0), inputs, memory)
     own = _apart(rollout)
     trained = own._adapter.trainable
     if not trained:
         raise ValueError("controller must have parameters that require gradients, it has none")
     start = x0 if isinstance(x0, np.ndarray) else rollout.initial_states(x0).to(own.dtype)
-    objective = _objective(own, when, control_cost, loss, parameters)
+    beside = [None if a is None else rollout.as_tensor(a).to(own.dtype) for a in (inputs, memory)]
+    objective = _objective(own, when, control_cost, loss, parameters, inputs)
     theta = torch.cat([p.detach().flatten() for p in trained])
 
     def updates(point: torch.Tensor) -> torch.Tensor:
         for parameter, part in zip(trained, split(point, trained), strict=True):
             parameter.data.copy_(part)
         with torch_stream(own.device), torch.autocast(own.device.type, enabled=False):
-            return _updates(own, _unroll(own, start, objective, parameters), plain)
+            return _updates(own, _unroll(own, start, objective, parameters, beside), plain)
 
     directions = draw_probes(len(theta), probes, seed)
     slopes = _slopes(updates(theta), plain, wanted)
@@ -176,7 +188,12 @@ def rotation(
 
 
 def jacobians(
-    rollout: Rollout, x0: Any, parameters: Mapping[str, Any] | None = None, samples: int | None = None
+    rollout: Rollout,
+    x0: Any,
+    parameters: Mapping[str, Any] | None = None,
+    samples: int | None = None,
+    inputs: Any = None,
+    memory: Any = None,
 ) -> StepJacobians:
     """Return the Jacobians of every step of an unrolling: of the simulator, of the controller, of the closed loop.
 
@@ -185,6 +202,8 @@ def jacobians(
         x0: As in `diagnose`.
         parameters: As in `diagnose`.
         samples: For how many samples, the first ones; all if None.
+        inputs: As in `diagnose`.
+        memory: As in `diagnose`: then states are [x | h], controls [c | h'].
 
     Returns:
         Numpy arrays in the precision of the rollout, without samples that diverged if the rollout masks them. Those of
@@ -195,9 +214,9 @@ def jacobians(
         Diverged: A state is not finite, and the rollout's `on_divergence` is "raise".
     """
     count = None if samples is None else check_count("samples", samples)
-    trajectory = _unroll(rollout, x0, None, parameters).trajectory
+    trajectory = _unroll(rollout, x0, None, parameters, (inputs, memory)).trajectory
     with torch_stream(rollout.device), torch.autocast(rollout.device.type, enabled=False):
-        return step_jacobians(rollout.system, rollout._adapter, trajectory, count)
+        return step_jacobians(rollout._inner, rollout._adapter, trajectory, count)
 
 
 class _Unrolled(NamedTuple):
@@ -215,30 +234,45 @@ def _flows(flows: FlowLike | Sequence[FlowLike]) -> tuple[Flow | Combined, ...]:
     return resolved
 
 
-def _objective(rollout: Rollout, when: Any, control_cost: float, loss: Loss | None, parameters: Any) -> Loss:
+def _objective(
+    rollout: Rollout, when: Any, control_cost: float, loss: Loss | None, parameters: Any, inputs: Any
+) -> Loss:
     """Return the loss as a function of states and controls."""
     if loss is not None:
         return loss
     if not isinstance(rollout.system, System):
         raise ValueError(f"loss must be given, {type(rollout.system).__name__} has none of its own")
-    own = rollout.system.loss
-    return lambda states, controls: own(states, controls, when, control_cost, parameters)
+    system = rollout.system
+    reads = rollout.as_tensor(inputs, "inputs") if system.cost_reads_inputs and inputs is not None else None
+
+    def objective(states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
+        given = None if reads is None else reads.to(states.dtype)
+        return system.loss(states, controls, when, control_cost, parameters, given)
+
+    return objective
 
 
-def _unroll(rollout: Rollout, x0: Any, objective: Loss | None, parameters: Mapping[str, Any] | None) -> _Unrolled:
+def _unroll(
+    rollout: Rollout,
+    x0: Any,
+    objective: Loss | None,
+    parameters: Mapping[str, Any] | None,
+    beside: Sequence[Any] = (None, None),
+) -> _Unrolled:
     """Unroll, and differentiate the loss by the trajectory; without a loss those derivatives are 0."""
     x0 = rollout.initial_states(x0)
     rows = rows_of_parameters(rollout.system, parameters or {}, x0)
-    found, _ = rollout._look(x0, None)
+    given = rollout._given(x0, *beside)
+    found, _ = rollout._look(x0, None, beside=given)
     if found is not None and found.whole:
         raise ValueError(
             "for a diagnosis the rows of a controller must be differentiable apart from each other: this one couples "
             "them, fits one batch size only, or has hooks on its gradients or a backward pass that is not linear"
         )
-    states, controls, masked, kept = rollout._forward(x0, rows, keep=True)
+    states, controls, masked, kept = rollout._forward(x0, rows, keep=True, beside=given)
     value, seeds = torch.zeros(()), (torch.zeros_like(states), torch.zeros_like(controls))
     if objective is not None:
-        value, seeds = _derivatives(objective, states, controls)
+        value, seeds = _derivatives(lambda *rows: objective(*rollout._own_parts(*rows)[:2]), states, controls)
     tensors = [tensor.detach() for tensor in (states, controls, *seeds)]
     if len(masked):
         healthy = [b for b in range(len(x0)) if b not in set(masked.tolist())]
@@ -359,8 +393,9 @@ def _apart(rollout: Rollout) -> Rollout:
         controller = controller.double()
     backend, reduce = rollout._backend, rollout.reduce
     return type(rollout)(
-        rollout.system, controller, rollout.steps, rollout.flow, None, backend, rollout.on_divergence, reduce
-    )
+        rollout.system, controller, rollout.steps, rollout.flow, None, backend, rollout.on_divergence, reduce,
+        memory=rollout.memory_size, inputs=rollout._inputs_known,
+    )  # fmt: skip
 
 
 def _title(rollout: Rollout, unrolled: _Unrolled, of_loss: str) -> str:
