@@ -1,6 +1,7 @@
 """Loss and update in one go, without autograd's graph: for training loops that do the same thing many times."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -230,7 +231,8 @@ class DirectPass:
         if of_cost is not None:
             self.grad[self._own_size :] += of_cost
         torch.autograd.graph.increment_version(self.grads)
-        self._left = [grad._version for grad in self.grads]
+        if isinstance(self.flow, Combined):
+            self._left = [grad._version for grad in self.grads]
         return self.report(update)
 
     def left(self, index: int, version: int) -> tuple[Combined, torch.Tensor, torch.Tensor] | None:
@@ -264,4 +266,4 @@ def hand_out(parameters: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) 
 
 def is_finite(states: torch.Tensor) -> bool:
     """Whether all numbers of a tensor are finite."""
-    return bool(np.isfinite(float(states.detach().sum()))) or bool(torch.isfinite(states).all())
+    return math.isfinite(float(states.detach().sum())) or bool(torch.isfinite(states).all())
