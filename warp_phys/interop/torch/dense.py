@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import warp as wp
 
@@ -133,4 +132,4 @@ def as_array(tensor: torch.Tensor, dtype: Any = None) -> wp.array:
 
 def is_finite(states: torch.Tensor) -> bool:
     """Whether all numbers of a tensor are finite."""
-    return bool(np.isfinite(float(states.detach().sum()))) or bool(torch.isfinite(states).all())
+    return math.isfinite(float(states.detach().sum())) or bool(torch.isfinite(states).all())

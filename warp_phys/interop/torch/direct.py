@@ -235,7 +235,8 @@ class DirectPass:
         if of_cost is not None:
             self.grad[self._own_size :] += of_cost
         torch.autograd.graph.increment_version(self.grads)
-        self._left = [grad._version for grad in self.grads]
+        if isinstance(self.flow, Combined):
+            self._left = [grad._version for grad in self.grads]
         return self.report(update)
 
     def left(self, index: int, version: int) -> tuple[Combined, torch.Tensor, torch.Tensor] | None:
