@@ -71,7 +71,7 @@ def _attention(params, x):
 
 def _gru(params, x):
     """A GRU cell that starts from a state of its own each time; a head that chooses by softmax."""
-    h = jnp.zeros((len(x), 8)) + params["h0"]
+    h = jnp.zeros((len(x), 8), x.dtype) + params["h0"]
     (r, z, n), (r0, z0, n0) = (jnp.split(a, 3, axis=-1) for a in (x @ params["wi"] + params["b"], h @ params["wh"]))
     z, n = jax.nn.sigmoid(z + z0), jnp.tanh(n + jax.nn.sigmoid(r + r0) * n0)
     h = (1 - z) * n + z * h
@@ -87,7 +87,7 @@ def _soft(x, width):
 @_soft.defjvp
 def _soft_jvp(primals, tangents):
     (x, width), (dx, dwidth) = primals, tangents
-    return x * width, jnp.where(x > 0.0, 3.0, 1.0) * width * dx + 2.0 * x * dwidth
+    return x * width, jnp.where(x > 0.0, jnp.full_like(x, 3.0), 1.0) * width * dx + 2.0 * x * dwidth
 
 
 def _kinks(params, x):
@@ -96,7 +96,8 @@ def _kinks(params, x):
     tied = jnp.stack([y[:, 0], y[:, 0], y[:, 1]], axis=1)  # the larger one twice
     c = jnp.abs(y[:, 2]) + jax.nn.relu(y[:, 3]) + jax.nn.relu6(5.0 * y[:, 4]) + jnp.max(tied, axis=1) - y.min(1)
     c = c + jnp.where((y[:, 0] > 0.1) | ~(y[:, 1] < y[:, 2]), y[:, 5], -(y[:, 5] ** 3)) + jnp.maximum(y[:, 0], y[:, 0])
-    c = c + jax.lax.clamp(-0.2, y[:, 1], 0.3) + _soft(y[:, 4], params["width"]) * jax.lax.stop_gradient(jnp.cos(c))
+    low, high = np.array([-0.2, 0.3], y.dtype)
+    c = c + jax.lax.clamp(low, y[:, 1], high) + _soft(y[:, 4], params["width"]) * jax.lax.stop_gradient(jnp.cos(c))
     return (0.1 * jnp.sign(y[:, 0]) + c + jnp.power(1.0 + y[:, 2] ** 2, 0.7) + jnp.expm1(0.1 * y[:, 3]))[:, None]
 
 
@@ -114,42 +115,53 @@ def _loss(states, controls):
     return in_jax.cart_pole_loss(states, controls, "every", 0.1)
 
 
-def _by_engine(policy, flow, backend, argument=0):
+def _by_engine(policy, flow, backend, arguments=(0, 1), dtype="float64"):
+    """Return the gradients with respect to params and x0, or to one of them, and the trajectory."""
+
     def loss(params, x0):
         states, controls = bridge.rollout(SYSTEM, policy, params, x0, STEPS, flow, backend=backend)
         return _loss(states, controls), (states, controls)
 
-    return jax.jit(jax.grad(loss, argument, has_aux=True))(POLICIES[policy], _start())
+    given = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (POLICIES[policy], _start()))
+    return jax.jit(jax.grad(loss, arguments, has_aux=True))(*given)
 
 
 @functools.cache
 def _gradients(policy):
-    def both(params, x0, gates):
-        return jax.grad(lambda p, x: _loss(*in_jax.unroll(STEP, policy, p, x, gates)), (0, 1))(params, x0)
+    def loss(params, x0, gates):
+        states, controls = in_jax.unroll(STEP, policy, params, x0, gates)
+        return _loss(states, controls), (states, controls)
 
-    return jax.jit(both)
+    return jax.jit(jax.grad(loss, (0, 1), has_aux=True))
 
 
-def _by_jax(policy, flow, argument=0):
-    flow, both = resolve(flow), _gradients(policy)
-    gates = [jnp.asarray(part.gates(STEPS)) for part in linear_parts(flow)]
-    parts = [both(POLICIES[policy], _start(), of_part)[argument] for of_part in gates]
-    return parts[0] if len(parts) == 1 else jax.tree.map(flow.rule, *parts)
+def _by_jax(policy, flow):
+    gates = [jnp.asarray(part.gates(STEPS)) for part in linear_parts(resolve(flow))]
+    parts, ways = zip(*(_gradients(policy)(POLICIES[policy], _start(), of_part) for of_part in gates), strict=True)
+    return parts[0] if len(parts) == 1 else jax.tree.map(resolve(flow).rule, *parts), ways[0]
 
 
 @every_policy
 def test_a_policy_is_fused(policy):
     assert bridge.why_general(SYSTEM, policy, POLICIES[policy], _start()) is None
-    for flow in "RMSC":
-        got, ways = _by_engine(policy, flow, "fused")
-        by_general, general_ways = _by_engine(policy, flow, "general")
-        assert in_jax.relative(ways, general_ways) < 1e-12
-        assert in_jax.relative(got, by_general) < 1e-10
-        assert in_jax.relative(got, _by_jax(policy, flow)) < 1e-10
-    regular, modified = _by_jax(policy, "R"), _by_jax(policy, "M")
-    assert in_jax.relative(regular, modified) > 1e-4  # else the flows would say nothing
     for flow in ("R", "M", Flow(0.9, 0.3)):  # x0 is what the gates act on
-        assert in_jax.relative(_by_engine(policy, flow, "fused", 1)[0], _by_jax(policy, flow, 1)) < 1e-10
+        (got, ways), (expected, expected_ways) = _by_engine(policy, flow, "fused"), _by_jax(policy, flow)
+        assert in_jax.relative(ways, expected_ways) < 1e-12
+        assert all(in_jax.relative(*pair) < 1e-10 for pair in zip(got, expected, strict=True))
+    for flow, backend in (("S", "fused"), ("C", "fused"), ("C", "general")):
+        assert in_jax.relative(_by_engine(policy, flow, backend, 0)[0], _by_jax(policy, flow)[0][0]) < 1e-10
+    regular, modified = _by_jax(policy, "R")[0], _by_jax(policy, "M")[0]
+    assert in_jax.relative(regular[0], modified[0]) > 1e-4  # else the flows would say nothing
+
+
+@pytest.mark.parametrize("policy", [_parts, _residual, _gru], ids=lambda policy: policy.__name__)
+def test_single_precision(policy):
+    """In float32: each leaf of the gradients against JAX in float64."""
+    (got, ways), (expected, expected_ways) = _by_engine(policy, "R", "fused", dtype="float32"), _by_jax(policy, "R")
+    assert in_jax.relative(ways, expected_ways) < 1e-5
+    leaves = zip(*map(jax.tree.leaves, (got, expected)), strict=True)
+    errors = [in_jax.relative(*pair) for pair in leaves]
+    assert got[1].dtype == "float32" and max(errors) < 1e-4, errors
 
 
 @pytest.mark.parametrize("flow", ["R", "M", "C"])
@@ -295,3 +307,36 @@ def test_a_program_is_held_against_the_function(monkeypatch):
     monkeypatch.setitem(jax_program.RULES, "sin", jax_program.RULES["tan"])
     reason = bridge.why_general(SYSTEM, lambda p, x: jnp.sin(_plain(p, x)), params, _start())
     assert reason == "what was read of it gives other numbers than it gives itself"
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float64", 1e-9), ("float32", 1e-3)])
+def test_each_leaf_is_held_against_its_own_size(dtype, size, monkeypatch):
+    """A derivative that is 1 % off in a leaf that is small beside the others; one that is zero but for rounding."""
+
+    def policy(params, x):
+        keys = x[:, :4].reshape(-1, 2, 2) @ params["keys"] + params["shift"]  # shifts all scores alike
+        mixed = (jax.nn.softmax(keys.sum(2), axis=1) * x[:, :2]).sum(1, keepdims=True)
+        return _plain(params, x) + mixed + size * jnp.sin(params["little"] * x[:, 1:2])
+
+    def wrong(reader, equation, a):
+        value = sine(reader, equation, a)
+        return reader.elementwise("derivative of", [value, reader.elementwise("scale", [value], 1.01)])
+
+    params = _params(w=(6, 16), b=16, v=(16, 1), keys=(2, 2), shift=2, little=1)
+    params, sine = jax.tree.map(lambda leaf: leaf.astype(dtype), params), jax_program.RULES["sin"]
+    assert bridge.why_general(SYSTEM, policy, params, _start().astype(dtype)) is None
+    monkeypatch.setitem(jax_program.RULES, "sin", wrong)
+    reason = bridge.why_general(SYSTEM, lambda p, x: policy(p, x), params, _start().astype(dtype))
+    assert reason == "what was read of it gives other numbers than it gives itself"
+
+
+def test_on_another_device_than_a_cpu(monkeypatch):
+    """What is said there is true of `MLP` too, whose forward pass is one kernel on CUDA."""
+    mlp = bridge.MLP((6, 8, 1))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with jax.default_device(None):
+        for policy, params in ((mlp, mlp.init(dtype="float64")), (_parts, POLICIES[_parts])):
+            reason = "JAX runs on gpu, where one kernel does no more than the forward pass of an MLP"
+            assert bridge.why_general(SYSTEM, policy, params, _start()) == reason
+            with pytest.raises(ValueError, match=reason):
+                bridge.rollout(SYSTEM, policy, params, _start(), 2, backend="fused")

@@ -1,6 +1,7 @@
 """Every operation of row programs against torch: values, adjoints of the states, gradients of the parameters."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -182,6 +183,10 @@ COMPOSED = {
 }  # fmt: skip
 """What is made of these, in float64 alone: code takes time to compile."""
 
+SHAPED = ["cumulated", "attention", "products with parameters", "products of each", "convolved", "convolved in groups",
+          "convolved over a plane", "pooled"]  # fmt: skip
+"""Those of them that have layers on windows, and products and sums of other shapes."""
+
 
 def _written(x, p):
     y = x * p
@@ -203,23 +208,25 @@ def _attention(x, p):
 
 
 class Zoo(torch.nn.Module):
-    """All expressions side by side, each with parameters of its own, behind a layer."""
+    """Expressions side by side, behind a layer; each with parameters of its own, or all with the same ones."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, zoo, shared=False):
         super().__init__()
         torch.manual_seed(0)
         self.first = torch.nn.Linear(SIZE, 5, dtype=dtype)
-        self.zoo = ZOO | COMPOSED if dtype == torch.float64 else ZOO
+        self.zoo = zoo
         kinks = torch.tensor(KINKS, dtype=dtype)
         own = torch.randn(SIZE, dtype=dtype)
         own[: len(KINKS)] = kinks  # as in the first of the states
-        self.p = torch.nn.ParameterList(own.clone() for _ in self.zoo)
-        self.q = torch.nn.ParameterList(0.5 + torch.rand(SIZE, dtype=dtype) for _ in self.zoo)
+        sets = 1 if shared else len(self.zoo)
+        self.p = torch.nn.ParameterList(own.clone() for _ in range(sets))
+        self.q = torch.nn.ParameterList(0.5 + torch.rand(SIZE, dtype=dtype) for _ in range(sets))
         self.sizes = []
 
     def forward(self, x):
         u = 0.3 + x * x
-        parts = [self.first(x), *(f(x, u, p, q) for f, p, q in zip(self.zoo.values(), self.p, self.q, strict=True))]
+        sets = itertools.cycle(zip(self.p, self.q, strict=True))
+        parts = [self.first(x), *(f(x, u, *next(sets)) for f in self.zoo.values())]
         self.sizes = [part.shape[1] for part in parts]
         return torch.cat(parts, 1)
 
@@ -235,8 +242,19 @@ def _states(dtype):
 
 @functools.cache
 def _read(dtype):
-    zoo = Zoo(dtype)
-    return zoo, read_program(zoo, SIZE, next(zoo.parameters()))
+    zoo = Zoo(dtype, ZOO | COMPOSED if dtype == torch.float64 else ZOO)
+    return zoo, read_program(zoo, SIZE, zoo.first.weight)
+
+
+@functools.cache
+def read_all_kinds(dtype):
+    """Return a program with every operation and every kind of node; it has few tensors, which compiles sooner."""
+    if dtype == torch.float64:
+        zoo = Zoo(dtype, ZOO | {name: COMPOSED[name] for name in SHAPED}, shared=True)
+        return read_program(zoo, SIZE, zoo.first.weight)
+    read = read_all_kinds(torch.float64)
+    copies = {id(t): t.detach().to(dtype) for t in read.tensors if t is not None}
+    return read._replace(tensors=tuple(copies.get(id(t)) for t in read.tensors))
 
 
 @functools.cache

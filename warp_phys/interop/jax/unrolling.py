@@ -60,7 +60,7 @@ def rollout(
         parameters: Physical parameters by name, a number or one per sample each, differentiable.
         backend: "fused" (whole passes in one call of the engine, on a CPU: the controller is read as a row program,
             its code compiled at first sight), "general" (`lax.scan` and JAX's own derivatives) or "auto": fused where
-            that is possible. `why_general` says why it is not.
+            that is possible, on CUDA the forward pass of an `MLP`. `why_general` says why it is not.
 
     Raises:
         TypeError, ValueError: Arguments that do not fit; the message names the argument, what came, what is expected.
@@ -96,7 +96,7 @@ def rollout(
 def why_general(
     system: Simulator, controller: Callable[[Any, jax.Array], jax.Array], params: Any, x0: Any
 ) -> str | None:
-    """Return in one sentence why `rollout` runs a controller by the general backend; None if it is fused.
+    """Return in one sentence why `rollout` runs a controller by the general backend; None if both passes are fused.
 
     Args:
         system: As for `rollout`.
@@ -490,4 +490,6 @@ def _fused(system: Any, program: Program) -> Fused | str:
     """Return a controller as a row program, or why it is none."""
     device = getattr(jax.config, "jax_default_device", None)  # its own types do not know it
     platform = getattr(device, "platform", device) or jax.default_backend()
-    return f"row programs run on a CPU, JAX on {platform}" if platform != "cpu" else read_and_check(program, system)
+    if platform != "cpu":
+        return f"JAX runs on {platform}, where one kernel does no more than the forward pass of an MLP"
+    return read_and_check(program, system)
