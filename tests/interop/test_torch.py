@@ -436,8 +436,8 @@ def test_the_choice_of_a_way_counts_passes_and_steps(flow, batch, controls, para
     """By counts alone: of a GRU of 32 units whose memory stands in the state, for instance."""
     trajectory = phases.Trajectory(None, np.zeros((100, batch, controls)), None)
     adapter = type("GRU", (), {"multiply_adds": 3681})()
-    gates = phases.flow_gates(linear_parts(resolve(flow)), 100)
-    assert phases.parallel_in_time(SYSTEM, adapter, trajectory, gates) is parallel
+    is_open = phases.flow_gates(linear_parts(resolve(flow)), 100)[:, :, 1] != 0.0
+    assert phases.parallel_in_time(SYSTEM, adapter, trajectory, is_open) is parallel
 
 
 class Waits(TorchDispatchMode):

@@ -84,7 +84,9 @@ def _leaves(policy, x0, w, h):
 
 def _by_torch(policy, given, flow, step=None):
     arrays = [np.array(getattr(g, "array", g), dtype=np.float64) for g in (flow.physics, flow.controller)]
-    gates = [torch.from_numpy(np.atleast_1d(a)) if a.ndim else torch.tensor(float(a)) for a in arrays]
+    gates = [
+        torch.from_numpy(np.atleast_1d(a)) if a.ndim else torch.tensor(float(a), dtype=torch.float64) for a in arrays
+    ]
     gates = [g[:, None, None] if g.ndim == 1 else g[:, :, None] if g.ndim == 2 else g for g in gates]
     gates = [g.expand(STEPS, *g.shape[1:]) if g.ndim else float(g) for g in gates]
     step = step or (lambda x, c: reference.cart_pole_step(SYSTEM, x, c))

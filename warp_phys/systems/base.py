@@ -162,12 +162,12 @@ class System(ABC):
     def _sizes(self) -> tuple[int, int]:
         return len(self.states), len(self.controls)
 
-    @functools.cached_property
+    @property
     def input_size(self) -> int:
         """Number of the system's own inputs."""
         return len(self.inputs)
 
-    @functools.cached_property
+    @property
     def cost_reads_inputs(self) -> bool:
         """Whether the pointwise cost takes inputs."""
         return bool(self.inputs) and len(self.structure.functions(wp.float32).cost.input_types) == 3

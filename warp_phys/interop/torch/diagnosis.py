@@ -304,7 +304,7 @@ def _updates(rollout: Rollout, unrolled: _Unrolled, plain: Sequence[Flow]) -> to
     gates_array = wp.array(gates, dtype=unrolled.trajectory.states.dtype, device=unrolled.trajectory.states.device)
     updates = torch.zeros((len(plain), size_of(rollout._adapter.trainable)), dtype=rollout.dtype, device=rollout.device)
     backward(
-        rollout.system, rollout._adapter, unrolled.trajectory, unrolled.seeds, gates, gates_array, list(updates),
+        rollout._inner, rollout._adapter, unrolled.trajectory, unrolled.seeds, gates, gates_array, list(updates),
         Workspace(), check=PassCheck(), fused=rollout.backend == "fused",
     )  # fmt: skip
     if rollout.reduce is not None:
