@@ -8,10 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.benchmarks.cases import Case, make_batches
-from tests.benchmarks.jax_peer.flows import combine, plain
+from tests.benchmarks.jax_peer.flows import combine, plain, to_rows
 from tests.benchmarks.jax_peer.networks import Network
-from tests.benchmarks.jax_peer.physics import make_physics
-from tests.benchmarks.policies.weights import CELL, CHANNELS, CONSTANTS, HEADS, HIDDEN_STATE, LIMIT, make_policy_weights
+from tests.benchmarks.jax_peer.physics import Physics, make_physics
+from tests.benchmarks.policies.weights import (
+    CELL,
+    CHANNELS,
+    CONSTANTS,
+    HEADS,
+    HIDDEN_STATE,
+    LIMIT,
+    MEMORY,
+    make_inputs,
+    make_policy_weights,
+)  # fmt: skip
 
 Weights = Any
 
@@ -67,19 +77,78 @@ def gates(w: Weights, x: Any, hidden: Any) -> tuple[Any, Any]:
     return x @ w["cell.weight_ih"].T + w["cell.bias_ih"], own
 
 
-def gru(w: Weights, x: Any) -> Any:
-    hidden = jnp.full((len(x), CELL), HIDDEN_STATE, x.dtype)
+def gru_cell(w: Weights, x: Any, hidden: Any) -> Any:
     a, b = (jnp.split(part, 3, axis=1) for part in gates(w, x, hidden))
     reset, keep = jax.nn.sigmoid(a[0] + b[0]), jax.nn.sigmoid(a[1] + b[1])
-    fresh = jnp.tanh(a[2] + reset * b[2])
-    return layer(w, "last", (1 - keep) * fresh + keep * hidden)
+    return (1 - keep) * jnp.tanh(a[2] + reset * b[2]) + keep * hidden
+
+
+def lstm_cell(w: Weights, x: Any, hidden: Any, memory: Any) -> tuple[Any, Any]:
+    enter, forget, new, out = jnp.split(sum(gates(w, x, hidden)), 4, axis=1)
+    memory = jax.nn.sigmoid(forget) * memory + jax.nn.sigmoid(enter) * jnp.tanh(new)
+    return jax.nn.sigmoid(out) * jnp.tanh(memory), memory
+
+
+def gru(w: Weights, x: Any) -> Any:
+    return layer(w, "last", gru_cell(w, x, jnp.full((len(x), CELL), HIDDEN_STATE, x.dtype)))
 
 
 def lstm(w: Weights, x: Any) -> Any:
     hidden = jnp.full((len(x), CELL), HIDDEN_STATE, x.dtype)
-    enter, forget, new, out = jnp.split(sum(gates(w, x, hidden)), 4, axis=1)
-    memory = jax.nn.sigmoid(forget) * hidden + jax.nn.sigmoid(enter) * jnp.tanh(new)
-    return layer(w, "last", jax.nn.sigmoid(out) * jnp.tanh(memory))
+    return layer(w, "last", lstm_cell(w, x, hidden, hidden)[0])
+
+
+def reference(w: Weights, x: Any, given: Any, h: Any) -> tuple[Any, Any]:
+    return chain(w, jnp.concatenate([x, jnp.broadcast_to(given, (len(x), 1))], axis=1)), h
+
+
+def noise(w: Weights, x: Any, given: Any, h: Any) -> tuple[Any, Any]:
+    return chain(w, x) + jnp.exp(w["log_deviation"]) * given, h
+
+
+def remembering_gru(w: Weights, x: Any, given: Any, h: Any) -> tuple[Any, Any]:
+    h = gru_cell(w, x, h)
+    return layer(w, "last", h), h
+
+
+def remembering_lstm(w: Weights, x: Any, given: Any, h: Any) -> tuple[Any, Any]:
+    hidden, memory = lstm_cell(w, x, h[:, :CELL], h[:, CELL:])
+    return layer(w, "last", hidden), jnp.concatenate([hidden, memory], axis=1)
+
+
+BESIDE: dict[str, Callable[[Weights, Any, Any, Any], tuple[Any, Any]]] = {
+    "reference": reference,
+    "noise": noise,
+    "GRU": remembering_gru,
+    "LSTM": remembering_lstm,
+}
+"""Of state, what is given at a step, and memory, to controls and the next memory."""
+
+
+def beside(policy: str, case: Case, physics: Physics) -> Callable[[Weights, Any, str], Any]:
+    """Return the gradient of a policy that is given something or remembers: memory is carried by the scan."""
+    function, given = BESIDE[policy], make_inputs(policy, case.steps, case.batch)
+    given = np.zeros((case.steps, 1, 1), np.float32) if given is None else given
+
+    def loss(w: Weights, x0: Any, flow: str) -> Any:
+        def body(carry: Any, given: Any) -> Any:
+            x, h = carry
+            rows = to_rows(x).reshape(case.batch, -1)
+            c, h = function(w, jax.lax.stop_gradient(rows) if flow == "M" else rows, given, h)
+            x = physics.step(x, c)
+            return (x, h), physics.emit(x, c)
+
+        h = jnp.zeros((case.batch, MEMORY.get(policy, 0)), jnp.float32)
+        (x, _), emitted = jax.lax.scan(body, (x0, h), jnp.asarray(given))
+        return physics.cost(x, emitted)
+
+    def gradient(w: Weights, x0: Any, flow: str) -> Any:
+        if flow != "C":
+            return jax.value_and_grad(loss)(w, x0, flow)
+        value, m = jax.value_and_grad(loss)(w, x0, "M")
+        return value, combine(m, jax.grad(loss)(w, x0, "R"))
+
+    return gradient
 
 
 FUNCTIONS: dict[str, Callable[[Weights, Any], Any]] = {
@@ -105,13 +174,16 @@ class Program:
     """
 
     def __init__(self, case: Case, policy: str, calls: int = 1):
-        function, physics = FUNCTIONS[policy], make_physics(case)
+        physics = make_physics(case)
 
         def forward(w: Weights, rows: Any) -> tuple[Any]:
-            return (function(w, rows.reshape(len(rows), -1)),)
+            return (FUNCTIONS[policy](w, rows.reshape(len(rows), -1)),)
 
         nothing: Any = None
-        gradient = plain(physics, Network(forward, nothing, nothing, nothing), case.steps)
+        if policy in BESIDE:
+            gradient = beside(policy, case, physics)
+        else:
+            gradient = plain(physics, Network(forward, nothing, nothing, nothing), case.steps)
         self.flow, self.calls = case.flow, calls
         self.compiled, self.combine = jax.jit(gradient, static_argnums=2), jax.jit(combine)
         self.weights = {name: jnp.asarray(array) for name, array in make_policy_weights(policy).items()}

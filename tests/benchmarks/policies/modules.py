@@ -106,6 +106,52 @@ class LSTM(GRU):
         return self.last(self.cell(x, (hidden, hidden))[0])
 
 
+class Reference(Plain):
+    """Sees where the cart shall be, besides the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, WIDTH)
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(torch.cat([x, w], dim=1))
+
+
+class Noise(Plain):
+    """Adds noise of a trained deviation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_deviation = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) + torch.exp(self.log_deviation) * w
+
+
+class RememberingGRU(nn.Module):
+    """A cell that remembers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.last = nn.GRUCell(4, CELL), nn.Linear(CELL, 1)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.cell(x, h)
+        return self.last(h), h
+
+
+class RememberingLSTM(nn.Module):
+    """Likewise, both states in one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.last = nn.LSTMCell(4, CELL), nn.Linear(CELL, 1)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        states = self.cell(x, (h[:, :CELL], h[:, CELL:]))
+        return self.last(states[0]), torch.cat(states, dim=1)
+
+
 MODULES: dict[str, type[nn.Module]] = {
     "plain": Plain,
     "layer norm": Normed,
@@ -115,6 +161,10 @@ MODULES: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "GRU cell": GRU,
     "LSTM cell": LSTM,
+    "reference": Reference,
+    "noise": Noise,
+    "GRU": RememberingGRU,
+    "LSTM": RememberingLSTM,
 }
 """By the names of `weights.POLICIES`."""
 

@@ -46,8 +46,25 @@ POLICIES: Mapping[str, Shapes] = {
     },
     "GRU cell": _cell(3),
     "LSTM cell": _cell(4),
+    "reference": {**_CHAIN, **_layer("first", 5, WIDTH)},
+    "noise": {**_CHAIN, "log_deviation": (1,)},
+    "GRU": _cell(3),
+    "LSTM": _cell(4),
 }
 """Names and shapes, outputs before inputs."""
+
+INPUTS: Mapping[str, bool] = {"reference": True, "noise": False}
+"""Policies that are given a number at every step, and whether all samples share it."""
+MEMORY: Mapping[str, int] = {"GRU": CELL, "LSTM": 2 * CELL}
+"""Policies that remember, and how many numbers."""
+
+
+def make_inputs(policy: str, steps: int, batch: int) -> np.ndarray | None:
+    """Return what a policy is given at every step, shape (steps, 1 or batch, 1), float32; None for nothing."""
+    if policy not in INPUTS:
+        return None
+    shape = (steps, 1 if INPUTS[policy] else batch, 1)
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
 
 
 def make_policy_weights(policy: str, seed: int = 0) -> dict[str, np.ndarray]:
@@ -59,5 +76,6 @@ def make_policy_weights(policy: str, seed: int = 0) -> dict[str, np.ndarray]:
     generator, found = np.random.default_rng(seed), {}
     for name, shape in POLICIES[policy].items():
         limit = 1.0 / np.sqrt(shape[-1])
-        found[name] = (generator.uniform(-limit, limit, shape) + ("norm.weight" in name)).astype(np.float32)
+        shift = 1.0 if "norm.weight" in name else -2.0 if "deviation" in name else 0.0
+        found[name] = (generator.uniform(-limit, limit, shape) + shift).astype(np.float32)
     return found
