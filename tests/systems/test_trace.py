@@ -11,7 +11,7 @@ from tests.problems import PROBLEMS
 from tests.systems import test_native_steps as blocks
 from tests.systems.test_solve import Coupled
 from warp_phys import Quantum
-from warp_phys.programs.native_physics import traced_functions
+from warp_phys.programs.native_physics import lane_functions
 from warp_phys.systems import System, SystemFunctions
 from warp_phys.systems.integrators import integrate
 
@@ -156,7 +156,7 @@ WAYS = ["tan", "exp", "log", "sqrt", "tanh", "extremes", "where", "vectors", "ca
 
 @pytest.mark.parametrize("system", [*(Every(way=way) for way in WAYS), Coupled()], ids=[*WAYS, "solve"])
 def test_traced_steps_equal_warps(system):
-    assert None not in traced_functions(system.structure, wp.float64)
+    assert None not in lane_functions(system.structure, wp.float64)
     blocks.test_blocks_equal_functions(system)
 
 
@@ -181,11 +181,11 @@ def test_a_component_that_is_written_twice():
 @pytest.mark.parametrize("way", ["branch", "surrogate"])
 def test_what_is_no_expression_is_left_to_warp(way):
     """A number that decides what is done; an adjoint that is not that of the value."""
-    assert traced_functions(Every(way=way).structure, wp.float64) == (None, None)
+    assert lane_functions(Every(way=way).structure, wp.float64) == (None, None)
     blocks.test_blocks_equal_functions(Every(way=way))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 def test_the_systems_are_traced_unless_they_are_large(problem):
     large = problem.system.state_size > 40 or isinstance(problem.system, Quantum)  # which has an adjoint of its own
-    assert (None in traced_functions(problem.system.structure, wp.float32)) == large
+    assert (None in lane_functions(problem.system.structure, wp.float32)) == large

@@ -9,122 +9,72 @@ from typing import Any
 
 import warp as wp
 
-from warp_phys.core.rows import row_functions
+from warp_phys.core.rows import row_functions, scalar_name
 
 
-def _record_function(own: int, real: type) -> Any:
-    """Return the function that says where the numbers for a sample begin: its own, or those of all."""
+def gate_lines(own: int, remembering: int, size: int, real: type) -> str:
+    """Return C++ that makes `out`, λ_n, of `seed`, ∂L/∂x_n, of `dx`, (∂S/∂x)ᵀ λ_{n+1}, and of `pulled`, (∂N/∂x)ᵀ ν_n.
 
-    @wp.func
-    def record_of(gates: wp.array3d[real], b: int):
-        width = wp.static(2 * own + 2)
-        return (b % (gates.shape[2] // width)) * width
+    All are pointers to a row, `g` to the numbers of a sample; `pulled` counts only if `open`. `out` may be `dx`.
+    """
+    scalar = scalar_name(real)
+    return f"""
+        const {scalar} none = 0, limit = g[{2 * own + 1}];
+        {scalar} factor = 1;
+        if (open && !isinf(limit)) {{
+            {scalar} most[2] = {{0, 0}}, sums[2] = {{0, 0}};  // lengths in units of the largest number: no overflow
+            for (int k = 0; k < {own}; ++k) {{
+                const {scalar} a = g[k] != none ? g[k] * dx[k] : none;
+                const {scalar} b = g[{own} + k] != none ? g[{own} + k] * pulled[k] : none;
+                if (!(a <= most[0] && -a <= most[0])) most[0] = a < 0 ? -a : a;
+                if (!(b <= most[1] && -b <= most[1])) most[1] = b < 0 ? -b : b;
+            }}
+            if (most[1] != none) {{
+                for (int k = 0; k < {own}; ++k) {{
+                    const {scalar} a = g[k] != none && most[0] != none ? g[k] * dx[k] / most[0] : none;
+                    const {scalar} b = g[{own} + k] != none ? g[{own} + k] * pulled[k] / most[1] : none;
+                    sums[0] += a * a;
+                    sums[1] += b * b;
+                }}
+                const {scalar} bound = limit * most[0] * sqrt(sums[0]), length = most[1] * sqrt(sums[1]);
+                if (most[0] == none || isinf(most[1])) factor = 0;  // what is infinite has no direction
+                else if (length > bound) factor = bound / length;
+            }}
+        }}
+        const bool feeds = open && factor != none;
+        for (int k = 0; k < {own}; ++k) {{
+            {scalar} value = seed[k] + (g[k] != none ? g[k] * dx[k] : none);
+            if (feeds) value += g[{own} + k] != none ? factor * (g[{own} + k] * pulled[k]) : none;
+            out[k] = value;
+        }}
+        const {scalar} gamma = g[{2 * own}];
+        const bool remembers = open && gamma != none;
+        for (int k = {own}; k < {remembering}; ++k) out[k] = seed[k] + (remembers ? gamma * pulled[k] : none);
+        for (int k = {remembering}; k < {size}; ++k) out[k] = seed[k] + dx[k] + (open ? pulled[k] : none);
+    """
 
-    return record_of
+
+def record_line(own: int) -> str:
+    """Return C++ for `g`, the numbers of a sample `b`: its own, or those of all."""
+    return f"const auto* g = &wp::index(gates, f, n, b % (gates.shape[2] / {2 * own + 2}) * {2 * own + 2});"
 
 
 @functools.cache
-def _limit_function(own: int, size: int, real: type) -> Any:
-    """Return `limited(physics, controller, limit)`, the controller's feedback, not longer than so much of the other."""
+def gate_function(own: int, remembering: int, size: int, real: type) -> Any:
+    """Return `gated(lam, dx, pulled, gates, f, n, b)`, which does the same for rows as vectors."""
     Row = row_functions(size, real).vector
 
-    @wp.func
-    def largest(row: Row):
-        out = real(0.0)
-        for k in range(wp.static(own)):
-            out = wp.max(out, wp.abs(row[k]))
-        return out
+    @wp.func_native(f"""
+        {record_line(own)}
+        const bool open = true;
+        const auto *seed = lam.c, *dx = by_physics.c, *pulled = by_controller.c;
+        auto row = lam;
+        auto* out = row.c;
+        {gate_lines(own, remembering, size, real)}
+        return row;
+        """)
+    def gated(
+        lam: Row, by_physics: Row, by_controller: Row, gates: wp.array3d[real], f: int, n: int, b: int
+    ) -> Row: ...
 
-    @wp.func
-    def norm(row: Row, scale: real):
-        total = real(0.0)
-        for k in range(wp.static(own)):
-            total += (row[k] / scale) * (row[k] / scale)
-        return scale * wp.sqrt(total)
-
-    @wp.func
-    def scaled(row: Row, factor: real):
-        out = row
-        for k in range(wp.static(own)):
-            out[k] = wp.where(factor == real(0.0), real(0.0), factor * row[k])
-        return out
-
-    @wp.func
-    def limited(physics: Row, controller: Row, limit: real):
-        least = largest(physics)
-        most = largest(controller)
-        factor = real(1.0)
-        if most > real(0.0):
-            if least == real(0.0) or wp.isinf(most):  # what is infinite has no direction
-                factor = real(0.0)
-            else:
-                # lengths in units of the largest component: squares would overflow
-                bound = limit * norm(physics, least)
-                length = norm(controller, most)
-                if length > bound:
-                    factor = bound / length
-        return scaled(controller, factor)
-
-    return limited
-
-
-@functools.cache
-def gate_functions(own: int, remembering: int, size: int, real: type) -> tuple[Any, Any]:
-    """Return how gates act on rows of adjoints, and whether any of a controller's is open.
-
-    `gated(lam, dx, pulled, gates, f, n, b)` returns λ_n of ∂L/∂x_n, (∂S/∂x)ᵀ λ_{n+1} and (∂N/∂x)ᵀ ν_n, by the numbers
-    gates[f, n] for all samples, one after the other or the same for all. `is_open(gates, f, n, first, count)` is not 0
-    if one of so many samples has a gate of the controller that is not 0.
-    """
-    Row, record_of = row_functions(size, real).vector, _record_function(own, real)
-    limited = _limit_function(own, size, real)
-
-    @wp.func
-    def physics_part(dx: Row, gates: wp.array3d[real], f: int, n: int, at: int):
-        out = Row()
-        for k in range(wp.static(size)):
-            alpha = real(1.0)
-            if k < wp.static(own):
-                alpha = gates[f, n, at + k]
-            if alpha != real(0.0):
-                out[k] = alpha * dx[k]
-        return out
-
-    @wp.func
-    def controller_part(pulled: Row, gates: wp.array3d[real], f: int, n: int, at: int):
-        out = Row()
-        for k in range(wp.static(size)):
-            beta = real(1.0)
-            if k < wp.static(own):
-                beta = gates[f, n, at + wp.static(own) + k]
-            elif k < wp.static(remembering):
-                beta = gates[f, n, at + wp.static(2 * own)]
-            if beta != real(0.0):
-                out[k] = beta * pulled[k]
-        return out
-
-    @wp.func
-    def gated(lam: Row, dx: Row, pulled: Row, gates: wp.array3d[real], f: int, n: int, b: int):
-        at = record_of(gates, b)
-        physics = physics_part(dx, gates, f, n, at)
-        controller = controller_part(pulled, gates, f, n, at)
-        limit = gates[f, n, at + wp.static(2 * own + 1)]
-        if not wp.isinf(limit):
-            controller = limited(physics, controller, limit)
-        return lam + physics + controller
-
-    @wp.func
-    def size_of(gates: wp.array3d[real], f: int, n: int, at: int):
-        total = real(0.0)
-        for k in range(wp.static(own), wp.static(2 * own + int(remembering > own))):
-            total += wp.abs(gates[f, n, at + k])
-        return total
-
-    @wp.func
-    def is_open(gates: wp.array3d[real], f: int, n: int, first: int, count: int):
-        total = real(0.0)
-        for s in range(count):
-            total += size_of(gates, f, n, record_of(gates, first + s))
-        return wp.where(total != real(0.0), 1, 0)
-
-    return gated, is_open
+    return gated

@@ -9,7 +9,7 @@ from typing import Any
 
 import warp as wp
 
-from warp_phys.core.flow_gates import gate_functions
+from warp_phys.core.flow_gates import gate_function
 from warp_phys.core.rows import RowFunctions, row_functions
 
 
@@ -116,13 +116,13 @@ def sweep_kernel(structure: Any, real: type, single: bool = False) -> wp.Kernel:
         λ_n = ∂L/∂x_n + α_n (∂S/∂x)ᵀ λ_{n+1} + β_n J_nᵀ μ_n,   J_n = ∂N/∂x at x_n
 
     A gate of zero is a cut, not a product: what lies behind it may be infinite. `gates` has α and β for each flow and
-    step, or, with gates of `single` components, what `gate_functions` takes.
+    step, or, with gates of `single` components, what `flow_gates` takes.
     """
     types, weighted_step = structure.types(real), weighted_step_function(structure, real)
     State, Control, Parameters = types.State, types.Control, types.Parameters
     x_row, c_row = row_functions(structure.state_size, real), row_functions(structure.control_size, real)
     load_x, load_c, store_x, store_c = x_row.load_at, c_row.load_at, x_row.store_at, c_row.store_at
-    gated, _ = gate_functions(structure.own_size, structure.remembering_size, structure.state_size, real)
+    gated = gate_function(structure.own_size, structure.remembering_size, structure.state_size, real)
     written = structure.written_size
 
     @wp.func

@@ -181,7 +181,7 @@ def all_gates(flows: Sequence[Flow], steps: int, batch: int, system: Any) -> np.
     """Return the gates of all flows as kernels take them, see `kernels.sweep_kernel`.
 
     Shape (flows, steps, 2); where a system's rows hold more than its state, or gates are those of single samples or
-    components, or limited, (flows, steps, N), see `kernels.gate_functions`.
+    components, or limited, (flows, steps, N), see `flow_gates`.
 
     Raises:
         ValueError: Gates are given for other numbers of steps, samples or components.

@@ -5,7 +5,7 @@ from typing import Any
 
 import warp as wp
 
-from warp_phys.core.flow_gates import gate_functions
+from warp_phys.core.flow_gates import gate_function
 from warp_phys.core.rows import row_functions
 from warp_phys.programs.rules import combined_body
 
@@ -82,7 +82,7 @@ def gate_single_kernel(own: int, remembering: int, size: int, real: type) -> wp.
     What is given from outside, the last numbers of a row, has its adjoints written to `adj_inputs`, unless that is
     empty.
     """
-    row, (gated, _) = row_functions(size, real), gate_functions(own, remembering, size, real)
+    row, gated = row_functions(size, real), gate_function(own, remembering, size, real)
     load, load_at, store_at = row.load, row.load_at, row.store_at
 
     @wp.kernel(module="unique", enable_backward=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 import warp as wp
 
-from warp_phys.core.flow_gates import gate_functions
+from warp_phys.core.flow_gates import gate_function, gate_lines, record_line
 from warp_phys.core.kernels import weighted_cost_function
 from warp_phys.core.rows import row_functions, scalar_name
 from warp_phys.programs import native_code
@@ -233,7 +233,7 @@ def trajectory_vjp_kernel(structure: Any, real: type, parameters: bool, single: 
     λ_n and μ_n are those of `kernels.sweep_kernel` without a controller.
     """
     retreat, size, written = retreat_function(structure, real, parameters), structure.state_size, structure.written_size
-    gated, _ = gate_functions(structure.own_size, structure.remembering_size, size, real)
+    gated = gate_function(structure.own_size, structure.remembering_size, size, real)
     x_row = row_functions(size, real)
     load_at, store_at, Row, Parameters = x_row.load_at, x_row.store_at, x_row.vector, structure.types(real).Parameters
 
@@ -325,30 +325,35 @@ def _gate_functions(structure: Any, program: Program, real: type, single: bool) 
 
     `single` gates are those of samples and components, see `flow_gates`.
     """
-    inputs, row, written = program.inputs, layout_of(program).row, structure.written_size
-    gated, is_open = gate_functions(structure.own_size, structure.remembering_size, inputs, real)
-    x_row = row_functions(inputs, real)
-    load, load_at, store_at, Row = x_row.load, x_row.load_at, x_row.store_at, x_row.vector
+    inputs, row, own, end = program.inputs, layout_of(program).row, structure.own_size, structure.remembering_size
+    written = structure.written_size
 
-    @wp.func
-    def pulled_of(deltas: wp.array[real], start: int, to_input: int):
-        out = Row()
-        for k in range(wp.static(inputs)):
-            if to_input != 0:
-                out[k] = deltas[start + k]
-        return out
-
-    @wp.func
+    @wp.func_native(f"""
+        for (int s = 0; s < count; ++s) {{
+            const int b = first + s;
+            {record_line(own)}
+            const bool open = to_input;
+            const auto *seed = &wp::index(seeds, s, 0), *pulled = deltas.data + (long long)(slot + s) * {row};
+            auto* out = &wp::index(adj_x, f, b, 0);
+            const auto* dx = out;
+            {gate_lines(own, end, inputs, real)}
+            if (adj_inputs.shape[0]) {{
+                auto* given = &wp::index(adj_inputs, f, n, b, 0);
+                for (int k = {written}; k < {inputs}; ++k) given[k - {written}] = out[k];
+            }}
+        }}""")
     def gate_singly(
         seeds: wp.array2d[real], deltas: wp.array[real], slot: int, to_input: int, gates: wp.array3d[real],
         f: int, n: int, first: int, count: int, adj_x: wp.array3d[real], adj_inputs: wp.array4d[real],
-    ):  # fmt: skip
-        for s in range(count):
-            b = first + s
-            pulled = pulled_of(deltas, (slot + s) * wp.static(row), to_input)
-            store_at(adj_x, f, b, gated(load(seeds, s), load_at(adj_x, f, b), pulled, gates, f, n, b))
-            for k in range(adj_inputs.shape[3]):
-                adj_inputs[f, n, b, k] = adj_x[f, b, wp.static(written) + k]
+    ): ...  # fmt: skip
+
+    @wp.func_native(f"""
+        for (int b = first; b < first + count; ++b) {{
+            {record_line(own)}
+            for (int k = {own}; k < {2 * own + (end > own)}; ++k) if (g[k] != 0) return 1;
+        }}
+        return 0;""")
+    def is_open(gates: wp.array3d[real], f: int, n: int, first: int, count: int) -> int: ...
 
     @wp.func
     def gate_block(

@@ -15,37 +15,44 @@ from warp_phys.core.rows import row_functions, scalar_name
 from warp_phys.programs.trace import FAILURES, step_struct
 
 
-def block_functions(structure: Any, name: str, sizes: tuple[int, ...], real: type) -> tuple[Any, Any]:
-    """Return the functions `advance` and `retreat` of a system for a struct of the folder `native`.
-
-    `retreat` writes no adjoints of parameters: where they are wanted, the Warp functions run.
+def lanes_of(name: str, sizes: tuple[int, ...], real: type) -> str:
+    """Return a struct of the folder `native` in C++, for `SystemFunctions.lanes`; see native/lanes.h for what it has.
 
     Args:
-        structure: The system; the struct takes its parameters in the order of `parameter_names`.
-        name: Name of the struct; see native/lanes.h for what it must have.
+        name: Name of the struct; it takes the system's parameters in the order of `parameter_names`.
         sizes: Its template arguments after the number type.
         real: wp.float32 or wp.float64.
     """
-    return _block_functions(
-        structure, f"warp_phys::{name}<{', '.join([scalar_name(real), *map(str, sizes)])}>", "", real
-    )
+    return f"warp_phys::{name}<{', '.join([scalar_name(real), *map(str, sizes)])}>"
 
 
 @functools.cache
-def traced_functions(structure: Any, real: type) -> tuple[Any, Any]:
-    """Return the functions `advance` and `retreat` made from a system's step; None each where it cannot be traced."""
-    try:
-        source = step_struct(structure, structure.functions(real).step, real)
-    except FAILURES:
-        return None, None
-    return _block_functions(structure, "Step", source, real)
+def lane_functions(structure: Any, real: type) -> tuple[Any, Any]:
+    """Return the functions `advance` and `retreat` in lanes, of a system's own struct or made from its step.
+
+    None each where it cannot be traced. `retreat` writes no adjoints of parameters: where they are wanted, the Warp
+    functions run. A controller's memory goes by the lanes, sample by sample.
+    """
+    inner = getattr(structure, "base", structure)
+    if inner.inputs:
+        inner = structure  # of which the step takes all
+    functions, source = inner.functions(real), ""
+    struct = functions.lanes
+    if not struct:
+        try:
+            struct, source = "Step", step_struct(inner, functions.step, real)
+        except FAILURES:
+            return None, None
+    return _block_functions(structure, inner, struct, source, real)
 
 
-def _block_functions(structure: Any, struct: str, source: str, real: type) -> tuple[Any, Any]:
+def _block_functions(structure: Any, inner: Any, struct: str, source: str, real: type) -> tuple[Any, Any]:
     types, names = structure.types(real), structure.parameter_names
     Parameters, inputs, outputs = types.Parameters, structure.state_size, structure.control_size
+    size, controls, written = inner.state_size, inner.control_size, inner.written_size
+    remembered = outputs - controls
     scalar = scalar_name(real)
-    block = f"warp_phys::Block<{scalar}, {struct}, {structure.written_size}>"
+    block = f"warp_phys::Block<{scalar}, {struct}, {inputs}, {outputs}, {written}>"
     numbers = "\n".join(f"own[{i}][s] = from.{field};" for i, field in enumerate(names))
     arguments = f"""{source}
         warp_phys::lanes<{scalar}> own[{len(names)}];
@@ -59,8 +66,17 @@ def _block_functions(structure: Any, struct: str, source: str, real: type) -> tu
         const auto* c = controls.data + at * {outputs};
         auto* y = states.data + (at + states.shape[1]) * {inputs};
     """
+    each = f"for (int s = 0; s < count; ++s) for (int k = 0; k < {remembered}; ++k)"
+    keep = f"{each} y[s * {inputs} + {size} + k] = c[s * {outputs} + {controls} + k];" if remembered else ""
+    back = f"""
+        for (int f = 0; f < adj_x.shape[0]; ++f) for (int s = 0; s < count; ++s) {{
+            auto* lam = &wp::index(adj_x, f, first + s, 0);
+            for (int k = 0; k < {remembered}; ++k)
+                adj_c.data[(f * warp_phys::LANES + s) * {outputs} + {controls} + k] = lam[{size} + k];
+            for (int k = {size}; k < {inputs}; ++k) lam[k] = 0;
+        }}"""
 
-    @wp.func_native(f"{arguments} {block}::advance(count, x, c, own, y);")
+    @wp.func_native(f"{arguments} {block}::advance(count, x, c, own, y); {keep}")
     def advance(
         states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int
     ): ...
@@ -69,7 +85,8 @@ def _block_functions(structure: Any, struct: str, source: str, real: type) -> tu
         {block}::retreat(
             count, adj_x.shape[0], x, c, own, y, adj_x.data + (long long)first * {inputs},
             (long long)adj_x.shape[1] * {inputs}, adj_c.data
-        );""")
+        );
+        {back if size < inputs else ""}""")
     def retreat(
         states: wp.array3d[real], controls: wp.array3d[real], p: wp.array[Parameters], n: int, first: int, count: int,
         adj_x: wp.array3d[real], adj_c: wp.array3d[real], by_p: wp.array3d[real],
@@ -82,7 +99,7 @@ def _block_functions(structure: Any, struct: str, source: str, real: type) -> tu
 def advance_function(structure: Any, real: type) -> Any:
     """Return `advance(states, controls, p, n, first, count)`: states[n + 1] of a block of samples from states[n]."""
     types, functions = structure.types(real), structure.functions(real)
-    given = functions.advance or traced_functions(structure, real)[0]
+    given = lane_functions(structure, real)[0]
     if given is not None:
         return given
     Parameters, step = types.Parameters, functions.step
@@ -119,8 +136,8 @@ def retreat_function(structure: Any, real: type, parameters: bool = False) -> An
     becomes (∂S/∂c)ᵀ adj_x[f, b]. With `parameters` by_p[f, b] grows by (∂S/∂p)ᵀ adj_x[f, b], else it may be empty.
     states[n + 1] may be read: it holds the step's result.
     """
-    types, functions = structure.types(real), structure.functions(real)
-    given = None if parameters else functions.retreat or traced_functions(structure, real)[1]
+    types = structure.types(real)
+    given = None if parameters else lane_functions(structure, real)[1]
     if given is not None:
         return given
     Parameters, weighted_step = types.Parameters, weighted_step_function(structure, real)

@@ -75,10 +75,8 @@ class SystemFunctions(NamedTuple):
     """`step(x: State, c: Control, p: Parameters) -> State`."""
     cost: Any
     """`cost(x: State, p: Parameters) -> real`, the pointwise cost of one sample at one time."""
-    advance: Any = None
-    """If given, the step of a block of samples, for a CPU: see `native_physics.advance_function`."""
-    retreat: Any = None
-    """Its vector-Jacobian product, likewise: see `native_physics.retreat_function`."""
+    lanes: str = ""
+    """If given, C++ that stands for the step on a CPU, see `native_physics.lanes_of`."""
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import warp as wp
 from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.core.rows import scalar_name
 from warp_phys.errors import check_count
-from warp_phys.programs.native_physics import block_functions
+from warp_phys.programs.native_physics import lanes_of
 from warp_phys.systems.base import System, SystemFunctions
 
 
@@ -80,8 +80,7 @@ class Quantum(System):
 
     def functions(self, real: type) -> SystemFunctions:
         """Return the Warp functions in one precision."""
-        blocks = block_functions(self, "Quantum", (self.points,), real)
-        return SystemFunctions(_step(self, real), _cost(self, real), *blocks)
+        return SystemFunctions(_step(self, real), _cost(self, real), lanes_of("Quantum", (self.points,), real))
 
     def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
         """Return random superpositions of eigenstates 1 and 2, shape (batch, D).

@@ -10,7 +10,7 @@ import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.errors import check_choice, check_count
-from warp_phys.programs.native_physics import block_functions
+from warp_phys.programs.native_physics import lanes_of
 from warp_phys.systems.base import System, SystemFunctions
 from warp_phys.systems.integrators import INTEGRATORS, integrate
 
@@ -89,8 +89,7 @@ class Repulsion(System):
         step = integrate(_rate(self, real), self.types(real), self.integrator, block=2)
         if self.integrator != "euler":
             return SystemFunctions(step, _cost(self, real))
-        blocks = block_functions(self, "Repulsion", (self.drivers, self.evaders), real)
-        return SystemFunctions(step, _cost(self, real), *blocks)
+        return SystemFunctions(step, _cost(self, real), lanes_of("Repulsion", (self.drivers, self.evaders), real))
 
     def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
         """Return agents at rest, shape (batch, D): drivers on an annulus, evaders in a flock inside of it.

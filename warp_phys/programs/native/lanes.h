@@ -60,14 +60,14 @@ template <int N, typename T> static inline void write_lanes(T* rows, long long p
         for (int s = 0; s < count; ++s) rows[s * pitch + j] = in[j][s];
 }
 
-// W is how many numbers of a next state are written.
-template <typename T, typename S, int W = S::D> struct Block {
+// Steps of up to eight samples, in rows of states and controls that are so many numbers apart.
+template <typename T, typename S, int X, int C, int W = S::D> struct Block {
     static inline void advance(int count, const T* x, const T* c, const lanes<T>* p, T* y) {
         lanes<T> state[S::D], control[S::K], next[S::D];
-        read_lanes<S::D, T>(x, S::D, count, state);
-        read_lanes<S::K, T>(c, S::K, count, control);
+        read_lanes<S::D, T>(x, X, count, state);
+        read_lanes<S::K, T>(c, C, count, control);
         S::step(state, control, p, next);
-        write_lanes<W, T>(y, S::D, count, next);
+        write_lanes<W, T>(y, X, count, next);
     }
 
     // For each flow, adj_x becomes its product with the Jacobian of the step by x, adj_c that by c.
@@ -75,15 +75,15 @@ template <typename T, typename S, int W = S::D> struct Block {
         int count, int flows, const T* x, const T* c, const lanes<T>* p, const T* y, T* adj_x, long long flow_pitch, T* adj_c
     ) {
         lanes<T> state[S::D], control[S::K], next[S::D], lambda[S::D], mu[S::K];
-        read_lanes<S::D, T>(x, S::D, count, state);
-        read_lanes<S::K, T>(c, S::K, count, control);
-        if constexpr (S::READS_NEXT) read_lanes<S::D, T>(y, S::D, count, next);
+        read_lanes<S::D, T>(x, X, count, state);
+        read_lanes<S::K, T>(c, C, count, control);
+        if constexpr (S::READS_NEXT) read_lanes<S::D, T>(y, X, count, next);
         const S linear(state, control, p, next);
         for (int f = 0; f < flows; ++f) {
-            read_lanes<S::D, T>(adj_x + f * flow_pitch, S::D, count, lambda);
+            read_lanes<S::D, T>(adj_x + f * flow_pitch, X, count, lambda);
             linear.pull(lambda, mu);
-            write_lanes<S::D, T>(adj_x + f * flow_pitch, S::D, count, lambda);
-            write_lanes<S::K, T>(adj_c + f * LANES * S::K, S::K, count, mu);
+            write_lanes<S::D, T>(adj_x + f * flow_pitch, X, count, lambda);
+            write_lanes<S::K, T>(adj_c + f * LANES * C, C, count, mu);
         }
     }
 };
