@@ -9,7 +9,6 @@ step of the whole batch at a time, each flow by its own adjoint: as autograd wou
 """
 
 import functools
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import CodeType, FunctionType, ModuleType
@@ -235,10 +234,7 @@ def _hides_function(found: Found) -> bool:
 
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether there is something about a module that torch has compiled."""
-    kinds: tuple[type, ...] = (torch.jit.ScriptModule,)
-    if "torch._dynamo" in sys.modules:  # without it, which takes a second to import, nothing is compiled
-        kinds += (torch._dynamo.OptimizedModule,)
-    return any(isinstance(m, kinds) for m in module.modules())
+    return any(isinstance(m, torch.jit.ScriptModule | torch._dynamo.OptimizedModule) for m in module.modules())
 
 
 class _HookWatch(TorchFunctionMode):

@@ -123,11 +123,7 @@ def within() -> Iterator[None]:
 
 
 def inner_grad(
-    output: torch.Tensor,
-    inputs: Sequence[torch.Tensor],
-    seed: torch.Tensor,
-    retain_graph: bool = True,
-    rarely: bool = False,
+    output: torch.Tensor, inputs: Sequence[torch.Tensor], seed: torch.Tensor, retain_graph: bool = True
 ) -> tuple[torch.Tensor | None, ...]:
     """Return (∂output/∂inputs)ᵀ seed, without a call of the hooks on leaves among the inputs.
 
@@ -136,19 +132,16 @@ def inner_grad(
         inputs: What it is differentiated by.
         seed: Adjoint of the output, its shape.
         retain_graph: Whether the graph may be used again.
-        rarely: Whether a call may take longer, if that spares the first one an import that takes half a second.
 
     Returns:
         A tensor for each input; None for one that the output does not depend on.
     """
     tasks: list[int] = []
-    hooked = any([_quieten(tensor) for tensor in inputs if tensor.is_leaf and tensor._backward_hooks])  # noqa: C419, all
-    given: torch.Tensor | None = seed
-    if hooked or rarely:
+    if any([_quieten(tensor) for tensor in inputs if tensor.is_leaf and tensor._backward_hooks]):  # noqa: C419, all of them
         with torch.enable_grad():
-            output, given = _Root.apply(output, seed, tasks), None
+            output = _Root.apply(output, tasks)
     try:
-        return torch.autograd.grad(output, inputs, given, retain_graph=retain_graph, allow_unused=True)
+        return torch.autograd.grad(output, inputs, seed, retain_graph=retain_graph, allow_unused=True)
     finally:
         _INSIDE.difference_update(tasks)
 
@@ -190,19 +183,16 @@ def _quieten(leaf: torch.Tensor) -> bool:
 
 
 class _Root(torch.autograd.Function):
-    """A number whose adjoint 1 gives the output its seed; the first thing that a pass inside does is to say so.
-
-    Torch imports its symbolic algebra to look at a seed that it is given.
-    """
+    """The identity; the first thing that a pass inside does is to say so."""
 
     @staticmethod
-    def forward(ctx, output, seed, tasks):
-        ctx.seed, ctx.tasks = seed, tasks
-        return output.new_zeros(())
+    def forward(ctx, output, tasks):
+        ctx.tasks = tasks
+        return output.view_as(output)
 
     @staticmethod
-    def backward(ctx, _adj):
+    def backward(ctx, adj):
         task = torch._C._current_graph_task_id()
         _INSIDE.add(task)
         ctx.tasks.append(task)
-        return ctx.seed, None, None
+        return adj, None

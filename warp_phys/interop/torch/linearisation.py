@@ -91,7 +91,7 @@ class TorchLinearisation:
         sources = [self.x, *self.leaves]
         if not self.output.requires_grad:
             return [torch.zeros_like(source) for source in sources]
-        found = self._product(sources, mu, rarely=True)
+        found = self._product(sources, mu)
         return [torch.zeros_like(s) if a is None else dense(a) for s, a in zip(sources, found, strict=True)]
 
     def _pull(self, mu: torch.Tensor, out: torch.Tensor) -> None:
@@ -120,9 +120,7 @@ class TorchLinearisation:
                 self.module(x)
         return cuts
 
-    def _product(
-        self, inputs: Sequence[torch.Tensor], mu: torch.Tensor, rarely: bool = False
-    ) -> Sequence[torch.Tensor | None]:
+    def _product(self, inputs: Sequence[torch.Tensor], mu: torch.Tensor) -> Sequence[torch.Tensor | None]:
         """Return (∂N/∂inputs)ᵀ mu; None for an input that the controls do not depend on.
 
         The graph of a module that torch has compiled may serve only once, as torch says when it is asked for more; then
@@ -133,7 +131,7 @@ class TorchLinearisation:
         else:
             try:
                 with within():
-                    return inner_grad(self.output, inputs, mu, rarely=rarely)
+                    return inner_grad(self.output, inputs, mu)
             except RuntimeError as error:
                 if "donated buffers" not in str(error):
                     raise

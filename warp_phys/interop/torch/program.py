@@ -1,7 +1,7 @@
-"""Any torch module read as a row program, and held against the module itself.
+"""Any torch module read as a row program, by `torch.export`, and held against the module itself.
 
-It is called once, on tensors of places (`programs.reading`): layout is torch's own business, and each operation on
-numbers becomes one of the table.
+The exported graph is run on tensors of places (`programs.reading`): layout is torch's own business, and each operation
+on numbers becomes one of the table.
 """
 
 import builtins
@@ -10,14 +10,13 @@ import functools
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import warp as wp
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import Seeds, Trajectory
@@ -29,13 +28,13 @@ from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.loss import torch_stream
 from warp_phys.programs.block_network import BlockLinearisation, BlockNetwork
 from warp_phys.programs.network import Network
-from warp_phys.programs.reading import ALIKE, IN_SAMPLE, Reading, Unreadable, explained
+from warp_phys.programs.reading import ALIKE, Reading, Unreadable, explained
 
 TRIED = 9
 """States at which a program is held against its module."""
 
-BATCHES = (3, 2, 4, 5, 7, 8, 16, 31, 64, 100, 257, 1000, 4096, 65537, 10**6 + 3, 2**31 + 11, 2**40 + 15)
-"""Samples of the batch with which a module is read, and other sizes, which must lead the same way."""
+BATCH = 3
+"""Samples of the tensors that stand for a batch of any size."""
 
 
 def read_program(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> Planned:
@@ -49,8 +48,9 @@ def read_program(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> Pl
     Raises:
         Unreadable: It is none; the message says in one sentence what stands in the way.
     """
+    exported = _export(module, torch.zeros((5, inputs), dtype=like.dtype, device=like.device))
     with explained("it cannot be read"):  # an operation with arguments that its rule does not know
-        return _Reader(module, inputs, like).read()
+        return _Reader(exported, module, inputs, like.dtype).read()
 
 
 def _refuse(module: torch.nn.Module) -> None:
@@ -164,13 +164,23 @@ def _check_numbers(found: Any, numbers: tuple[torch.Tensor, torch.Tensor, list[t
             raise Unreadable("what was read of it gives other numbers than it gives itself")
 
 
+def _export(module: torch.nn.Module, example: torch.Tensor) -> Any:
+    with explained("torch.export cannot read it"), warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        batch = torch.export.Dim("batch", min=2)
+        with _symbolic_lengths():
+            exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
+        _detach_without_gradients(exported)
+        return exported.run_decompositions(_decompositions())
+
+
 _LENGTHS = threading.Lock()
 """Held while `len` is another function, which other threads see: for them it gives what it always does."""
 
 
 @contextlib.contextmanager
-def _shown_lengths() -> Iterator[None]:
-    """Have `len(x)` give what `x.shape[0]` is, a `_Length` perhaps; Python's own makes a plain number of it."""
+def _symbolic_lengths() -> Iterator[None]:
+    """Have `len(x)` give the size that `x.shape[0]` is, which stands for any batch; Python's own is a number."""
     with _LENGTHS:
         own = builtins.len
         builtins.len = lambda of: of.shape[0] if isinstance(of, torch.Tensor) and of.ndim else own(of)
@@ -180,108 +190,32 @@ def _shown_lengths() -> Iterator[None]:
             builtins.len = own
 
 
-class _Length(int):
-    """A length that grows with the batch, its value here; what goes by its size is refused if other batches differ."""
+def _detach_without_gradients(exported: Any) -> None:
+    """Detach what goes into a region without gradients, which decomposing dissolves.
 
-    def __new__(cls, values: Sequence[int]) -> "_Length":
-        """Return the length whose values at `BATCHES` are given."""
-        made = super().__new__(cls, values[0])
-        made.values = tuple(values)
-        return made
-
-    values: tuple[int, ...]
-
-    def _with(self, operation: Callable, other: Any) -> Any:
-        if not isinstance(other, int):
-            return NotImplemented
-        others = other.values if isinstance(other, _Length) else [other] * len(self.values)
-        return [operation(a, b) for a, b in zip(self.values, others, strict=True)]
-
-    def _refused(self, *_others: Any) -> Any:
-        raise Unreadable("it computes with the number of its rows")
-
-    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __float__ = _refused
-    __hash__ = int.__hash__
-
-
-def _made(operation: Callable) -> Callable:
-    """Return an operation on lengths that gives one."""
-
-    def method(length: _Length, other: Any) -> Any:
-        values = length._with(operation, other)
-        return values if values is NotImplemented else _Length(values)
-
-    return method
-
-
-def _decided(operation: Callable) -> Callable:
-    """Return a comparison of lengths."""
-
-    def method(length: _Length, other: Any) -> Any:
-        is_same = isinstance(other, int) and int(length) == int(other) and len(set(length.values)) == len(BATCHES)
-        if is_same and operation in (operator.eq, operator.ne):
-            return operation is operator.eq  # perhaps that of a tensor of zeros that was made for a batch
-        answers = length._with(operation, other)
-        if answers is NotImplemented:
-            return answers
-        if len(set(answers)) > 1:
-            raise Unreadable("which way it takes depends on the number of its rows")
-        return answers[0]
-
-    return method
-
-
-for _operation in ("add", "sub", "mul", "floordiv", "mod"):
-    _function = getattr(operator, _operation)
-    setattr(_Length, f"__{_operation}__", _made(_function))
-    setattr(_Length, f"__r{_operation}__", _made(lambda a, b, f=_function: f(b, a)))
-for _operation in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(_Length, f"__{_operation}__", _decided(getattr(operator, _operation)))
-
-
-class _Memory:
-    """What tensors that are views of each other share: numbers that are known, or places."""
-
-    def __init__(self, data: Any, is_known: bool, is_own: bool = True):
-        self.data, self.is_known, self.is_own = data, is_known, is_own
-        """None where nothing may be read. Own memory may be written to: that of parameters and of states may not."""
-
-
-class _Traced(torch.Tensor):
-    """A tensor of a module that is being read."""
-
-    memory: _Memory
-    region: int
-    """Region without gradients in which it was made, or 0."""
-
-    @staticmethod
-    def __new__(cls, memory: _Memory, view: torch.Tensor, dtype: torch.dtype, device: Any, region: int) -> "_Traced":
-        """Return the view of a memory that a tensor on that memory, or in its place, has."""
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, view.shape, strides=view.stride(), storage_offset=view.storage_offset(), dtype=dtype, device=device
-        )
-        made.memory, made.region = memory, region
-        return made
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, *_arguments: Any, **_options: Any) -> Any:  # type: ignore[override]
-        """Refuse what no reader sees."""
-        raise Unreadable(f"it uses {_base(func)} outside of what is read")
-
-    def held(self) -> torch.Tensor:
-        """Return the numbers, or places, that it shows."""
-        if self.memory.data is None:
-            raise Unreadable("it uses the second result of an operation of which only the first can be read")
-        return self.memory.data.as_strided(self.size(), self.stride(), self.storage_offset())
+    Raises:
+        Unreadable: There are gradients within such a region.
+    """
+    for node in list(exported.graph.nodes):
+        if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
+            continue
+        inside = getattr(exported.graph_module, node.args[1].target).graph.nodes
+        if node.args[0] or any(other.target is node.target for other in inside):
+            raise Unreadable("it switches gradients on in a region without them")
+        with exported.graph.inserting_before(node):
+            for source in node.args[2:]:
+                if isinstance(source.meta["val"], torch.Tensor):
+                    detached = exported.graph.call_function(torch.ops.aten.detach.default, (source,))
+                    detached.meta["val"] = source.meta["val"]
+                    node.replace_input_with(source, detached)
+    exported.graph_module.recompile()
 
 
 @functools.cache
 def _decompositions() -> dict[Any, Callable]:
     """Return how torch writes operations in terms of others, but for those that there are rules for."""
     known = {*RULES, *LAYOUT, *SAME, *CREATED}
-    table = torch._decomp._core_aten_decompositions_post_autograd()
+    table = dict(torch.export.default_decompositions().items())
     more = [torch.ops.aten._adaptive_avg_pool2d]
     table |= torch._decomp.get_decompositions(more)
     return {op: rule for op, rule in table.items() if not {_name(op), _base(op)} & known}
@@ -297,6 +231,13 @@ def _base(target: Any) -> str:
     return _name(target).partition(".")[0]
 
 
+class _Known:
+    """A tensor whose numbers are known: neither parameters nor rows lead to it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
 def _on_tensors(method: Callable) -> Any:
     """Return a method of `Reading` on arrays of places as one on tensors of them."""
 
@@ -307,46 +248,12 @@ def _on_tensors(method: Callable) -> Any:
     return on_tensors
 
 
-class _Functions(TorchFunctionMode):
-    """Shows a reader what torch's functions are called with, parameters too, and shows lengths that grow as such."""
+class _Reader:
+    """Runs an exported graph on places, and builds the program of what it computes."""
 
-    def __init__(self, reader: "_Reader"):
-        super().__init__()
-        self.reader = reader
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        """Call a function of torch."""
-        reader = self.reader
-        if func is torch._C._set_grad_enabled:
-            reader.set_gradients(args[0])
-            return func(*args)
-        with torch._C._DisableTorchDispatch():  # what it does for that is not the module's
-            args, options = _pytree.tree_map_only(torch.Tensor, reader.traced, (args, kwargs or {}))
-            if func in _SHAPES and isinstance(args[0], _Traced):
-                return _SHAPES[func](torch.Size(reader.lengths(args[0])), *args[1:], **options)
-        return func(*args, **options)
-
-
-class _Reader(TorchDispatchMode):
-    """Runs a module on places, and builds the program of what it computes.
-
-    Operations come as torch's own functions call them, before any of them is differentiated or taken apart.
-    """
-
-    def __init__(self, module: torch.nn.Module, inputs: int, like: torch.Tensor):
-        super().__init__()
-        self.module, self.inputs, self.dtype, self.device = module, inputs, like.dtype, like.device
-        self.reading = Reading(inputs, BATCHES[0])
-        self.given: tuple = ()
-        """The arguments of the operation whose rule is at work."""
-        self._module_tensors = {id(t) for t in (*module.parameters(), *module.buffers())}
-        self._outside: dict[int, tuple[torch.Tensor, _Traced]] = {}
-        self._region = self._regions = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Say that torch need not keep its compiler away, which would import it, for a second."""
-        return False
+    def __init__(self, exported: Any, module: torch.nn.Module, inputs: int, dtype: torch.dtype):
+        self.exported, self.module, self.dtype = exported, module, dtype
+        self.reading = Reading(inputs, BATCH)
 
     constant = _on_tensors(Reading.constant)
     joined = _on_tensors(Reading.joined)
@@ -362,227 +269,111 @@ class _Reader(TorchDispatchMode):
 
     def read(self) -> Planned:
         """Return the program."""
-        states = torch.from_numpy(self.reading.states())
-        x = self._made(states, self.dtype, _Memory(states, is_known=False, is_own=False))
-        # what autograd would see of it comes as it is: nothing is differentiated here
-        with torch._C._AutoDispatchBelowAutograd(), _shown_lengths(), self, _Functions(self):
-            output = self.module(x)
-        if not isinstance(output, torch.Tensor):
+        environment: dict[Any, Any] = {}
+        output: Any = None
+        for node in self.exported.graph.nodes:
+            if node.op == "placeholder":
+                environment[node] = self._placeholder(node)
+            elif node.op == "call_function":
+                arguments = torch.fx.map_arg(node.args, environment.__getitem__)
+                options = torch.fx.map_arg(node.kwargs, environment.__getitem__)
+                environment[node] = self._call(node, arguments, options)
+            elif node.op == "output":
+                output = torch.fx.map_arg(node.args[0], environment.__getitem__)
+            else:
+                raise Unreadable(f"it contains {node.op} {node.target}, which is no operation on rows")
+        if not isinstance(output, (tuple, list)) or len(output) != 1 or not isinstance(output[0], torch.Tensor):
             raise Unreadable("it does not return one tensor alone")
-        output = self.traced(output)
-        if output.ndim != 2:
-            raise Unreadable(f"what it returns has {output.ndim} dimensions")
-        if output.memory.is_known:
-            raise Unreadable("it reads no parameter")
-        program, tensors = self.reading.finish(output.held().numpy())
+        if output[0].ndim != 2:
+            raise Unreadable(f"what it returns has {output[0].ndim} dimensions")
+        program, tensors = self.reading.finish(output[0].numpy())
         if not program.readers:
             raise Unreadable("it reads no parameter")
         return Planned(program, tensors, is_chain=False)
 
-    # --- tensors
+    def _placeholder(self, node: Any) -> Any:
+        signature = self.exported.graph_signature
+        name = node.name
+        if name in signature.user_inputs:
+            return torch.from_numpy(self.reading.states())
+        if name in signature.inputs_to_parameters:
+            tensor: Any = self.module.get_parameter(signature.inputs_to_parameters[name])
+        elif name in signature.inputs_to_buffers:
+            tensor = self.module.get_buffer(signature.inputs_to_buffers[name])
+        else:
+            target = signature.inputs_to_lifted_tensor_constants.get(name)
+            tensor = self.exported.constants.get(target)
+            if not isinstance(tensor, torch.Tensor):
+                raise Unreadable(f"it takes {name}, which is no tensor")
+            return _Known(tensor.detach())
+        if not tensor.is_floating_point():
+            return _Known(tensor.detach())
+        if tensor.dtype != self.dtype or not tensor.is_contiguous():
+            raise Unreadable(f"{name} is not contiguous, or of another precision")
+        return torch.from_numpy(self.reading.tensor(tensor, tensor.shape))
 
-    def traced(self, tensor: Any) -> Any:
-        """Return a tensor as one that is read; parameters, buffers and what else comes from outside too."""
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            return tensor  # one of those that are read is inside
-        if not isinstance(tensor, _Traced):
-            if id(tensor) not in self._outside:
-                self._outside[id(tensor)] = tensor, self._from_outside(tensor)
-            tensor = self._outside[id(tensor)][1]
-        if self._region and tensor.region != self._region and not tensor.memory.is_known:
-            stopped = self.elementwise("stop", [tensor.held()])  # a copy: what is written to it would be lost
-            return self._made(stopped, tensor.dtype, _Memory(stopped, is_known=False, is_own=False))
-        return tensor
-
-    def _from_outside(self, tensor: torch.Tensor) -> _Traced:
-        data, is_place = tensor.detach(), id(tensor) in self._module_tensors and tensor.is_floating_point()
-        if is_place:
-            if tensor.dtype != self.dtype or not tensor.is_contiguous():
-                raise Unreadable(f"a tensor of shape {tuple(tensor.shape)} is not contiguous, or of another precision")
-            data = torch.from_numpy(self.reading.tensor(tensor, tensor.shape))
-        return self._made(data, tensor.dtype, _Memory(data, not is_place, is_own=False), region=0)
-
-    def _made(
-        self, held: torch.Tensor, dtype: torch.dtype, memory: _Memory | None = None, region: int | None = None
-    ) -> _Traced:
-        """Return what stands in `held`: places in memory of its own, unless another one is given."""
-        region = self._region if region is None else region
-        return _Traced(memory or _Memory(held, is_known=False), held, dtype, self.device, region)
-
-    def _unreadable(self, like: torch.Tensor) -> _Traced:
-        """Return a result of which nothing is known but its kind."""
-        return self._made(like, like.dtype, _Memory(None, is_known=False))
-
-    def set_gradients(self, are_enabled: bool) -> None:
-        """Begin or end a region without gradients."""
-        self._regions += 1
-        self._region = 0 if are_enabled else self._regions
-
-    def lengths(self, tensor: _Traced) -> list[int]:
-        """Return the shape of a tensor; lengths along which samples change are of the kind that grows with them."""
-        shape = list(tensor.size())
-        if tensor.memory.is_known or tensor.memory.data is None or not tensor.numel():
-            return shape
-        held = tensor.held()
-        sample = torch.where(held < 0, 0, held >> IN_SAMPLE)
-        for axis, length in enumerate(shape):
-            grows = length % BATCHES[0] == 0 and bool((sample != sample.narrow(axis, 0, 1)).any())
-            shape[axis] = _Length([length // BATCHES[0] * batch for batch in BATCHES]) if grows else length
-        return shape
-
-    # --- operations
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        """Do an operation of torch."""
-        return self._call(func, *_pytree.tree_map_only(torch.Tensor, self.traced, (args, kwargs or {})))
-
-    def _call(self, func: Any, arguments: tuple, options: dict) -> Any:  # noqa: PLR0911, a kind of operation each
-        base = _base(func)
-        if base in CREATED:  # of its shape and type alone
-            first = arguments[0]
-            arguments = torch.empty(first.size(), dtype=first.dtype, device=self.device), *arguments[1:]
-        given = [value for value in _pytree.tree_leaves((arguments, options)) if isinstance(value, _Traced)]
-        if func._schema.is_mutable:
-            return self._write(func, base, arguments, options)
-        if all(value.memory.is_known for value in given):
-            return self._evaluate(func, arguments, options)
+    def _call(self, node: Any, arguments: tuple, options: dict) -> Any:  # noqa: PLR0911, a kind of operation each
+        target, base = node.target, _base(node.target)
+        if target is operator.getitem:
+            return target(*arguments)
+        given = _pytree.tree_leaves((arguments, options))
+        places = [value for value in given if isinstance(value, torch.Tensor)]
+        if base in CREATED and places:  # of its shape and type alone
+            arguments, places = (torch.empty_like(arguments[0], dtype=self.dtype), *arguments[1:]), []
+        if target in SYMBOLIC or not places:
+            return self._evaluate(target, arguments, options)
+        if base.startswith("_assert"):
+            return None
         if base in INDEXING:
-            return self._indexed(func, base, arguments, options)
-        rule = RULES.get(_name(func)) or RULES.get(base)
-        if rule is None and base not in LAYOUT | SAME:
-            return self._taken_apart(func, base, arguments, options)
-        like = _pytree.tree_map_only(_Traced, _without_numbers, (arguments, options))
-        like, self.given = func(*like[0], **like[1]), arguments
-        if rule is None and any(value.memory.data is None for value in given):
-            return _pytree.tree_map_only(torch.Tensor, self._unreadable, like)
+            return self._indexed(target, arguments, options)
         arguments, options = self._as_places((arguments, options))
+        if base in ("view", "_unsafe_view"):  # strides of places are not those of numbers
+            return arguments[0].reshape(arguments[1])
+        if base in LAYOUT:
+            return _pytree.tree_map_only(torch.Tensor, self.joined, target(*arguments, **options))
+        if base in SAME:
+            return arguments[0]
+        rule = RULES.get(_name(target)) or RULES.get(base)
         if rule is None:
-            return self._moved(func, arguments, options, like, given)
-        results, several = rule(self, *arguments, **options), isinstance(like, (tuple, list))
-        likes = like if several else [like]
-        found = [self._result(t, of, base) for t, of in zip(results if several else [results], likes, strict=False)]
-        found += map(self._unreadable, likes[len(found) :])
-        return type(like)(found) if type(like) in (tuple, list) else tuple(found) if several else found[0]
-
-    def _result(self, places: torch.Tensor, like: torch.Tensor, base: str) -> _Traced:
-        """Return the result of a rule, in memory like torch's own.
-
-        Raises:
-            Unreadable: Torch would round numbers, or count truth values, by its rules for types.
-        """
-        if like.dtype != self.dtype and (like.dtype != torch.bool or base not in TRUTH):
-            raise Unreadable(f"its {base} gives numbers of type {like.dtype}")
-        held = torch.empty_strided(like.shape, like.stride(), dtype=torch.int64)
-        if places.shape != held.shape:
-            raise Unreadable(f"its {base} gives another shape than is known of it")
-        return self._made(held.copy_(places), like.dtype)
-
-    def _moved(self, func: Any, arguments: tuple, options: dict, like: Any, given: list[_Traced]) -> Any:
-        """Return what a function that moves numbers makes of places."""
-        dtypes = [of.dtype for of in _pytree.tree_leaves(like) if isinstance(of, torch.Tensor)]
-        return self._wrapped(func(*arguments, **options), given, iter(dtypes))
-
-    def _wrapped(self, result: Any, given: list[_Traced], dtypes: Any = None) -> Any:
-        """Return plain tensors as those that are read: views of what was given, or, of their own, places or numbers."""
-        known = {value.memory.data.untyped_storage().data_ptr(): value.memory for value in given}
-
-        def wrap(plain: torch.Tensor) -> _Traced:
-            dtype = plain.dtype if dtypes is None else next(dtypes)
-            memory = known.get(plain.untyped_storage().data_ptr()) if plain.numel() else None
-            if memory is None:
-                plain = plain if dtypes is None else self.joined(plain)
-                memory = _Memory(plain, is_known=dtypes is None)
-            return self._made(plain, dtype, memory)
-
-        return _pytree.tree_map_only(torch.Tensor, wrap, result)
-
-    def _evaluate(self, func: Any, arguments: tuple, options: dict) -> Any:
-        """Return what an operation gives on numbers that are known."""
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise Unreadable(f"it draws random numbers, by {_base(func)}")
-        given = [value for value in _pytree.tree_leaves((arguments, options)) if isinstance(value, _Traced)]
-        arguments, options = _pytree.tree_map_only(_Traced, _Traced.held, (arguments, options))
-        result = func(*arguments, **options)
-        if "empty" in _base(func):
-            result.zero_()  # what nobody writes to does not matter
-        if _base(func).startswith("lift"):  # made by the module of numbers in its code
-            return self._made(result, result.dtype, _Memory(result, is_known=True))
-        return self._wrapped(result, given)
-
-    def _indexed(self, func: Any, base: str, arguments: tuple, options: dict) -> Any:
-        """Return the places that are chosen by numbers that are known."""
-        where = 2 if base in ("index_select", "gather") else 1
-        if base == "index_put" and arguments[3:] and arguments[3]:
-            raise Unreadable("it adds to numbers by their place")
-        chosen = [v for v in _pytree.tree_leaves(arguments[where]) if isinstance(v, _Traced)]
-        if not all(value.memory.is_known for value in chosen):
-            raise Unreadable(f"its {base} picks numbers by what it computes")
-        taken: list[Any] = [self._as_places(value) for value in arguments]
-        taken[where] = _pytree.tree_map_only(_Traced, _Traced.held, arguments[where])
-        dtype = arguments[0].dtype
-        return self._made(self.joined(func(*taken, **options)), dtype)
-
-    def _taken_apart(self, func: Any, base: str, arguments: tuple, options: dict) -> Any:
-        """Return what an operation gives that torch writes in terms of others."""
-        rule = _decompositions().get(func, func.decompose)
-        with self:
-            result = rule(*arguments, **options)
-        if result is NotImplemented:
-            if base in ("_local_scalar_dense", "equal", "nonzero"):
-                raise Unreadable("what it does depends on numbers that it computes")
             raise Unreadable(f"it uses {base}, which is no operation of row programs")
-        return result
+        self._check_type(node, base)
+        self.node = node
+        return rule(self, *arguments, **options)
 
-    def _write(self, func: Any, base: str, arguments: tuple, options: dict) -> Any:
-        """Do an operation in place: that of the same name without it, whose result is written."""
-        target, packet = arguments[0], getattr(torch.ops.aten, base[:-1], None)
-        twin = getattr(packet, func._overloadname, None) if base.endswith("_") else None
-        if twin is None or not isinstance(target, _Traced):
-            raise Unreadable(f"it writes to tensors by {base}, which is no operation of row programs")
-        if not target.memory.is_own:
-            raise Unreadable("it writes to its input, to parameters, or, without gradients, to what has them")
-        result = self._call(twin, arguments, options)
-        if result.memory is target.memory:  # squeeze_ and the like: the same numbers in another shape
-            with torch._C._DisableTorchDispatch():
-                target.data = result
-            return target
-        if result.size() != target.size():
-            raise Unreadable(f"its {base} changes the shape of a tensor")
-        memory = target.memory
-        if memory.is_known and result.memory.is_known:
-            target.held().copy_(result.held())
-            return target
-        if memory.is_known:
-            memory.data, memory.is_known = _in_order_of(memory.data, self.constant(memory.data)), False
-        target.held().copy_(self._as_places(result))
-        memory.data.copy_(self.joined(memory.data))
-        return target
+    def _evaluate(self, target: Any, arguments: tuple, options: dict) -> Any:
+        """Return what an operation gives on numbers that are known, or on sizes."""
+        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+            raise Unreadable(f"it draws random numbers, by {_base(target)}")
+        arguments, options = _pytree.tree_map_only(_Known, lambda v: v.tensor, (arguments, options))
+        result = target(*arguments, **options)
+        if "empty" in _base(target):
+            result.zero_()  # what nobody writes to does not matter
+        return _pytree.tree_map_only(torch.Tensor, _Known, result)
+
+    def _indexed(self, target: Any, arguments: tuple, options: dict) -> Any:
+        """Return the places that are chosen by numbers that are known."""
+        where = 2 if _base(target) in ("index_select", "gather") else 1
+        if _base(target) == "index_put" and arguments[3:] and arguments[3]:
+            raise Unreadable("it adds to numbers by their place")
+        if any(isinstance(v, torch.Tensor) for v in _pytree.tree_leaves(arguments[where])):
+            raise Unreadable(f"its {_base(target)} picks numbers by what it computes")
+        taken: list[Any] = [self._as_places(value) for value in arguments]
+        taken[where] = _pytree.tree_map_only(_Known, lambda v: v.tensor, arguments[where])
+        return self.joined(target(*taken, **options))
 
     def _as_places(self, value: Any) -> Any:
-        return _pytree.tree_map_only(
-            _Traced, lambda v: self.constant(v.held()) if v.memory.is_known else v.held(), value
-        )
+        return _pytree.tree_map_only(_Known, lambda v: self.constant(v.tensor), value)
 
-
-_SHAPES: dict[Any, Callable] = {
-    torch.Tensor.shape.__get__: lambda lengths: lengths,  # type: ignore[attr-defined]
-    torch.Tensor.size: lambda lengths, dim=None: lengths if dim is None else lengths[dim],
-    torch.Tensor.numel: lambda lengths: functools.reduce(operator.mul, lengths, 1),
-}
-"""Functions that give lengths, by what they make of all of them."""
-
-
-def _without_numbers(tensor: _Traced) -> torch.Tensor:
-    """Return a tensor of this kind that tells what torch makes of it.
-
-    It holds zeros: for one that holds nothing torch runs code of its compiler's, which takes a second to import.
-    """
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device).zero_()
-
-
-def _in_order_of(like: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Return places in memory that has the strides of another tensor."""
-    return torch.empty_strided(like.shape, like.stride(), dtype=torch.int64).copy_(places)
+    def _check_type(self, node: Any, base: str) -> None:
+        """Raise `Unreadable` where numbers would be rounded, or truth values counted, by torch's rules for types."""
+        values = node.meta.get("val")
+        if isinstance(values, (tuple, list)):
+            values = [values[user.args[1]] for user in node.users]
+        for value in values if isinstance(values, list) else [values]:
+            if not isinstance(value, torch.Tensor) or value.dtype == self.dtype:
+                continue
+            if value.dtype != torch.bool or base not in TRUTH:
+                raise Unreadable(f"its {base} gives numbers of type {value.dtype}")
 
 
 def _binary(operation: str) -> Callable:
@@ -783,8 +574,8 @@ def _attention(
     if causal:
         mask = reader.constant(torch.ones(q.shape[-2], k.shape[-2]).tril().log())
     if mask is not None:
-        given = dict(enumerate(reader.given)).get(3)
-        if given is not None and given.dtype == torch.bool:
+        given: Any = reader.node.args[3] if len(reader.node.args) > 3 else None
+        if given is not None and given.meta["val"].dtype == torch.bool:
             mask = reader.elementwise("choose", [mask, 0.0, -math.inf])
         scores = reader.elementwise("add", [scores, mask])
     return reader.product(_softmax(reader, scores, -1), v)
@@ -900,10 +691,16 @@ def _of_two(operation: str, swapped: bool = False) -> Callable:
     return lambda reader, a, b: reader.elementwise(operation, [b, a] if swapped else [a, b])
 
 
+SYMBOLIC = {
+    operator.mul, operator.add, operator.sub, operator.floordiv, torch.sym_max, torch.sym_min,
+    torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default,
+}  # fmt: skip
+"""Functions on sizes."""
+
 LAYOUT = set(
-    "view _unsafe_view reshape permute transpose t slice select unsqueeze squeeze expand expand_as flatten unflatten "
-    "movedim numpy_T mT split split_with_sizes chunk unbind flip roll narrow repeat repeat_interleave tile cat stack "
-    "select_scatter slice_scatter unfold diagonal".split()
+    "reshape permute transpose t slice select unsqueeze squeeze expand expand_as flatten unflatten movedim numpy_T mT "
+    "split split_with_sizes chunk unbind flip roll narrow repeat repeat_interleave tile cat stack select_scatter "
+    "slice_scatter unfold diagonal".split()
 )
 """Operations that move numbers, as torch itself does."""
 
