@@ -383,3 +383,14 @@ def test_diagnosis(inputs, memory):
     for n in range(STEPS):
         product = steps.closed_loop[n, 0] @ product
     assert np.allclose(product[:4, 1], change[-1].detach().numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_arguments_that_could_be_mistaken_are_refused():
+    class Optional(Both):
+        def forward(self, x, w=None, h=None):
+            return self.compute(x, w, h)
+
+    with pytest.raises(ValueError, match="no defaults"):
+        Rollout(SYSTEM, Optional(SYSTEM, INPUTS, MEMORY), STEPS, memory=MEMORY)
+    with pytest.raises(ValueError, match="takes x alone"):
+        Rollout(SYSTEM, Plain(SYSTEM), STEPS, memory=MEMORY)

@@ -41,7 +41,13 @@ OPERATIONS: dict[str, Operation] = {
     "cosine": Operation("cosine(a)", ("-d * sine(a)",)),
     "tangent": Operation("tangent(a)", ("d * (1 + y * y)",)),
     "arctangent": Operation("arctangent(a)", ("d / (1 + a * a)",)),
-    "angle": Operation("angle_of(a, b)", ("d * b / (a * a + b * b)", "-d * a / (a * a + b * b)")),
+    "angle": Operation(  # of nothing: 0, as in torch
+        "angle_of(a, b)",
+        (
+            "(a == V{{}}) & (b == V{{}}) ? V{{}} : d * b / (a * a + b * b)",
+            "(a == V{{}}) & (b == V{{}}) ? V{{}} : -d * a / (a * a + b * b)",
+        ),
+    ),
     "arcsine": Operation("arcsine(a)", ("d / root(1 - a * a)",)),
     "arccosine": Operation("arccosine(a)", ("-d / root(1 - a * a)",)),
     "hyperbolic sine": Operation("hyperbolic_sine(a)", ("d * hyperbolic_cosine(a)",)),

@@ -25,6 +25,7 @@ from warp_phys.interop.torch.chain import PRECISIONS, Planned, has_hooks
 from warp_phys.interop.torch.combine import split
 from warp_phys.interop.torch.contract import Examination, is_close, is_compiled, state_of
 from warp_phys.interop.torch.dense import as_array
+from warp_phys.interop.torch.leaves import nodes_of
 from warp_phys.interop.torch.loss import torch_stream
 from warp_phys.programs.block_network import BlockLinearisation, BlockNetwork
 from warp_phys.programs.network import Network
@@ -88,6 +89,8 @@ def read_and_check(module: torch.nn.Module, system: Any, blocks: bool) -> Planne
         )
     except (NotRepeatable, ValueError, TypeError, RuntimeError) as error:
         raise Unreadable(f"it cannot be tried out: {error}") from None
+    if any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes_of(found.here.output)):
+        raise Unreadable("it has an autograd.Function, whose backward pass is its own")
     if found.whole:
         raise Unreadable("its rows cannot be differentiated apart, or hooks see its gradients")
     try:
@@ -398,8 +401,12 @@ def _power(reader: _Reader, a: Any, n: Any) -> Any:
 
 
 def _rounded_quotient(reader: _Reader, a: Any, b: Any, rounding_mode: Any = None) -> Any:
+    if rounding_mode == "floor":  # as torch: of what is left without the remainder, a whole number but for rounding
+        rest = _of_two("remainder")(reader, a, b)
+        whole = _binary("divide")(reader, _binary("subtract")(reader, a, rest), b)
+        return reader.elementwise("floor", [reader.elementwise("shift", [whole], 0.5)])
     y = _binary("divide")(reader, a, b)
-    return y if rounding_mode is None else reader.elementwise("floor" if rounding_mode == "floor" else "truncated", [y])
+    return y if rounding_mode is None else reader.elementwise("truncated", [y])
 
 
 def _clamp(reader: _Reader, a: Any, least: Any = None, most: Any = None) -> Any:
@@ -730,7 +737,8 @@ RULES: dict[str, Callable] = {name: _unary(*operation) for name, operation in AL
     "fmod": _of_two("remainder towards zero"), "floor": _unary("floor"), "ceil": _unary("ceiling"),
     "trunc": _unary("truncated"), "round": _unary("rounded"),
     "sigmoid": _unary("sigmoid"), "relu": _unary("relu"), "silu": _unary("silu"),
-    "elu": _elu, "gelu": _gelu, "hardsigmoid": _hard_sigmoid,
+    "elu": _elu, "celu": lambda r, a, alpha=1.0: _elu(r, a, alpha, 1.0, 1.0 / alpha),
+    "gelu": _gelu, "hardsigmoid": _hard_sigmoid,
     "hardswish": lambda r, a: r.elementwise("multiply", [a, _hard_sigmoid(r, a)]),
     "leaky_relu": lambda r, a, slope=0.01: r.elementwise("leaky relu", [a], slope),
     "softplus": lambda r, a, beta=1, threshold=20: r.elementwise("softplus", [a], beta, threshold),

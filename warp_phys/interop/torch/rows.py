@@ -70,14 +70,29 @@ class RowModule(torch.nn.Module):
 
 
 def takes_inputs(controller: torch.nn.Module, memory: int) -> bool:
-    """Whether a controller's forward takes another argument besides state and memory."""
+    """Whether a controller's forward must be given another argument besides state and memory.
+
+    Raises:
+        ValueError: It is known that it takes too few arguments for a memory, or that they may be mistaken for others.
+    """
     try:
         parameters = inspect.signature(controller.forward).parameters.values()
     except (TypeError, ValueError):
         return False
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
-    return len(needed) > 1 + (memory > 0)
+    taken = [p for p in parameters if p.kind in kinds]
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return False
+    needed = sum(p.default is inspect.Parameter.empty for p in taken)
+    if memory and len(taken) < 2:
+        raise ValueError("with a memory the controller is called with (x, h), or (x, w, h): its forward takes x alone")
+    if memory and len(taken) > 2 and needed < 3:
+        names = ", ".join(p.name for p in taken)
+        raise ValueError(
+            f"with a memory the controller's arguments must have no defaults, its forward takes ({names}): which of "
+            "them is the memory could not be told"
+        )
+    return needed > 1 + (memory > 0)
 
 
 def check_inputs(name: str, value: torch.Tensor, like: torch.Tensor, steps: int, size: int | None) -> torch.Tensor:
