@@ -49,6 +49,43 @@ def unroll(step, controller, params, x0, gates):
     return jnp.concatenate([x0[None], states]), controls
 
 
+@jax.custom_vjp
+def _meeting(x, alpha, beta, limit):
+    """The row that the physics is given, and that of the controller; backward both meet at the gates."""
+    return x, x
+
+
+def _meet(kept, adjoints):
+    alpha, beta, limit = kept
+    physics, controller = alpha * adjoints[0], beta * adjoints[1]
+    lengths = [jnp.sqrt((part * part).sum(1, keepdims=True)) for part in (physics, controller)]
+    shorter = jnp.where(lengths[1] > limit * lengths[0], limit * lengths[0] / lengths[1], 1.0)
+    return physics + shorter * controller, *map(jnp.zeros_like, kept)
+
+
+_meeting.defvjp(lambda x, *gates: (_meeting(x, *gates), gates), _meet)
+
+
+def unroll_beside(step, controller, params, x0, inputs, memory, gates, limit=None):
+    """Return states, controls and memories of an unrolling with inputs (T, 1 or B, E) and a memory (B, H), or None.
+
+    The gates are α and β, shape (T, B or 1, D or 1), and γ, shape (T,); what is limited meets in a rule of its own.
+    """
+
+    def advance(carry, at):
+        (x, h), (alpha, beta, gamma, w) = carry, at
+        own, seen = (gated(x, alpha), gated(x, beta)) if limit is None else _meeting(x, alpha, beta, limit)
+        more = [] if w is None else [jnp.broadcast_to(w, (len(x), w.shape[1]))]
+        out = controller(params, seen, *more, *([] if h is None else [gated(h, gamma)]))
+        c, h = (out, None) if h is None else out
+        y = step(own, c) if w is None else step(own, c, more[0])
+        return (y, h), (y, c, h)
+
+    _, (states, controls, memories) = jax.lax.scan(advance, (x0, memory), (*gates, inputs))
+    states = jnp.concatenate([x0[None], states])
+    return states, controls, None if memory is None else jnp.concatenate([memory[None], memories])
+
+
 def cart_pole_loss(states, controls, when, control_cost):
     """1 − mean cos θ over samples, poles and times, plus the control cost."""
     chosen = states[-1:] if when == "final" else states[1:]

@@ -199,7 +199,7 @@ def are_single(gates: Any) -> bool:
     return bool(gates.shape[2] != 2)
 
 
-def _open_gates(gates: np.ndarray, system: Any, want_inputs: bool) -> np.ndarray:
+def open_gates(gates: np.ndarray, system: Any, want_inputs: bool) -> np.ndarray:
     """Return at which steps of which flows adjoints go back through the controller, shape (flows, steps)."""
     if not are_single(gates):
         return gates[:, :, 1] != 0.0
@@ -285,7 +285,7 @@ def backward(
         return Adjoints(lam, adj_p, adj_inputs)
     for f in range(flows):
         wp.copy(lam[f], seeds.states[steps])
-    is_open = _open_gates(gates, system, want_inputs)
+    is_open = open_gates(gates, system, want_inputs)
     if parallel is None:
         parallel = not whole and parallel_in_time(system, controller, trajectory, is_open)
     pass_ = _Pass(

@@ -12,6 +12,7 @@ import warp as wp
 
 from warp_phys.core import kernels
 from warp_phys.core.arrays import as_structs
+from warp_phys.engine.phases import are_single
 from warp_phys.systems.base import System
 
 EAGER: dict[str, Any] = {"graph_mode": wp.JaxCallableGraphMode.NONE}
@@ -24,6 +25,8 @@ def step_call(structure: Any, real: type) -> Any:
     struct = structure.types(real).Parameters
 
     def step(x: wp.array2d[real], c: wp.array2d[real], p: wp.array2d[real], y: wp.array2d[real]):
+        if structure.written_size < structure.state_size:
+            y.zero_()
         kernel = kernels.step_kernel(structure, real)
         _launch(kernel, len(x), [x, c, as_structs(p, struct)], [y])
 
@@ -53,16 +56,17 @@ def step_vjp_call(structure: Any, real: type) -> Any:
 
 @functools.cache
 def trajectory_call(structure: Any, real: type) -> Any:
-    """All steps under given controls: x0, controls, p to states (steps + 1, batch, D)."""
+    """All steps under given controls: x0, controls, p, inputs to states (steps + 1, batch, D), see `fill`."""
     struct = structure.types(real).Parameters
 
     def trajectory(
         x0: wp.array2d[real],
         controls: wp.array3d[real],
         p: wp.array2d[real],
+        given: wp.array3d[real],
         states: wp.array3d[real],
     ):
-        wp.copy(states[0], x0)
+        fill(structure, states, x0, given)
         kernel = kernels.trajectory_kernel(structure, real)
         _launch(kernel, len(x0), [controls, as_structs(p, struct)], [states])
 
@@ -73,9 +77,9 @@ def trajectory_call(structure: Any, real: type) -> Any:
 def sweep_call(structure: Any, real: type) -> Any:
     """The adjoints of all flows from the last step to the first, see `kernels.sweep_kernel`.
 
-    Outputs: λ_0 (flows, batch, D), μ (flows, steps, batch, K), and the physical parameters' adjoints
-    (flows, steps, batch, P), or none of them if that array has no steps. A Jacobian of no steps stands for closed
-    controller gates.
+    Outputs: λ_0 (flows, batch, D), μ (flows, steps, batch, K), the physical parameters' adjoints
+    (flows, steps, batch, P) and those of what is given (flows, steps, batch, E), or none of either if that array has no
+    flows. A Jacobian of no steps stands for closed controller gates.
     """
     struct = structure.types(real).Parameters
 
@@ -90,15 +94,16 @@ def sweep_call(structure: Any, real: type) -> Any:
         lam: wp.array3d[real],
         mu: wp.array4d[real],
         adj_p: wp.array4d[real],
+        adj_given: wp.array4d[real],
     ):
         steps, batch, _ = controls.shape
         for f in range(len(gates)):
             wp.copy(lam[f], adj_states[steps])
         inputs = [states, controls, as_structs(p, struct), jacobian, adj_states, adj_controls, gates, 0, steps, lam]
-        outputs = [mu, as_structs(adj_p, struct), wp.empty((0, 0, 0, 0), dtype=real, device=mu.device)]
-        _launch(kernels.sweep_kernel(structure, real), (len(gates), batch), inputs, outputs)
+        outputs = [mu, as_structs(adj_p, struct), adj_given]
+        _launch(kernels.sweep_kernel(structure, real, are_single(gates)), (len(gates), batch), inputs, outputs)
 
-    return wp.jax_callable(sweep, num_outputs=3, vmap_method="sequential", **EAGER)
+    return wp.jax_callable(sweep, num_outputs=4, vmap_method="sequential", **EAGER)
 
 
 @functools.cache
@@ -178,6 +183,17 @@ def foreign_step_vjp_call(system: Any, real: type, with_y: bool = False) -> Any:
 
     function = comparing_step_vjp if with_y else step_vjp
     return wp.jax_callable(function, num_outputs=2, vmap_method="sequential", **EAGER)
+
+
+def fill(structure: Any, states: wp.array, first: wp.array, given: wp.array) -> None:
+    """Write what rows start from, and what is given at all steps, (steps, batch, E), none if rows hold nothing such."""
+    written, steps = structure.written_size, len(states) - 1
+    if written == structure.state_size:
+        wp.copy(states[0], first)
+        return
+    wp.copy(states[0, :, :written], first)
+    wp.copy(states[:steps, :, written:], given)
+    states[steps].zero_()
 
 
 def _launch(kernel: wp.Kernel, dim: Any, inputs: list, outputs: list) -> None:

@@ -20,6 +20,7 @@ def loss(
     when: When = "final",
     control_cost: float = 0.0,
     parameters: Mapping[str, Any] | None = None,
+    inputs: Any = None,
 ) -> jax.Array:
     """Return `system.loss` of a trajectory as a JAX scalar, differentiable in reverse mode; see `System.loss`.
 
@@ -30,7 +31,8 @@ def loss(
     """
     states, controls = jnp.asarray(states), None if controls is None else jnp.asarray(controls)
     check_given(getattr(system, "parameter_names", ()), parameters or {})
-    own = {"parameters": parameters} if parameters else {}
+    own: dict[str, Any] = {"parameters": parameters} if parameters else {}
+    own |= {} if inputs is None else {"inputs": jnp.asarray(inputs)}
     return system.loss(states, controls, when=when, control_cost=control_cost, **own)
 
 

@@ -8,7 +8,7 @@ import warp as wp
 from warp_phys.core.arrays import as_structs
 from warp_phys.engine.layers import Dense, Workspace
 from warp_phys.engine.phases import Seeds, Trajectory
-from warp_phys.interop.jax.calls import EAGER
+from warp_phys.interop.jax.calls import EAGER, fill
 from warp_phys.programs.network import Network
 from warp_phys.programs.program import Program
 from warp_phys.systems.base import System
@@ -37,17 +37,18 @@ def _passes(program: Program, offsets: tuple[int, ...], real: type) -> _Passes:
 
 @functools.cache
 def unroll_call(structure: System, program: Program, offsets: tuple[int, ...], real: type) -> Any:
-    """A whole forward pass on a CPU: x0, p and flat weights to states and controls."""
+    """A whole forward pass on a CPU: x0, p, flat weights and inputs to states and controls, see `calls.fill`."""
     struct = structure.types(real).Parameters
 
     def unroll(
         x0: wp.array2d[real],
         p: wp.array2d[real],
         weights: wp.array[real],
+        given: wp.array3d[real],
         states: wp.array3d[real],
         controls: wp.array3d[real],
     ):
-        wp.copy(states[0], x0)
+        fill(structure, states, x0, given)
         network = _passes(program, offsets, real).pack(weights)
         network.unroll(structure, states, controls, as_structs(p, struct), keep=False)
 
@@ -58,7 +59,8 @@ def unroll_call(structure: System, program: Program, offsets: tuple[int, ...], r
 def sweep_call(structure: System, program: Program, offsets: tuple[int, ...], real: type) -> Any:
     """A whole backward pass of all flows, on a CPU: λ_0 (flows, batch, D), flat updates of the weights.
 
-    And the physical parameters' adjoints (flows, batch, P), or none of them if that array has no flows.
+    And the adjoints of the physical parameters (flows, batch, P) and of what is given (flows, steps, batch, E), or none
+    of either if that array has no flows.
     """
     struct = structure.types(real).Parameters
 
@@ -73,17 +75,17 @@ def sweep_call(structure: System, program: Program, offsets: tuple[int, ...], re
         lam: wp.array3d[real],
         updates: wp.array2d[real],
         adj_p: wp.array3d[real],
+        adj_given: wp.array4d[real],
     ):
         passes = _passes(program, offsets, real)
         trajectory, seeds = Trajectory(states, controls, as_structs(p, struct)), Seeds(adj_states, adj_controls)
         network = passes.pack(weights)
-        packed = network.sweep(
-            structure, trajectory, seeds, gates, lam, passes.workspace, adj_p if len(adj_p) else None
-        )
+        wanted = [array if len(array) else None for array in (adj_p, adj_given)]
+        packed = network.sweep(structure, trajectory, seeds, gates, lam, passes.workspace, *wanted)
         updates.zero_()
         network.unpack(packed, [passes.addresses(updates[f]) for f in range(len(gates))])
 
-    return wp.jax_callable(sweep, num_outputs=3, vmap_method="sequential", **EAGER)
+    return wp.jax_callable(sweep, num_outputs=4, vmap_method="sequential", **EAGER)
 
 
 @functools.cache

@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from warp_phys.engine.phases import all_gates
+from warp_phys.flow import REGULAR
 from warp_phys.interop.jax import trace as jax_trace
 from warp_phys.interop.jax.arrays import real_of, rows_of_parameters
 from warp_phys.interop.jax.dense_calls import sweep_call, unroll_call
+from warp_phys.interop.jax.rows import for_all, given_dims
 from warp_phys.programs.reading import ALIKE, Reading, Unreadable, explained
 from warp_phys.systems.base import System
 
@@ -48,11 +51,17 @@ class Fused(NamedTuple):
         parts = [jnp.asarray(values[k]).astype(dtype).reshape(-1) for k in self.tensors]
         return jnp.concatenate([*parts, jnp.zeros(1, dtype)])  # never empty
 
-    def unroll(self, structure: System, inputs: Any, x0: jax.Array, rows: jax.Array, steps: int) -> tuple:
-        """Return states and controls of a rollout, from one call of the engine."""
-        dims = {"states": (steps + 1, *x0.shape), "controls": (steps, len(x0), self.plan.outputs)}
+    def unroll(
+        self, structure: System, inputs: Any, x0: jax.Array, rows: jax.Array, steps: int, given: Any = None
+    ) -> tuple:
+        """Return states and controls of a rollout, from one call of the engine.
+
+        Where the system's rows hold inputs, those are `given`, shape (steps, 1 or batch, E).
+        """
+        batch = len(x0)
+        dims = {"states": (steps + 1, batch, structure.state_size), "controls": (steps, batch, self.plan.outputs)}
         call = unroll_call(structure, self.plan, self.offsets, real_of(x0))
-        return tuple(call(x0, rows, self.weights(inputs, x0.dtype), output_dims=dims))
+        return tuple(call(x0, rows, self.weights(inputs, x0.dtype), for_all(given, x0), output_dims=dims))
 
     def sweep(
         self,
@@ -63,10 +72,12 @@ class Fused(NamedTuple):
         seeds: tuple,
         gates: jax.Array,
         want_rows: bool,
-    ) -> tuple[list[Any], jax.Array, jax.Array | None]:
+        want_given: bool = False,
+    ) -> tuple[list[Any], jax.Array, jax.Array | None, jax.Array | None]:
         """Return what the flows find, from one call of the engine.
 
-        Their updates, λ_0 (flows, batch, D) and, if wanted, the physical parameters' adjoints (flows, batch, P).
+        Their updates, λ_0 (flows, batch, D) and, if wanted, the adjoints of the physical parameters (flows, batch, P)
+        and of what is given (flows, steps, batch, E).
 
         Args:
             structure: The system's structure.
@@ -74,8 +85,9 @@ class Fused(NamedTuple):
             trajectory: States (steps + 1, batch, D) and controls (steps, batch, K).
             rows: Physical parameters, shape (batch, P).
             seeds: The explicit derivatives of the loss, likewise.
-            gates: α and β, shape (flows, steps, 2).
+            gates: See `phases.all_gates`.
             want_rows: Whether the parameters' adjoints are wanted.
+            want_given: Whether those of what is given are.
         """
         states, controls = trajectory
         weights, pull = jax.vjp(lambda inputs: self.weights(inputs, states.dtype), inputs)
@@ -83,10 +95,12 @@ class Fused(NamedTuple):
             "lam": (len(gates), *states.shape[1:]),
             "updates": (len(gates), len(weights)),
             "adj_p": (len(gates) if want_rows else 0, *rows.shape),
+            "adj_given": given_dims(structure, len(gates) if want_given else 0, controls),
         }
         call = sweep_call(structure, self.plan, self.offsets, real_of(states))
-        lam, updates, adj_p = call(states, controls, rows, weights, *seeds, gates, output_dims=dims)
-        return [pull(update)[0] for update in updates], lam, adj_p if want_rows else None
+        lam, updates, adj_p, adj_given = call(states, controls, rows, weights, *seeds, gates, output_dims=dims)
+        own = (adj_p if want_rows else None, adj_given if want_given else None)
+        return [pull(update)[0] for update in updates], lam, *own
 
 
 def read_and_check(program: jax_trace.Program, system: Any) -> Fused | str:
@@ -127,6 +141,7 @@ def _check_numbers(read: Fused, program: jax_trace.Program, system: System) -> N
     last = program.jaxpr.invars[-1]
     x = jnp.asarray(system.sample(last.aval.shape[0], seed=0, dtype=np.dtype(last.aval.dtype)))
     rows: Any = rows_of_parameters(system, None, x)
+    all_open: Any = all_gates([REGULAR], 1, len(x), system)
 
     @jax.jit
     def by_jax(inputs, x, seed):
@@ -134,9 +149,10 @@ def _check_numbers(read: Fused, program: jax_trace.Program, system: System) -> N
 
     @jax.jit
     def fused(inputs, x, seed):
-        states, controls = read.unroll(system.structure, inputs, x, rows, 1)
-        seeds, gates = (jnp.zeros_like(states), seed[None]), jnp.ones((1, 1, 2), x.dtype)
-        updates, lam, _ = read.sweep(system.structure, inputs, (states, controls), rows, seeds, gates, False)
+        size = system.written_size
+        states, controls = read.unroll(system.structure, inputs, x[:, :size], rows, 1, x[None, :, size:])
+        seeds, gates = (jnp.zeros_like(states), seed[None]), jnp.asarray(all_open, x.dtype)
+        updates, lam, *_ = read.sweep(system.structure, inputs, (states, controls), rows, seeds, gates, False)
         return controls[0], (updates[0], lam[0])
 
     known, rounding = False, np.finfo(x.dtype).eps

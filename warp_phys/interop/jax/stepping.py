@@ -13,6 +13,7 @@ from warp_phys.interop.jax.arrays import check_rows, key_of, real_of, rows_of_pa
 from warp_phys.interop.jax.system import JaxSystem
 from warp_phys.rollout import check_sizes
 from warp_phys.systems.base import Simulator, System
+from warp_phys.systems.extended import ExtendedSimulator
 
 
 def step(system: Simulator, x: Any, c: Any, parameters: Mapping[str, Any] | None = None) -> jax.Array:
@@ -28,6 +29,11 @@ def step(system: Simulator, x: Any, c: Any, parameters: Mapping[str, Any] | None
         TypeError, ValueError: Arguments that do not fit.
     """
     check_sizes(system, object())
+    if isinstance(system, System) and system.inputs:
+        raise TypeError(
+            f"{type(system).__name__} has inputs ({', '.join(system.inputs)}): unroll it by rollout(…, inputs=w), or "
+            "step rows [state, inputs] of warp_phys.systems.Extended"
+        )
     x, c = check_rows("x", x, system), jnp.asarray(c)
     check_function(system, x)
     if c.shape != (len(x), system.control_size):
@@ -50,6 +56,10 @@ def check_function(system: Any, x: jax.Array) -> None:
 @functools.partial(jax.jit, static_argnums=0)
 def step_rows(system: Any, x: jax.Array, c: jax.Array, rows: jax.Array | None) -> jax.Array:
     """Return S(x, c; p) for physical parameters as rows, None for a foreign system."""
+    if isinstance(system, ExtendedSimulator):
+        own = step_rows(system.base, x[:, : system.own_size], c[:, : system.own_controls], rows)
+        given = jnp.zeros((len(x), system.inputs_given), x.dtype)
+        return jnp.concatenate([own, c[:, system.own_controls :], given], axis=1)
     if isinstance(system, JaxSystem):
         return system.traced(x, c)(x, c)
     if not isinstance(system, System):
@@ -65,6 +75,12 @@ def step_pull(
 
     A foreign system that can compare its step with what the forward pass found is handed that, `y`.
     """
+    if isinstance(system, ExtendedSimulator):
+        size, written = system.own_size, system.written_size
+        own_y = None if y is None else y[:, :size]
+        dx, dc, _ = step_pull(system.base, x[:, :size], c[:, : system.own_controls], rows, adj_y[:, :size], own_y)
+        rest = jnp.zeros((len(x), system.state_size - size), x.dtype)
+        return jnp.concatenate([dx, rest], axis=1), jnp.concatenate([dc, adj_y[:, size:written]], axis=1), None
     if isinstance(system, JaxSystem):
         return *jax.vjp(system.traced(x, c), x, c)[1](adj_y), None
     dims = {"adj_x": x.shape, "adj_c": c.shape}

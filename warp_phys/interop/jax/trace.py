@@ -100,7 +100,7 @@ def trace(name: str, function: Callable, *arguments: Any) -> Trace:
         NotRepeatable: Traced a second time it is another program: it draws random numbers, counts, remembers.
         TypeError, ValueError: It cannot be traced, or not with such arguments.
     """
-    _check_call(name, function, arguments)
+    check_call(name, function, arguments)
     first = _trace_now(name, function, arguments)
     _refuse_memory(name, function, first)
     known = _programs(function, first.text, kinds_of(*arguments))
@@ -114,7 +114,7 @@ def trace(name: str, function: Callable, *arguments: Any) -> Trace:
             f"{name} {_name_of(function)} is another function when it is traced again: a rollout would freeze what "
             "changes, the same for all steps. It must compute from its arguments alone, without random numbers of "
             "numpy or of Python, counters and lists that grow: hand what changes through "
-            + ("params, or make it a part of the state" if name == "controller" else "the states or the controls")
+            + ("params or inputs, or as its memory" if name == "controller" else "the states or the controls")
         )
     program = Program(first.jaxpr, first.consts, first.of_rules)
     if not CALLBACKS.isdisjoint(program.primitives):
@@ -196,7 +196,7 @@ def _without_addresses(text: str) -> str:
     return re.sub("0x[0-9a-f]+", "0x", text)
 
 
-def _check_call(name: str, function: Callable, arguments: tuple) -> None:
+def check_call(name: str, function: Callable, arguments: tuple, takes: str = "") -> None:
     """Raise a TypeError for a function of other arguments, or arguments that hold something else than numbers."""
     try:
         signature = inspect.signature(function)
@@ -205,7 +205,7 @@ def _check_call(name: str, function: Callable, arguments: tuple) -> None:
     try:
         _ = signature and signature.bind(*arguments)
     except TypeError as error:
-        takes = "(params, states)" if name == "controller" else "(states, controls)"
+        takes = takes or ("(params, states)" if name == "controller" else "(states, controls)")
         hint = ": hand its apply, a function of both" if hasattr(function, "apply") else ""
         raise TypeError(f"{name} must be a function of {takes}, {_name_of(function)} is not ({error}){hint}") from None
     for leaf in jax.tree.leaves(arguments):
@@ -228,12 +228,13 @@ def _refuse_memory(name: str, function: Callable, raw: _Raw, before: _Raw | None
 def _memory_error(name: str, function: Callable) -> NotRepeatable:
     return NotRepeatable(
         f"{name} {_name_of(function)} uses a value that an earlier call of it has kept in Python (an attribute, a "
-        "list, a cache). A rollout in JAX has no memory but the state: make what is remembered a part of the state, or "
-        "compute it anew in each call"
+        "list, a cache). What it remembers from step to step is handed to it and returned by it: give rollout(…, "
+        "memory=h0), or compute it anew in each call"
     )
 
 
 def _name_of(function: Callable) -> str:
+    function = getattr(function, "controller", function)  # of rows
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
