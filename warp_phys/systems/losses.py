@@ -38,25 +38,35 @@ def loss(
 ) -> Any:
     """Return the loss; `System.loss` documents it."""
     check_trajectory(system, states, controls, control_cost)
-    times = chosen_times(when, states.shape[0] - 1)
-    if system.cost_reads_inputs:
-        states = _beside(system, states, inputs)
-        system = EXTENDED["system"](system)
-    costs: Any
     if isinstance(states, wp.array):
+        times = chosen_times(when, states.shape[0] - 1)
+        if system.cost_reads_inputs:
+            _beside(system, states, inputs)
         return _warp_loss(system, states, controls, times, control_cost, parameters)
-    framework = "torch" if _is_torch(states) else "jax" if _is_jax(states) else ""
-    if framework:
-        if framework not in COSTS:
-            importlib.import_module(f"warp_phys.interop.{framework}")
-        costs = COSTS[framework](system, states, times, parameters)
-    else:
-        controls = None if controls is None else np.asarray(controls)
-        costs = _numpy_costs(system, np.asarray(states), times, parameters)
+    costs = pointwise_costs(system, states, when, parameters, inputs)
+    controls = controls if controls is None or _framework(states) else np.asarray(controls)
     value = costs.mean() if system.time_average else costs.mean(1).sum()
     if controls is None or (_is_known(control_cost) and control_cost == 0.0):
         return value
     return value + control_cost * (controls * controls).mean()
+
+
+def pointwise_costs(system: Any, states: Any, when: When, parameters: Mapping[str, Any], inputs: Any = None) -> Any:
+    """Return the pointwise cost at the chosen times, shape (times, batch), of arrays of torch, JAX or numpy."""
+    times, framework = chosen_times(when, states.shape[0] - 1), _framework(states)
+    if system.cost_reads_inputs:
+        states = _beside(system, states, inputs)
+        system = EXTENDED["system"](system)
+    if not framework:
+        return _numpy_costs(system, np.asarray(states), times, parameters)
+    if framework not in COSTS:
+        importlib.import_module(f"warp_phys.interop.{framework}")
+    return COSTS[framework](system, states, times, parameters)
+
+
+def _framework(array: Any) -> str:
+    """Return whose array this is, empty for numpy."""
+    return "torch" if _is_torch(array) else "jax" if _is_jax(array) else ""
 
 
 def _beside(system: Any, states: Any, inputs: Any) -> Any:

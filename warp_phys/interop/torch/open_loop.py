@@ -86,6 +86,23 @@ def trajectory(
     return _unroll(system, x0, controls, rows, inputs)[0][:, :, : system.state_size]
 
 
+def finite_numbers(name: str, value: Any) -> torch.Tensor:
+    """Return an array as a tensor of float64, attached to nothing.
+
+    Raises:
+        TypeError, ValueError: Something else than real, finite numbers.
+    """
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be an array of numbers, got {type(value).__name__}") from None
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} must be finite")
+    return tensor.to(torch.float64)
+
+
 def _check(system: System, x0: Any, controls: Any) -> None:
     for name, value in (("x0", x0), ("controls", controls)):
         if not isinstance(value, torch.Tensor):
