@@ -353,7 +353,7 @@ def _gate_functions(structure: Any, program: Program, real: type, single: bool) 
             for (int k = {own}; k < {2 * own + (end > own)}; ++k) if (g[k] != 0) return 1;
         }}
         return 0;""")
-    def is_open(gates: wp.array3d[real], f: int, n: int, first: int, count: int) -> int: ...
+    def is_open(gates: wp.array3d[real], f: int, n: int, first: int, count: int) -> int: ...  # type: ignore[empty-body]
 
     @wp.func
     def gate_block(

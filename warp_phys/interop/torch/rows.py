@@ -149,7 +149,7 @@ def fill(states: torch.Tensor, x0: torch.Tensor, beside: Beside, system: Any) ->
 
 def first_row(x0: torch.Tensor, beside: Beside, system: Any) -> torch.Tensor:
     """Return the rows that a trajectory starts from, (batch, D + H + V + E), without history."""
-    if system.own_size == system.state_size:
+    if getattr(system, "own_size", system.state_size) == system.state_size:
         return x0
     rows = x0.new_zeros((2, len(x0), system.state_size))
     first = beside.detach()
