@@ -302,7 +302,7 @@ class Combined:
     other: Flow = REGULAR
     """Flow whose update is consulted."""
     rule: Callable[[Any, Any], Any] = agree
-    """Pure function of two arrays of one shape, elementwise."""
+    """Pure function of two arrays of one shape, elementwise unless it sees the `whole`."""
     memory: float = 0.0
     """Decay, in [0, 1), of a running average of `other` over the updates of a training, each scaled to length 1: the
     rule takes that average in place of the update itself. The signs of a minibatch's R are noisy, those of the average
@@ -310,6 +310,10 @@ class Combined:
     either: bool = False
     """Whether the rule, where the average leaves nothing of a component, takes the update itself: with the sign
     agreement, whether M may agree with either. One that is not finite is not asked. Only with a memory."""
+
+    whole: bool = False
+    """Whether the rule sees whole vectors, the flat updates of all that a pass trains, as projections do: then there is
+    one backward pass per update, and nothing else, as x0, has a gradient by the flow. Only in the torch bridge."""
 
     def __post_init__(self):
         for name in ("base", "other"):
@@ -321,8 +325,9 @@ class Combined:
         if not 0.0 <= self.memory < 1.0:
             raise ValueError(f"memory must be at least 0 and below 1, got {self.memory!r}")
         object.__setattr__(self, "memory", float(self.memory))
-        if not isinstance(self.either, bool):
-            raise TypeError(f"either must be True or False, got {self.either!r}")
+        for name in ("either", "whole"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.either and not self.memory:
             raise ValueError("either=True needs a memory above 0")
 
@@ -355,7 +360,8 @@ class Combined:
                 return name
         memory = f", memory {self.memory:g}" if self.memory else ""
         memory += " or now" if self.either else ""
-        return f"{getattr(self.rule, '__name__', 'rule')}({self.base.name}; {self.other.name}{memory})"
+        whole = "; whole" if self.whole else ""
+        return f"{getattr(self.rule, '__name__', 'rule')}({self.base.name}; {self.other.name}{memory}{whole})"
 
     @property
     def letter(self) -> str:
@@ -436,6 +442,13 @@ def refuse_memory(*flows: Flow | Combined) -> None:
                 f"flow {flow.name!r} has a memory, which only warp_phys.interop.torch.Update keeps; "
                 "Combined() without one is 'combined'"
             )
+
+
+def refuse_whole(what: str, *flows: Flow | Combined) -> None:
+    """Raise a ValueError for a flow whose rule sees whole vectors, of which there are only parts."""
+    for flow in flows:
+        if isinstance(flow, Combined) and flow.whole:
+            raise ValueError(f"the rule of flow {flow.name!r} sees whole vectors: {what}")
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

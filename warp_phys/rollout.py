@@ -25,7 +25,7 @@ from warp_phys.engine.phases import (
     forward,
 )
 from warp_phys.errors import Diverged, check_choice, check_count
-from warp_phys.flow import COMBINED, Combined, Flow, FlowLike, linear_parts, refuse_memory, resolve
+from warp_phys.flow import COMBINED, Combined, Flow, FlowLike, linear_parts, refuse_memory, refuse_whole, resolve
 from warp_phys.programs.rules import RULES
 from warp_phys.systems.base import Simulator, System
 from warp_phys.systems.extended import extended
@@ -120,6 +120,7 @@ class Rollout:
     def flow(self, flow: FlowLike) -> None:
         flow = resolve(flow)
         refuse_memory(flow)
+        refuse_whole("in pure Warp it must be elementwise", flow)
         if isinstance(flow, Combined) and flow.rule not in RULES:
             names = ", ".join(rule.__name__ for rule in RULES)
             raise ValueError(f"in pure Warp the rule of a combined flow must be one of {names}, got {flow.rule!r}")

@@ -21,7 +21,17 @@ from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.diagnose import landscape_kernels, plane
 from warp_phys.engine.phases import flow_gates
 from warp_phys.errors import check_count
-from warp_phys.flow import Combined, Flow, FlowLike, combine, linear_parts, parts_of, refuse_memory, resolve
+from warp_phys.flow import (
+    Combined,
+    Flow,
+    FlowLike,
+    combine,
+    linear_parts,
+    parts_of,
+    refuse_memory,
+    refuse_whole,
+    resolve,
+)
 from warp_phys.systems.losses import chosen_array
 from warp_phys.systems.polynomial import Polynomial
 
@@ -157,6 +167,7 @@ def _flows(flows: FlowLike | Sequence[FlowLike]) -> tuple[Flow | Combined, ...]:
     """Return the flows asked for as values."""
     resolved = (resolve(flows),) if isinstance(flows, (str, Flow, Combined)) else tuple(map(resolve, flows))
     refuse_memory(*resolved)
+    refuse_whole("a landscape has two numbers at each of its points", *resolved)
     return resolved
 
 

@@ -13,7 +13,7 @@ from warp_phys.core.arrays import shape_message
 from warp_phys.core.checks import check_instance
 from warp_phys.engine.phases import all_gates, are_single, open_gates
 from warp_phys.errors import Diverged, check_choice, check_count
-from warp_phys.flow import Combined, Flow, FlowLike, combine, linear_parts, refuse_memory, resolve
+from warp_phys.flow import Combined, Flow, FlowLike, combine, linear_parts, refuse_memory, refuse_whole, resolve
 from warp_phys.interop.jax import calls
 from warp_phys.interop.jax.arrays import (
     check_rows,
@@ -95,6 +95,7 @@ def rollout(
     check_choice("backend", backend, BACKENDS)
     flow, steps = resolve(flow), check_count("steps", steps)
     refuse_memory(flow)
+    refuse_whole("in JAX it must be elementwise", flow)
     problem = _checked(system, controller, params, x0, steps, inputs, memory)
     inner, x0 = problem.system, problem.x0
     rows = rows_of_parameters(system, parameters, x0)
@@ -180,6 +181,7 @@ def trajectory(
         raise TypeError(f"controls must hold {x0.dtype} as x0 does, got {controls.dtype}")
     flow, steps = resolve(flow), len(controls)
     refuse_memory(flow)
+    refuse_whole("in JAX it must be elementwise", flow)
     given = None if inputs is None else check_inputs(inputs, x0, steps)
     if given is not None and given.shape[2] != system.input_size:
         raise ValueError(f"{type(system).__name__} has {system.input_size} inputs a step, got {given.shape[2]}")

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from warp_phys.flow import Combined
+from warp_phys.flow import Combined, refuse_whole
 from warp_phys.interop.torch.leaves import OwnHook
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -155,6 +155,11 @@ def combined_changes(
             own = _SUMS[parameter]
         sums = own.add(flow, parameter, PassUpdates(base, other, part, parameter.shape))
         if sums is not None:
+            refuse_whole(
+                "updates of several backward passes cannot be added up parameter by parameter. Clear the gradients, "
+                "and make one loss of all",
+                flow,
+            )
             before, after = sums
             changes[i] = flow.rule(*after) - flow.rule(*before)
     return changes

@@ -30,6 +30,7 @@ from warp_phys.flow import (
     norm,
     parts_of,
     refuse_memory,
+    refuse_whole,
     resolve,
 )
 from warp_phys.interop.torch.combine import places_of, size_of, split
@@ -231,6 +232,7 @@ def _flows(flows: FlowLike | Sequence[FlowLike]) -> tuple[Flow | Combined, ...]:
     given = (flows,) if isinstance(flows, (str, Flow, Combined)) else flows
     resolved = tuple(dict.fromkeys(map(resolve, given)))
     refuse_memory(*resolved)
+    refuse_whole("a diagnosis says what each component and each step gives to an update", *resolved)
     return resolved
 
 

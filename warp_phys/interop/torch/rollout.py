@@ -21,7 +21,18 @@ from warp_phys.engine.phases import (
     forward,
 )
 from warp_phys.errors import check_choice, check_count
-from warp_phys.flow import Combined, Flow, FlowLike, FlowName, combine, linear_parts, parts_of, refuse_memory, resolve
+from warp_phys.flow import (
+    Combined,
+    Flow,
+    FlowLike,
+    FlowName,
+    combine,
+    linear_parts,
+    parts_of,
+    refuse_memory,
+    refuse_whole,
+    resolve,
+)
 from warp_phys.interop.torch.combine import combined_changes, has_own_hooks, size_of, split
 from warp_phys.interop.torch.compiled import name_of_rollout
 from warp_phys.interop.torch.contract import Found, PassCheck, RowsCoupled, refuse_averaging
@@ -53,6 +64,8 @@ from warp_phys.rollout import BACKENDS, Backend, check_sizes, choose_backend
 from warp_phys.systems.base import Simulator, System
 from warp_phys.systems.extended import extended
 from warp_phys.systems.losses import When, check_loss, chosen_times
+
+_ONE_VECTOR = "x0, physical parameters, inputs and memory must have no gradient, which would be vectors of their own"
 
 DIRECT_PASSES = 8
 """Batch sizes, horizons, losses and flows of `value_and_grad` whose memory is kept."""
@@ -328,6 +341,8 @@ class Rollout:
             return self._forward(x0, rows, keep=False, beside=beside)[:2], ()
         refuse_memory(flow or self._flow)
         refuse_averaging(self.controller, flow or self._flow, self.reduce)
+        if given:
+            refuse_whole(_ONE_VECTOR, flow or self._flow)
         if sources.combined:
             refuse_reentrant(*given)
         if sources.apart:
@@ -443,6 +458,8 @@ class Rollout:
         when = check_loss(self.system, when, self.steps, control_cost)
         x0 = self.initial_states(x0)
         given, start = Given(self.system, parameters, x0) if parameters else None, self._given(x0, *beside)
+        if given is not None and given.leaves:
+            refuse_whole(_ONE_VECTOR, flow)
         direct = None if start.requires_grad else self.direct_pass(flow, len(x0), when, control_cost, given)
         if direct is None or (given is not None and not direct.take_parameters(given)):
             return self._value_and_grad_by_graph(flow, x0, when, control_cost, parameters, start)
@@ -664,6 +681,8 @@ class Rollout:
         if sources.combined:  # autograd has nothing to do with what stands for a tensor
             reached = [r and id(leaf) not in sources.cuts for r, leaf in zip(reached, sources.leaves, strict=True)]
         grads = [change if depends else None for change, depends in zip(changes, reached, strict=True)]
+        if isinstance(flow, Combined) and flow.whole:
+            own = [None] * 4  # of which none is asked for
         return tuple(None if a is None else combine(flow, a[used]) for a in own), grads
 
     def _run_backward(
