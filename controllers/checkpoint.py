@@ -12,6 +12,8 @@ import torch
 
 CHECKPOINT, CONTROLLER, RECORD, CURVES = "checkpoint.pt", "controller.pt", "record.csv", "curves.png"
 CONFIG = "run.toml"
+OLD_CONFIG = "settings.json"
+"""What settings were called before."""
 KEYS = {"settings", "weights", "optimiser", "records", "minibatch", "losses", "seconds"}
 ADDED = {"update"}
 """What checkpoints of earlier versions lack."""
@@ -77,14 +79,19 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
 def claim_folder(folder: Path, overwrite: bool) -> None:
     """Make sure that a new run destroys nothing: refuse a folder that holds a run, or clear it where that was asked.
 
+    The settings of the run that was there, which may have been written by hand, stay beside it as run.toml.before.
+
     Raises:
         FileExistsError: The folder holds a run and `overwrite` is false.
     """
-    found = [name for name in (CHECKPOINT, CONTROLLER, RECORD, CURVES, CONFIG) if (folder / name).exists()]
+    found = [name for name in (CHECKPOINT, CONTROLLER, RECORD, CURVES, CONFIG, OLD_CONFIG) if (folder / name).exists()]
     if found and not overwrite:
         raise FileExistsError(
             f"out: {folder} already holds a run ({', '.join(found)}); "
             "continue it with resume, replace it with overwrite, or choose another out"
         )
     for name in found:
-        (folder / name).unlink()
+        if name == CONFIG:
+            (folder / name).replace(folder / f"{name}.before")
+        else:
+            (folder / name).unlink()

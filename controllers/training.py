@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from controllers import checkpoint as files
-from controllers.config import write_config
+from controllers.config import read_config, write_config
 from controllers.networks import make_network
 from controllers.ranks import Ranks
 from controllers.record import Record, plot_record, write_record
@@ -88,7 +88,9 @@ def train(
     if not loop.ranks.leads:
         folder, progress = None, None
     if folder:
-        write_config(folder / files.CONFIG, settings)
+        path = folder / files.CONFIG
+        if not (resume and path.exists() and Training(**read_config(path)) == settings):  # its owner's words stay
+            write_config(path, settings)
     try:
         finished = loop.run(asked, progress, folder)
     except Diverged as error:

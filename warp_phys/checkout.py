@@ -57,7 +57,7 @@ def stand_in(name: str) -> None:
 def _load(folder: str) -> None:
     """Import a folder of the checkout, which may be off the path."""
     spec = find_spec(folder) or PathFinder.find_spec(folder, [str(ROOT)])
-    if spec is None or spec.loader is None or Path(spec.origin or "").parent != ROOT / folder:
+    if spec is None or spec.loader is None or Path(spec.origin or "").resolve().parent != ROOT / folder:
         where = spec and (spec.origin or spec.submodule_search_locations)
         raise ImportError(
             f"this warp_phys is the checkout {ROOT}, whose folder {folder} is hidden by {where}; "
@@ -65,4 +65,8 @@ def _load(folder: str) -> None:
         )
     if folder not in sys.modules:
         sys.modules[folder] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[folder])
+        try:
+            spec.loader.exec_module(sys.modules[folder])
+        except BaseException:  # nothing half made stays behind
+            del sys.modules[folder]
+            raise

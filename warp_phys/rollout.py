@@ -127,9 +127,12 @@ class Rollout:
         check_gates(linear_parts(flow), self.steps)
         self._flow = flow
         kind = self._kind
-        for key, array in self._gates_arrays.items():
+        for key, array in list(self._gates_arrays.items()):
             if key[:2] == kind:  # in place: a captured graph reads the numbers from here
-                array.assign(self._numbers_of_gates(key[2]))
+                try:
+                    array.assign(self._numbers_of_gates(key[2]))
+                except ValueError:  # gates of single samples, for another batch
+                    del self._gates_arrays[key]
 
     @property
     def _kind(self) -> tuple[int, bool]:
@@ -138,7 +141,13 @@ class Rollout:
         return len(parts), not all(part.is_plain for part in parts)
 
     def _numbers_of_gates(self, batch: int) -> np.ndarray:
-        return all_gates(linear_parts(self._flow), self.steps, batch, self._rows).astype(numpy_type(self.real))
+        gates = all_gates(linear_parts(self._flow), self.steps, batch, self._rows)
+        if self._kind[1]:  # each sample its own, so that arrays of one kind have one shape
+            flows, steps, width = gates.shape
+            size = 2 * getattr(self._rows, "own_size", self._rows.state_size) + 2
+            own = np.broadcast_to(gates.reshape(flows, steps, width // size, size), (flows, steps, batch, size))
+            gates = own.reshape(flows, steps, batch * size)
+        return gates.astype(numpy_type(self.real))
 
     def _gates(self, batch: int) -> wp.array:
         """Return the gates of the flow on the device, for so many samples."""

@@ -156,6 +156,20 @@ def test_a_line_search_turns_back_from_what_is_not_finite(optimiser):
         plan(Polynomial(), np.zeros((2, 1)), 1, cost=cost, controls=np.full((1, 1, 1), 2.0), optimiser=optimiser)
 
 
+def test_points_beyond_the_bounds_are_no_plan():
+    """An optimiser of torch's may look at several within a step."""
+    found = plan(CART, HANGING, 20, bounds=(-1.0, 1.0), optimiser=torch.optim.LBFGS, iterations=3)
+    assert found.controls.abs().max() <= 1.0
+
+
+def test_a_control_that_was_handed_out_is_the_callers():
+    horizon = RecedingHorizon(CART, 10, cost=upright, first_iterations=3, iterations=2)
+    control = horizon(HANGING)
+    before = horizon.latest.controls.clone()
+    control.fill_(7.0)
+    assert torch.equal(horizon.latest.controls, before)
+
+
 def test_errors(monkeypatch):
     cases = [
         (lambda: plan(object(), HANGING, 5), "must be a warp_phys.System"),

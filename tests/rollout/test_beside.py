@@ -2,16 +2,20 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+import warp as wp
 
 from tests.rollout import reference
 from tests.rollout.test_systems_with_inputs import Wind, wind_cost, wind_step
 from warp_phys import CartPole, Combined, Flow, agree
+from warp_phys.core.flow_gates import gate_function
 from warp_phys.flow import resolve
-from warp_phys.interop.torch import Rollout, Update, diagnose, jacobians
+from warp_phys.interop.torch import Rollout, TorchSystem, Update, diagnose, jacobians
 
 STEPS, BATCH, MEMORY, INPUTS = 9, 11, 5, 3
 SYSTEM = CartPole(poles=1, dt=0.05)
@@ -394,3 +398,79 @@ def test_arguments_that_could_be_mistaken_are_refused():
         Rollout(SYSTEM, Optional(SYSTEM, INPUTS, MEMORY), STEPS, memory=MEMORY)
     with pytest.raises(ValueError, match="takes x alone"):
         Rollout(SYSTEM, Plain(SYSTEM), STEPS, memory=MEMORY)
+
+
+def test_a_first_call_that_does_not_fit_leaves_the_rollout_as_it_was():
+    x0, w, _ = (None if t is None else t.detach() for t in _given(INPUTS, 0))
+    rollout = Rollout(SYSTEM, _policy(INPUTS, 0), STEPS)
+    with pytest.raises(ValueError, match="is known from the first call on"):
+        assert rollout.backend
+    with pytest.raises(ValueError, match="does not take inputs of 2 numbers"):
+        rollout(x0, inputs=w[:, :, :2])
+    rollout(x0, inputs=w)
+
+
+def test_optional_inputs_of_a_system_are_given():
+    class Optional(Policy):
+        def forward(self, x, w=None):
+            assert w is not None
+            return self.compute(x, w)
+
+    x0, w = _numbers(BATCH, 2), _numbers(STEPS, BATCH, 3)
+    Rollout(Wind(), Optional(Wind(), inputs=3), STEPS)(x0, inputs=w)
+
+
+def test_compiled_code_has_no_inputs():
+    rollout, x0 = Rollout(Wind(), Plain(Wind()), STEPS), _numbers(BATCH, 2)
+    rollout(x0, inputs=_numbers(STEPS, BATCH, 3))
+    with pytest.raises(Exception, match="not for compiled code"):
+        torch.compile(lambda x: rollout(x)[0].sum(), backend="eager", fullgraph=True)(x0)
+
+
+def test_a_physical_parameter_may_be_called_as_a_part_of_rows():
+    @dataclass(frozen=True)
+    class Named(CartPole):
+        memory: float = 0.3
+
+    system, policy = Named(), _policy(0, MEMORY)
+    x0 = torch.from_numpy(SYSTEM.sample(BATCH, dtype=np.float64))
+    for backend in BACKENDS:
+        rollout = Rollout(system, copy.deepcopy(policy), STEPS, "R", backend=backend, memory=MEMORY)
+        states, controls, _ = rollout(x0)
+        right = float(system.loss(states, controls, "every").detach())
+        assert float(rollout.value_and_grad(x0, "every")) == pytest.approx(right, rel=1e-12)
+
+
+@pytest.mark.parametrize("feedback", [[math.nan, math.inf], [math.inf, math.nan], [math.nan, 1.0], [math.inf, 1.0]])
+def test_feedback_that_is_not_finite_is_cut_where_there_is_a_limit(feedback):
+    """In kernels; one row, by hand."""
+    row = wp.types.vector(length=2, dtype=wp.float64)
+    gated = gate_function(2, 2, 2, wp.float64)
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def once(pulled: wp.array2d[wp.float64], gates: wp.array3d[wp.float64], out: wp.array2d[wp.float64]):
+        lam = row(wp.float64(1.0), wp.float64(2.0))
+        dx = row(wp.float64(3.0), wp.float64(4.0))
+        value = gated(lam, dx, row(pulled[0, 0], pulled[0, 1]), gates, 0, 0, 0)
+        out[0, 0] = value[0]
+        out[0, 1] = value[1]
+
+    arrays = [wp.array(np.array(a), dtype=wp.float64, device="cpu") for a in ([feedback], [[[1.0] * 4 + [1.0, 0.3]]])]
+    out = wp.zeros((1, 2), dtype=wp.float64, device="cpu")
+    wp.launch(once, 1, arrays, [out], device="cpu")
+    assert out.numpy().tolist() == [[4.0, 6.0]]
+
+
+def test_simulators_that_are_no_systems_share_nothing_between_threads():
+    def step(x, c):
+        return x + 0.1 * torch.sin(x) + 0.05 * c
+
+    system = TorchSystem(step, state_size=4, control_size=1)
+    rollout = Rollout(system, _policy(0, MEMORY), 30, "R", memory=MEMORY)
+    starts = [_numbers(BATCH, 4, seed=i) for i in range(2)]
+    with torch.no_grad():
+        right = [rollout(x0)[0] for x0 in starts]
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda i: rollout(starts[i % 2])[0], range(20)))
+    for i, states in enumerate(found):
+        assert torch.equal(states, right[i % 2])

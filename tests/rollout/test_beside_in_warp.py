@@ -116,3 +116,34 @@ def test_errors():
     for call, message in cases:
         with pytest.raises((ValueError, TypeError), match=message):
             call()
+
+
+def test_flows_that_take_turns_have_their_own_gates():
+    """Gates of samples, of components and limits, one after the other, of one batch and of another."""
+    system, flows = CartPole(dt=0.05), [
+        Flow(np.linspace(0, 1, STEPS * BATCH).reshape(STEPS, BATCH)), Flow(limit=0.3),
+        Flow(np.array([[[0.5, 1.0, 0.2, 0.0]]])), Flow(np.linspace(1, 0, STEPS * BATCH).reshape(STEPS, BATCH)),
+    ]  # fmt: skip
+    dense = Dense((4, 6, 1), device="cpu", dtype=np.float64, seed=1)
+    changing = Rollout(system, dense, STEPS, flows[0], backend="fused")
+
+    def anew(flow):
+        return Rollout(system, dense, STEPS, flow, backend="fused")
+
+    def gradient(rollout, x0):
+        tape = wp.Tape()
+        with tape:
+            loss = system.loss(*rollout(wp.array(x0, dtype=wp.float64, device="cpu")))
+        tape.backward(loss)
+        found = dense.parameters[0].grad.numpy().copy()
+        tape.zero()
+        return found
+
+    x0 = system.sample(BATCH, dtype=np.float64)
+    for flow in flows:
+        changing.flow = flow
+        assert np.array_equal(gradient(changing, x0), gradient(anew(flow), x0))
+    changing.flow = flows[1]
+    gradient(changing, x0[:3])
+    changing.flow = flows[0]
+    assert np.array_equal(gradient(changing, x0), gradient(anew(flows[0]), x0))

@@ -23,22 +23,24 @@ def gate_lines(own: int, remembering: int, size: int, real: type) -> str:
         {scalar} factor = 1;
         if (open && !isinf(limit)) {{
             {scalar} most[2] = {{0, 0}}, sums[2] = {{0, 0}};  // lengths in units of the largest number: no overflow
+            bool finite = true;
             for (int k = 0; k < {own}; ++k) {{
                 const {scalar} a = g[k] != none ? g[k] * dx[k] : none;
                 const {scalar} b = g[{own} + k] != none ? g[{own} + k] * pulled[k] : none;
-                if (!(a <= most[0] && -a <= most[0])) most[0] = a < 0 ? -a : a;
-                if (!(b <= most[1] && -b <= most[1])) most[1] = b < 0 ? -b : b;
+                finite = finite && isfinite(b);
+                most[0] = a > most[0] ? a : -a > most[0] ? -a : most[0];
+                most[1] = b > most[1] ? b : -b > most[1] ? -b : most[1];
             }}
-            if (most[1] != none) {{
+            if (!finite || limit == none || most[0] == none) factor = 0;  // what is not finite has no direction
+            else if (most[1] != none) {{
                 for (int k = 0; k < {own}; ++k) {{
-                    const {scalar} a = g[k] != none && most[0] != none ? g[k] * dx[k] / most[0] : none;
+                    const {scalar} a = g[k] != none ? g[k] * dx[k] / most[0] : none;
                     const {scalar} b = g[{own} + k] != none ? g[{own} + k] * pulled[k] / most[1] : none;
                     sums[0] += a * a;
                     sums[1] += b * b;
                 }}
                 const {scalar} bound = limit * most[0] * sqrt(sums[0]), length = most[1] * sqrt(sums[1]);
-                if (most[0] == none || isinf(most[1])) factor = 0;  // what is infinite has no direction
-                else if (length > bound) factor = bound / length;
+                if (length > bound) factor = bound / length;
             }}
         }}
         const bool feeds = open && factor != none;

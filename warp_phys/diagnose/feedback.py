@@ -25,7 +25,9 @@ class Feedback(NamedTuple):
     physics: np.ndarray
     """What reaches λ_n through the simulator, α_n (∂S/∂x)ᵀ λ_{n+1}, shape (flows, steps, batch, D)."""
     controller: np.ndarray
-    """What reaches λ_n through the controller, β_n (∂N/∂x)ᵀ μ_n, shape (flows, steps, batch, D)."""
+    """What reaches λ_n through the controller, β_n (∂N/∂x)ᵀ μ_n, within the flow's limit; of a memory by the gate γ_n.
+
+    Shape (flows, steps, batch, D)."""
     controls: np.ndarray
     """μ_0 … μ_{T−1}, shape (flows, steps, batch, K)."""
 
@@ -120,6 +122,13 @@ def _opened(gates: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.where(gates == 0.0, 0.0, gates * values)
 
 
+def _limited(physics: np.ndarray, controller: np.ndarray, limit: float) -> np.ndarray:
+    """Return by how much the controller's feedback (batch, D) is scaled down, (batch, 1); 0 where it is not finite."""
+    bound, length = (np.linalg.norm(part.astype(np.float64), axis=1, keepdims=True) for part in (physics, controller))
+    scale = np.where(length > limit * bound, limit * bound / np.where(length > 0.0, length, 1.0), 1.0)
+    return np.where(np.isfinite(controller).all(axis=1, keepdims=True) & (limit > 0.0), scale, 0.0)
+
+
 def _recur(
     pull: Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]],
     jacobian: np.ndarray,
@@ -144,9 +153,8 @@ def _recur(
             for f, (alpha, beta, limit) in enumerate(gates):
                 physics[f, n], controller[f, n] = _opened(alpha[n], dx[f]), _opened(beta[n], pulled[f])
                 if limit is not None:
-                    lengths = [np.linalg.norm(part[f, n, :, :own], axis=1) for part in (physics, controller)]
-                    scale = np.where(lengths[1] > limit * lengths[0], limit * lengths[0] / lengths[1], 1.0)
-                    controller[f, n, :, :own] *= scale[:, None]
+                    scale = _limited(physics[f, n, :, :own], controller[f, n, :, :own], limit)
+                    controller[f, n, :, :own] = _opened(scale, controller[f, n, :, :own])
             adjoints[:, n] = loss_states[n] + physics[:, n] + controller[:, n]
             controls.append(mu)
     return Feedback(adjoints, physics, controller, np.stack(controls[::-1], axis=1))

@@ -324,7 +324,7 @@ class Retreat:
     ):
         self.system, self.steps, self.but = system, steps, list(but)
         self.compares = compare and not isinstance(system, System)  # which computes from its arguments alone
-        product = getattr(system, "base", system).step_vjp
+        product = getattr(system, "wrapped", system).step_vjp
         self.takes_result = self.compares and "y" in inspect.signature(product).parameters
         self._spare: wp.array | None = None
 
@@ -358,7 +358,7 @@ class Retreat:
     def _step(self, x: wp.array, c: wp.array, like: wp.array) -> wp.array:
         if self._spare is None:
             self._spare = wp.empty_like(like)
-        if hasattr(self.system, "base"):
+        if hasattr(self.system, "wrapped"):
             wp.copy(self._spare, like)  # a step does not write what is given
         self.system.step(x, c, self._spare)
         return self._spare

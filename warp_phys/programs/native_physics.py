@@ -33,7 +33,7 @@ def lane_functions(structure: Any, real: type) -> tuple[Any, Any]:
     None each where it cannot be traced. `retreat` writes no adjoints of parameters: where they are wanted, the Warp
     functions run. A controller's memory goes by the lanes, sample by sample.
     """
-    inner = getattr(structure, "base", structure)
+    inner = getattr(structure, "wrapped", structure)
     if inner.inputs:
         inner = structure  # of which the step takes all
     functions, source = inner.functions(real), ""

@@ -9,8 +9,9 @@ the step before, v. The controller returns u = [c | h'], and a step makes [x' | 
 v' = w. The inputs of all steps are written into the rows before the first.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class Extended(System):
     Physical parameters, loss and pictures are those of the system within.
     """
 
-    base: System
+    wrapped: System
     """The system within."""
     memory: int = 0
     """Numbers H that the controller remembers."""
@@ -41,46 +42,46 @@ class Extended(System):
     def states(self) -> tuple[str, ...]:
         """Names of the numbers of a row."""
         memory = (f"memory {i}" for i in range(self.memory))
-        before = (f"{name} before" for name in self.base.inputs[: self.carried_size])
-        others = (f"input {i}" for i in range(len(self.base.inputs), self.inputs_given))
-        own = self.base.inputs[: self.inputs_given]
-        return (*self.base.states, *memory, *before, *own, *others)
+        before = (f"{name} before" for name in self.wrapped.inputs[: self.carried_size])
+        others = (f"input {i}" for i in range(len(self.wrapped.inputs), self.inputs_given))
+        own = self.wrapped.inputs[: self.inputs_given]
+        return (*self.wrapped.states, *memory, *before, *own, *others)
 
     @property
     def controls(self) -> tuple[str, ...]:
         """Names of what the controller returns."""
-        return (*self.base.controls, *(f"next memory {i}" for i in range(self.memory)))
+        return (*self.wrapped.controls, *(f"next memory {i}" for i in range(self.memory)))
 
     @property
     def time_average(self) -> bool:  # type: ignore[override]
         """As the system within."""
-        return self.base.time_average
+        return self.wrapped.time_average
 
     @functools.cached_property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the physical parameters."""
-        return self.base.parameter_names
+        return self.wrapped.parameter_names
 
     def __getattr__(self, name: str) -> Any:
         """Return a physical parameter of the system within."""
-        if name.startswith("_") or name not in self.base.parameter_names:
+        if name.startswith("_") or name not in self.wrapped.parameter_names:
             raise AttributeError(f"Extended has no {name}")
-        return getattr(self.base, name)
+        return getattr(self.wrapped, name)
 
     @functools.cached_property
     def structure(self) -> System:
         """This system without its physical parameters."""
-        return Extended(self.base.structure, self.memory, self.inputs_given)
+        return Extended(self.wrapped.structure, self.memory, self.inputs_given)
 
     @property
     def own_size(self) -> int:
         """Numbers of the system's own state."""
-        return self.base.state_size
+        return self.wrapped.state_size
 
     @property
     def own_controls(self) -> int:
         """Numbers of the system's own controls."""
-        return self.base.control_size
+        return self.wrapped.control_size
 
     @property
     def remembering_size(self) -> int:
@@ -90,17 +91,25 @@ class Extended(System):
     @property
     def carried_size(self) -> int:
         """Numbers of a row that are the inputs of the step before."""
-        return self.base.input_size if self.base.cost_reads_inputs else 0
+        return self.wrapped.input_size if self.wrapped.cost_reads_inputs else 0
 
     @property
     def written_size(self) -> int:
         """Numbers of a row that a step writes."""
         return self.remembering_size + self.carried_size
 
+    def parameter_array(self, *arguments: Any, **options: Any) -> wp.array:
+        """Return physical parameters, those of the system within."""
+        return self.wrapped.parameter_array(*arguments, **options)
+
+    def check_parameters(self, *arguments: Any, **options: Any) -> wp.array:
+        """Return physical parameters that fit, those of the system within."""
+        return self.wrapped.check_parameters(*arguments, **options)
+
     def types(self, real: type) -> SystemTypes:
         """Return the types of the Warp functions."""
         row, given = (row_functions(size, real).vector for size in (self.state_size, self.control_size))
-        return SystemTypes(real, row, given, self.base.types(real).Parameters, self.state_size, self.control_size)
+        return SystemTypes(real, row, given, self.wrapped.types(real).Parameters, self.state_size, self.control_size)
 
     def functions(self, real: type) -> SystemFunctions:
         """Return the Warp functions."""
@@ -108,20 +117,20 @@ class Extended(System):
 
     def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
         """Return initial rows: states of the system within, normal numbers beside them."""
-        own = self.base.sample(batch, seed, dtype)
+        own = self.wrapped.sample(batch, seed, dtype)
         size = self.state_size - self.own_size
         more = np.random.default_rng(seed).standard_normal((batch, size)).astype(numpy_type(real_type(dtype)))
         return np.concatenate([own, more], axis=1)
 
     def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
         """Draw the system within."""
-        move, size = self.base.sketch(axes), self.own_size
+        move, size = self.wrapped.sketch(axes), self.own_size
         return lambda state, control=None: move(state[:size], control)
 
 
 @functools.cache
 def _functions(structure: Any, real: type) -> SystemFunctions:
-    base, own = structure.base, structure.base.functions(real)
+    base, own = structure.wrapped, structure.wrapped.functions(real)
     types, inner = structure.types(real), base.types(real)
     Row, Given, Parameters = types.State, types.Control, types.Parameters
     State, Control, Input = inner.State, inner.Control, row_functions(max(1, base.input_size), real).vector
@@ -199,35 +208,36 @@ class ExtendedSimulator:
     """The same for a simulator that is no `System`: it steps its own part of every row.
 
     Args:
-        base: The simulator within.
+        wrapped: The simulator within.
         memory: Numbers H that the controller remembers.
         inputs_given: Numbers E of the inputs of a step; the simulator does not read them.
     """
 
     carried_size = 0
 
-    def __init__(self, base: Simulator, memory: int = 0, inputs_given: int = 0):
-        self.base, self.memory, self.inputs_given = base, memory, inputs_given
-        self.own_size, self.own_controls = base.state_size, base.control_size
+    def __init__(self, wrapped: Simulator, memory: int = 0, inputs_given: int = 0):
+        self.wrapped, self.memory, self.inputs_given = wrapped, memory, inputs_given
+        self.own_size, self.own_controls = wrapped.state_size, wrapped.control_size
         self.remembering_size = self.written_size = self.own_size + memory
         self.state_size, self.control_size = self.written_size + inputs_given, self.own_controls + memory
-        self._spare: dict[tuple, list[wp.array]] = {}
+        # a step takes buffers and returns them: steps in several threads, or in one another, do not share
+        self._spare: list[tuple[tuple, list[wp.array]]] = []
 
     def __getattr__(self, name: str) -> Any:
         """Return what else the simulator has."""
-        if name in ("base", "_spare") or name.startswith("__"):
+        if name in ("wrapped", "_spare") or name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.base, name)
+        return getattr(self.wrapped, name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory."""
-        return {**vars(self), "_spare": {}}
+        return {**vars(self), "_spare": []}
 
     def step(self, x: wp.array, c: wp.array, y: wp.array, parameters: wp.array | None = None) -> None:
-        """Write the next rows y, but for their inputs."""
-        own_x, own_c, own_y, *_ = self._own(x, c)
-        self.base.step(own_x, own_c, own_y, *(() if parameters is None else (parameters,)))
-        wp.copy(y[:, : self.own_size], own_y)
+        """Write the next rows y, but for their inputs, which it leaves as they are."""
+        with self._own(x, c) as (own_x, own_c, own_y, _dx, _dc):
+            self.wrapped.step(own_x, own_c, own_y, *(() if parameters is None else (parameters,)))
+            wp.copy(y[:, : self.own_size], own_y)
         if self.memory:
             wp.copy(y[:, self.own_size : self.written_size], c[:, self.own_controls :])
 
@@ -235,27 +245,32 @@ class ExtendedSimulator:
         self, x: wp.array, c: wp.array, adj_y: wp.array, adj_x: wp.array, adj_c: wp.array, *more: Any, **options: Any
     ) -> None:
         """Write the adjoints of rows and of what the controller returns."""
-        own_x, own_c, own_y, dx, dc = self._own(x, c)
-        wp.copy(own_y, adj_y[:, : self.own_size])
-        if "y" in options:
-            options["y"] = options["y"][:, : self.own_size].contiguous()
-        self.base.step_vjp(own_x, own_c, own_y, dx, dc, *more, **options)
-        adj_x.zero_()
-        wp.copy(adj_x[:, : self.own_size], dx)
-        wp.copy(adj_c[:, : self.own_controls], dc)
+        with self._own(x, c) as (own_x, own_c, own_y, dx, dc):
+            wp.copy(own_y, adj_y[:, : self.own_size])
+            if "y" in options:
+                options["y"] = options["y"][:, : self.own_size].contiguous()
+            self.wrapped.step_vjp(own_x, own_c, own_y, dx, dc, *more, **options)
+            adj_x.zero_()
+            wp.copy(adj_x[:, : self.own_size], dx)
+            wp.copy(adj_c[:, : self.own_controls], dc)
         if self.memory:
             wp.copy(adj_c[:, self.own_controls :], adj_y[:, self.own_size : self.written_size])
 
-    def _own(self, x: wp.array, c: wp.array) -> list[wp.array]:
-        """Return the simulator's part of rows and controls, and room for next states and adjoints."""
+    @contextlib.contextmanager
+    def _own(self, x: wp.array, c: wp.array) -> Iterator[list[wp.array]]:
+        """Lend the simulator's part of rows and controls, and room for next states and adjoints."""
         key = len(x), x.dtype, str(x.device)
-        if key not in self._spare:
+        try:
+            known, own = self._spare.pop()
+        except IndexError:
+            known, own = (), []
+        if known != key:
             shapes = (self.own_size, self.own_controls, self.own_size, self.own_size, self.own_controls)
-            self._spare = {key: [wp.zeros((len(x), n), dtype=x.dtype, device=x.device) for n in shapes]}
-        own = self._spare[key]
+            own = [wp.zeros((len(x), n), dtype=x.dtype, device=x.device) for n in shapes]
         wp.copy(own[0], x[:, : self.own_size])
         wp.copy(own[1], c[:, : self.own_controls])
-        return own
+        yield own
+        self._spare.append((key, own))
 
 
 def extended(system: Any, memory: int = 0, inputs: int = 0) -> Any:

@@ -79,10 +79,15 @@ def _beside(system: Any, states: Any, inputs: Any) -> Any:
             f"the cost of {type(system).__name__} reads its inputs, for which arrays of torch, numpy or JAX are needed"
         )
     library = sys.modules["torch"] if _is_torch(states) else sys.modules["jax.numpy"] if _is_jax(states) else np
-    w = inputs if library is not np else np.asarray(inputs)
+    if library is np:
+        w = np.asarray(inputs, states.dtype)
+    elif _is_torch(states):
+        w = library.as_tensor(inputs, dtype=states.dtype, device=states.device)
+    else:
+        w = library.asarray(inputs, states.dtype)
     w = w[:, None] if w.ndim == 2 else w
     if w.ndim != 3 or w.shape[0] != steps or w.shape[1] not in (1, batch) or w.shape[2] < size:
-        raise ValueError(shape_message("inputs", ("steps", "1 or batch", size), inputs.shape, ", ".join(system.inputs)))
+        raise ValueError(shape_message("inputs", ("steps", "1 or batch", size), w.shape, ", ".join(system.inputs)))
     w = library.concatenate([w[:1], w])[:, :, :size]
     return library.concatenate([states, library.broadcast_to(w, (steps + 1, batch, size))], -1)
 

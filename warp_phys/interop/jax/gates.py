@@ -47,10 +47,11 @@ def meeting(system: Any, gates: np.ndarray) -> Callable[..., jax.Array]:
 
 def _limited(physics: jax.Array, controller: jax.Array, limit: jax.Array) -> jax.Array:
     """Return the controller's feedback on states, of a length of at most `limit` times that of the physics'."""
-    (least, below), (most, length) = map(_length, (physics, controller))
+    (least, below), (_, length) = map(_length, (physics, controller))
     bound = jnp.where(least > 0.0, limit * below, 0.0)
     factor = jnp.where(length > bound, bound / jnp.where(length > 0.0, length, 1.0), 1.0)
-    factor = jnp.where(jnp.isinf(limit), 1.0, jnp.where(jnp.isinf(most), 0.0, factor))
+    is_cut = ~jnp.isfinite(controller).all(axis=1, keepdims=True) | (limit == 0.0)
+    factor = jnp.where(jnp.isinf(limit), 1.0, jnp.where(is_cut, 0.0, factor))
     return _gated(factor, controller)
 
 

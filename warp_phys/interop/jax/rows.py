@@ -84,14 +84,21 @@ def _simulator(system: Any, memory: int, inputs: int) -> ExtendedSimulator:
 
 
 def _takes_inputs(controller: Any, memory: int) -> bool:
-    """Whether a controller must be given another argument besides params, state and memory."""
+    """Whether a controller can be given another argument besides params, state and memory; or raise a ValueError."""
     try:
         parameters = inspect.signature(controller).parameters.values()
     except (TypeError, ValueError):
         return False
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
-    return len(needed) > 2 + (memory > 0)
+    taken = [p for p in parameters if p.kind in kinds]
+    needed = sum(p.default is inspect.Parameter.empty for p in taken)
+    if memory and len(taken) > 3 and needed < 4:
+        names = ", ".join(p.name for p in taken)
+        raise ValueError(
+            f"with a memory the controller's arguments must have no defaults, it takes ({names}): which of them is the "
+            "memory could not be told"
+        )
+    return len(taken) > 2 + (memory > 0)
 
 
 def check_inputs(value: Any, x0: jax.Array, steps: int) -> jax.Array:

@@ -57,7 +57,7 @@ def check_function(system: Any, x: jax.Array) -> None:
 def step_rows(system: Any, x: jax.Array, c: jax.Array, rows: jax.Array | None) -> jax.Array:
     """Return S(x, c; p) for physical parameters as rows, None for a foreign system."""
     if isinstance(system, ExtendedSimulator):
-        own = step_rows(system.base, x[:, : system.own_size], c[:, : system.own_controls], rows)
+        own = step_rows(system.wrapped, x[:, : system.own_size], c[:, : system.own_controls], rows)
         given = jnp.zeros((len(x), system.inputs_given), x.dtype)
         return jnp.concatenate([own, c[:, system.own_controls :], given], axis=1)
     if isinstance(system, JaxSystem):
@@ -78,7 +78,7 @@ def step_pull(
     if isinstance(system, ExtendedSimulator):
         size, written = system.own_size, system.written_size
         own_y = None if y is None else y[:, :size]
-        dx, dc, _ = step_pull(system.base, x[:, :size], c[:, : system.own_controls], rows, adj_y[:, :size], own_y)
+        dx, dc, _ = step_pull(system.wrapped, x[:, :size], c[:, : system.own_controls], rows, adj_y[:, :size], own_y)
         rest = jnp.zeros((len(x), system.state_size - size), x.dtype)
         return jnp.concatenate([dx, rest], axis=1), jnp.concatenate([dc, adj_y[:, size:written]], axis=1), None
     if isinstance(system, JaxSystem):

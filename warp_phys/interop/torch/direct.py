@@ -116,7 +116,7 @@ class DirectPass:
         self._left: list[int] = []  # the versions that `leave` wrote
         if isinstance(flow, Combined):
             announce(self, self.grads)
-        own = [getattr(system, name) for name in system.parameter_names]
+        own = [getattr(getattr(system, "wrapped", system), name) for name in system.parameter_names]
         self._rows = None if given is None else torch.tensor([own] * given.rows, dtype=dtype)
         self._positive = [i for i, name in enumerate(system.parameter_names) if range_of(name) == "positive"]
         # of each flow, and of the cost itself

@@ -1,5 +1,6 @@
 """Trajectories under given controls, as one node of torch's graph."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,6 +76,8 @@ def trajectory(
     check_gates([resolved], len(controls))
     wp.init()
     rows = rows_of_parameters(system, parameters or {}, x0)
+    if inputs is not None and not isinstance(inputs, torch.Tensor):
+        raise TypeError(f"inputs must be a torch.Tensor, got {type(inputs).__name__}")
     if inputs is not None:
         inputs = check_inputs("inputs", inputs, x0, len(controls), system.input_size or None)
     if (inputs is None) != (not system.inputs):
@@ -195,7 +198,7 @@ def _pull(
     adj_inputs = make((1, steps, batch, given) if want_inputs else (0, 0, 0, 0))
     with torch_stream(states.device):
         x, c, seeds = (as_array(tensor) for tensor in (states, controls, adj_states))
-        gates = _gates_of(flow, steps, batch, inner, x.dtype, str(x.device))
+        gates = _gates_of(flow, steps, batch, inner.structure, x.dtype, str(x.device))
         nothing, single = as_array(make(controls.shape)), are_single(gates)
         p = _structs(system, rows, x)
         if on_cpu:
@@ -214,13 +217,6 @@ def _pull(
     return adj_x[0], adj_controls[0], adj_p[0] if want_rows else adj_p, adj_inputs[0] if want_inputs else adj_inputs
 
 
-_GATES: dict[tuple, wp.array] = {}
-
-
-def _gates_of(flow: Flow, steps: int, batch: int, inner: Any, real: type, device: str) -> wp.array:
-    key = flow, steps, batch, inner.state_size, inner.own_size, real, device
-    if key not in _GATES:
-        if len(_GATES) >= GATES:
-            _GATES.pop(next(iter(_GATES)))
-        _GATES[key] = for_all_streams(wp.array(all_gates([flow], steps, batch, inner), dtype=real, device=device))
-    return _GATES[key]
+@functools.lru_cache(maxsize=GATES)
+def _gates_of(flow: Flow, steps: int, batch: int, structure: Any, real: type, device: str) -> wp.array:
+    return for_all_streams(wp.array(all_gates([flow], steps, batch, structure), dtype=real, device=device))

@@ -181,7 +181,7 @@ class RecedingHorizon:
         if self.latest is not None and self.latest.controls.shape[1] == len(state):
             begin = {"iterations": self.iterations, "controls": self.latest.shifted()}
         self.latest = plan(self.system, state, self.steps, **{**begin, **self.settings, **settings})
-        return self.latest.controls[0]
+        return self.latest.controls[0].clone()
 
 
 _SETTINGS = (
@@ -261,7 +261,7 @@ class _Problem:
         """Return the plan of these controls."""
         with torch.no_grad():
             states, losses = self.losses(controls)
-        return Plan(controls, states, losses, self.evaluations - 1, converged, pairs)
+        return Plan(controls, states, losses, self.evaluations - 1, converged & losses.isfinite(), pairs)
 
 
 def _bounds(system: System, bounds: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -300,7 +300,7 @@ def _by_scipy(problem: _Problem, start: torch.Tensor, iterations: int, tolerance
     options = {"maxiter": iterations, "maxfun": 10 * iterations, "gtol": tolerance, "ftol": 0.0, "maxcor": CORRECTIONS}
     flat = start.cpu().numpy().ravel()
     result = minimize(ask, flat, jac=True, bounds=Bounds(*ends), method="L-BFGS-B", options=options)
-    converged = start.new_full(start.shape[1:2], result.status != 1, dtype=torch.bool)
+    converged = start.new_full(start.shape[1:2], result.status == 0, dtype=torch.bool)
     return problem.finished(torch.from_numpy(result.x.reshape(problem.shape)).to(start), converged)
 
 
@@ -435,7 +435,8 @@ def _by_torch(problem: _Problem, start: torch.Tensor, optimiser: Optimiser, iter
     def closure() -> torch.Tensor:
         nonlocal best
         _, losses, leaf.grad = problem.evaluate(leaf)
-        better = losses < least
+        within = (leaf.detach() == problem.put_back(leaf.detach())).all(dim=2).all(dim=0)
+        better = (losses < least) & within  # an optimiser may look at points that nothing has put back
         torch.where(better, losses, least, out=least)
         best = torch.where(better[:, None], leaf.detach(), best)
         return losses.sum()

@@ -58,6 +58,7 @@ from warp_phys.interop.torch.rows import (
     check_memory,
     fill,
     first_row,
+    has_room,
     takes_inputs,
 )
 from warp_phys.rollout import BACKENDS, Backend, check_sizes, choose_backend
@@ -164,6 +165,7 @@ class Rollout:
         self.dtype, self.device = precision_and_device(controller, device)
         self._backend = check_choice("backend", backend, BACKENDS)
         self._inputs_known: int | None = None
+        self._known: tuple[Any, TorchController] | None = None
         if inputs is not None or not (self._takes_inputs or self._own_inputs):
             self._set_inputs(0 if inputs is None else check_count("inputs", inputs, least=0))
 
@@ -177,16 +179,14 @@ class Rollout:
             )
         if self._takes_inputs and not size:
             raise ValueError("the controller takes inputs: give them to each call, rollout(x0, inputs=w)")
-        self._inputs_known = size
-        self._inner = extended(self._system, self.memory_size, size)
-        module = self._controller
-        if self._inner is not self._system:
-            module = RowModule(self._controller, self._inner, self._takes_inputs or size > len(own))
-        self._adapter_known = TorchController(
-            module, self._inner.state_size, self._inner, at_once=self._backend == "fused"
-        )
-        check_sizes(self._inner, self._adapter.dense() or module)
-        choose_backend(self._backend, self._inner, self._adapter, self.device.type == "cuda")
+        inner, module = extended(self._system, self.memory_size, size), self._controller
+        if inner is not self._system:
+            sees = self._takes_inputs or size > len(own) or (size > 0 and has_room(self._controller, self.memory_size))
+            module = RowModule(self._controller, inner, sees)
+        adapter = TorchController(module, inner.state_size, inner, at_once=self._backend == "fused")
+        check_sizes(inner, adapter.dense() or module)
+        choose_backend(self._backend, inner, adapter, self.device.type == "cuda")
+        self._known, self._inputs_known = (inner, adapter), size
 
     @property
     def _own_inputs(self) -> tuple[str, ...]:
@@ -196,12 +196,20 @@ class Rollout:
     @property
     def _adapter(self) -> TorchController:
         """The controller of rows."""
-        if self._inputs_known is None:
+        return self._of_rows()[1]
+
+    @property
+    def _inner(self) -> Any:
+        """The system of rows."""
+        return self._of_rows()[0]
+
+    def _of_rows(self) -> tuple[Any, TorchController]:
+        if self._known is None:
             raise ValueError(
                 "how many numbers the inputs of a step have is known from the first call on: "
                 "give Rollout(…, inputs=E) to say so before"
             )
-        return self._adapter_known
+        return self._known
 
     @property
     def system(self) -> Simulator:
@@ -286,7 +294,7 @@ class Rollout:
         if torch.compiler.is_compiling():
             if torch.is_grad_enabled():
                 refuse_memory(self._flow)
-            if inputs is not None or self.memory_size or self._takes_inputs:
+            if inputs is not None or self.memory_size or self._takes_inputs or self._own_inputs or self._inputs_known:
                 raise ValueError("a rollout with inputs or memory is not for compiled code: leave it out of that")
             return self._as_operator(x0, parameters)
         refuse_transforms("a rollout")
@@ -315,12 +323,23 @@ class Rollout:
         size = 0 if inputs is None else inputs.shape[2]
         if self._inputs_known is None:
             self._set_inputs(size)
+            self._try_inputs(x0, Beside(inputs, memory))
         if size != self._inputs_known:
             raise ValueError(
                 f"this rollout has inputs of {self._inputs_known} numbers a step, got "
                 + (f"{size}" if size else "none: give rollout(x0, inputs=w)")
             )
         return Beside(inputs, memory)
+
+    def _try_inputs(self, x0: torch.Tensor, beside: Beside) -> None:
+        """Call the controller once with inputs of a size that nobody has named; forget it if it does not take them."""
+        row = first_row(x0, beside, self._inner)
+        try:
+            with torch.no_grad(), torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
+                self._adapter.module(row)
+        except Exception as error:
+            size, self._known, self._inputs_known = self._inputs_known, None, None
+            raise ValueError(f"the controller does not take inputs of {size} numbers a step: {error}") from error
 
     def _unroll(
         self,

@@ -95,6 +95,19 @@ def takes_inputs(controller: torch.nn.Module, memory: int) -> bool:
     return needed > 1 + (memory > 0)
 
 
+def has_room(controller: torch.nn.Module, memory: int) -> bool:
+    """Whether a controller's forward can be given another argument besides state and memory."""
+    while isinstance(inner := getattr(controller, "_orig_mod", getattr(controller, "module", None)), torch.nn.Module):
+        controller = inner  # compiled, or wrapped to run in parallel
+    try:
+        parameters = list(inspect.signature(controller.forward).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    several = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return several or sum(p.kind in kinds for p in parameters) > 1 + (memory > 0)
+
+
 def check_inputs(name: str, value: torch.Tensor, like: torch.Tensor, steps: int, size: int | None) -> torch.Tensor:
     """Return inputs as (steps, 1 or batch, E), or raise an error that names what is wrong with them.
 
