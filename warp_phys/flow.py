@@ -57,7 +57,7 @@ class Flow:
     """Feedback through the simulator, weighted by `physics`, and through the controller, weighted by `controller`.
 
     These gates are numbers, or arrays: one number for every step n = 0 … T−1, shape (T,); for every step and sample,
-    (T, B); for every step, sample and component of the state, three dimensions, of which any may be 1, as (1, 1, D). A
+    (T, B); for every step, sample and component of the state, (T, B, D). Of two or three dimensions any may be 1. A
     gate below one is a decay; a gate of zero at some steps, or a `window`, truncates.
 
     >>> Flow(physics=1.0, controller=0.0) == MODIFIED

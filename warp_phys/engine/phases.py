@@ -266,7 +266,7 @@ def backward(
         simulator: How a simulator that is no `System` is run backward, see `Retreat`; in the simplest way if None.
 
     Returns:
-        The adjoints of x_0 and of the physical parameters.
+        The adjoints of x_0, of the physical parameters and of the inputs, where these are wanted.
     """
     steps, batch, _ = trajectory.controls.shape
     flows = len(gates)

@@ -72,9 +72,10 @@ class SystemFunctions(NamedTuple):
     """A system's Warp functions in one precision."""
 
     step: Any
-    """`step(x: State, c: Control, p: Parameters) -> State`."""
+    """`step(x: State, c: Control, p: Parameters) -> State`; `step(x, c, w: Input, p)` where the system has inputs."""
     cost: Any
-    """`cost(x: State, p: Parameters) -> real`, the pointwise cost of one sample at one time."""
+    """`cost(x: State, p: Parameters) -> real`, the pointwise cost of one sample at one time; or `cost(x, w, p)`, with
+    the inputs of the step that has led to x."""
     lanes: str = ""
     """If given, C++ that stands for the step on a CPU, see `native_physics.lanes_of`."""
 

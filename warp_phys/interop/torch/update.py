@@ -206,7 +206,7 @@ class Update:
             x0: Initial states, shape (minibatches, batch, D): torch, numpy or any DLPack array.
             stop: Asked before each step; when it says yes, the steps that are left are not taken.
             inputs: As for a call, the same for all minibatches; or four dimensions, the minibatches first.
-            memory: What the controller remembers at first, shape (minibatches, batch, H); zeros if None.
+            memory: What the controller remembers at first, shape (batch, H) or (minibatches, batch, H); zeros if None.
 
         Returns:
             The losses of the steps taken, detached.
