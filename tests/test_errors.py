@@ -263,9 +263,9 @@ def test_rules_of_another_shape(rule):
 
 
 def test_flows():
-    with raises(TypeError, "physics must be a number or a sequence of numbers, got 'all'"):
+    with raises(TypeError, "physics must be a number or an array of numbers, got 'all'"):
         Flow(physics="all")
-    with raises(ValueError, "controller must be a finite number, or one finite number per step"):
+    with raises(ValueError, "controller must be a finite number, or finite numbers of shape"):
         Flow(controller=float("nan"))
     with raises(ValueError, "window must be at least 1, got 0"):
         Flow(window=0)

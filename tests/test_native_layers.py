@@ -212,7 +212,7 @@ def test_rules_of_agreement(rule, real):
     states, costs, loss, grad = (wp.zeros(shape, real, "cpu") for shape in ((1, 1, 1), (1, 1), 1, len(base)))
     nobody = wp.zeros((0, update_kernels.TENSOR), wp.uint64, "cpu"), wp.zeros(1, int, "cpu")  # no tensor to train
     groups, status = wp.zeros((0, update_kernels.GROUP), wp.float64, "cpu"), wp.zeros(1, int, "cpu")
-    inputs = [states, states, costs, 1.0, 0.0, addresses, 0.0, update_kernels.CLIPPING["none"], 1.0, *nobody, groups]
+    inputs = [states, states, 1, costs, 1.0, 0.0, addresses, 0.0, update_kernels.CLIPPING["none"], 1.0, *nobody, groups]
     wp.launch(update_kernels.finish_kernel(rule, False, False, real), 1, inputs, [status, loss, grad], device="cpu")
     assert status.numpy()[0] == 1
     with np.errstate(all="ignore"):
@@ -240,7 +240,7 @@ def test_a_rule_of_an_average(real, either):
             expected = 0.75 * expected + (0.25 * direction / 5.0 if scale else 0.0)
         addresses = [array.ctypes.data for array in (base, other, out, mean)]
         addresses = wp.array(addresses, dtype=wp.uint64, device="cpu")
-        inputs = [states, states, costs, 1.0, 0.0, addresses, 0.75, 0, 1.0, *nobody, groups]
+        inputs = [states, states, 1, costs, 1.0, 0.0, addresses, 0.75, 0, 1.0, *nobody, groups]
         kernel = update_kernels.finish_kernel(agree, True, either, real)
         wp.launch(kernel, 1, inputs, [status, loss, grad], device="cpu")
         np.testing.assert_allclose(mean, expected, rtol=4 * np.finfo(dtype).eps, atol=0.0)

@@ -22,6 +22,7 @@ from warp_phys.programs.activations import ACTIVATIONS
 from warp_phys.programs.block_plan import TILES
 from warp_phys.programs.program import chain
 from warp_phys.programs.rules import RULES
+from warp_phys.systems import Extended
 
 ARCHITECTURES = {wp.float32: 80, wp.float64: 90}
 """What the kernels of each precision are built for: nothing in them asks for the architecture, so one is enough."""
@@ -117,6 +118,12 @@ def _kernels_of(real):
                 f"unroll-{tile}-{label}",
                 lambda s=system, n=plan, t=tile: block_kernels.unroll_kernel(s.structure, n, real, t),
             )
+    yield "single", lambda: row_kernels.gate_single_kernel(4, 7, 9, real)
+    rows = Extended(SYSTEMS[0], 3, 2).structure
+    yield "sweep-rows", lambda: kernels.sweep_kernel(rows, real, True)
+    yield "step-rows", lambda: kernels.trajectory_kernel(rows, real)
+    chained = chain((rows.state_size, 8, rows.control_size), "tanh")
+    yield "unroll-rows", lambda: block_kernels.unroll_kernel(rows, chained, real, TILES[-1])
     for factory in OF_A_PROGRAM:
         yield f"{factory.__name__}-all", lambda f=factory: f(_everything(real), real)
 
@@ -154,6 +161,7 @@ def test_the_list_is_complete():
         "warp_phys.engine.dense_kernels.dense_with_slope_kernel",
         "warp_phys.engine.dense_kernels.activate_kernel",
         "warp_phys.engine.row_kernels.combine_kernel",
+        "warp_phys.engine.row_kernels.gate_single_kernel",
         "warp_phys.diagnose.landscape_kernels.unroll_kernel",
     }
     assert factories == listed | one_by_one

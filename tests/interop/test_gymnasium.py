@@ -211,8 +211,8 @@ def test_pictures():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="system must be one of 'cartpole'.*got 'pendulum'"):
-        SystemEnv("pendulum")
+    with pytest.raises(ValueError, match="system must be one of 'cartpole'.*got 'trapeze'"):
+        SystemEnv("trapeze")
     with pytest.raises(TypeError, match="poles: unknown settings; the parameters of CartPole"):
         SystemEnv(CartPole(), poles=3)
     with pytest.raises(ValueError, match="action_scale must be a positive number, got 0.0"):

@@ -1,7 +1,7 @@
 """Rollouts of torch modules whose backward pass is a flow of one's choice, attached to autograd."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -270,9 +270,20 @@ class Rollout:
         """How passes run, forward and backward: "fused" or "general"; on CUDA the forward pass, see `why_general`."""
         return choose_backend(self._backend, self._inner, self._adapter, self.device.type == "cuda")
 
+    # a memory that begins at zeros gives three too; to a type checker it says so by memory=torch.zeros(batch, H)
+    @overload
+    def __call__(
+        self, x0: Any, parameters: Mapping[str, Any] | None = None, inputs: Any = None, memory: None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    @overload
+    def __call__(
+        self, x0: Any, parameters: Mapping[str, Any] | None = None, inputs: Any = None, *, memory: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
     def __call__(
         self, x0: Any, parameters: Mapping[str, Any] | None = None, inputs: Any = None, memory: Any = None
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> Any:
         """Return states (steps + 1, batch, D) and controls (steps, batch, K), attached to autograd.
 
         With a memory, also what is remembered, (steps + 1, batch, H): its last entry, detached or not, is where the
