@@ -28,7 +28,7 @@ from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import COMBINED, Combined, Flow, FlowLike, linear_parts, refuse_memory, refuse_whole, resolve
 from warp_phys.programs.rules import RULES
 from warp_phys.systems.base import Simulator, System
-from warp_phys.systems.extended import extended
+from warp_phys.systems.extended import extended, row_sizes
 
 Backend = Literal["auto", "fused", "general"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -144,7 +144,7 @@ class Rollout:
         gates = all_gates(linear_parts(self._flow), self.steps, batch, self._rows)
         if self._kind[1]:  # each sample its own, so that arrays of one kind have one shape
             flows, steps, width = gates.shape
-            size = 2 * getattr(self._rows, "own_size", self._rows.state_size) + 2
+            size = 2 * row_sizes(self._rows)[0] + 2
             own = np.broadcast_to(gates.reshape(flows, steps, width // size, size), (flows, steps, batch, size))
             gates = own.reshape(flows, steps, batch * size)
         return gates.astype(numpy_type(self.real))
@@ -322,7 +322,7 @@ class Rollout:
             if parameter.requires_grad:
                 sums = [c.grad for c in _sums(parameter, self.flow)] if isinstance(self.flow, Combined) else []
                 self._accumulate([gradient[i] for gradient in gradients], sums, parameter.grad)
-        own, end = (getattr(self._rows, name, self._rows.state_size) for name in ("own_size", "remembering_size"))
+        own, end = row_sizes(self._rows)
         for start, part in ((x0, slice(0, own)), (memory, slice(own, end))):
             if start is not None and start.requires_grad:
                 self._accumulate([adjoints.x0[f][:, part] for f in range(flows)], [], start.grad)

@@ -1,6 +1,10 @@
-"""How well `identify` and `plan` do: errors and coverage over many repetitions, chaos, seconds of a swing-up.
+"""How well `identify` and `plan` do, and how fast open loops are.
 
-python -m tests.benchmarks.workflows --repetitions 100
+    python -m tests.benchmarks.workflows --repetitions 100
+    python -m tests.benchmarks.workflows --only open_loop
+
+Errors and coverage of an identification over many repetitions, chaos, seconds of a swing-up; value and gradient of an
+open loop against JAX as its users write it, in turns within this process, by processor time.
 """
 
 import argparse
@@ -9,6 +13,7 @@ import time
 import numpy as np
 import torch
 
+from tests.benchmarks.cases import make_batches, make_case
 from warp_phys import CartPole, Pendulum
 from warp_phys.interop.torch import identify, plan, trajectory
 
@@ -88,10 +93,71 @@ def swing_up():
             )
 
 
+def open_loop(rounds=15):
+    """Loss at the end of 100 steps and its gradient by the controls: trajectory, loss and backward, against JAX."""
+    for batch, calls in ((8, 50), (256, 15)):
+        case = make_case("cartpole", "R", batch, poles=1, steps=100)
+        system, x0 = CartPole(poles=1, dt=case.dt), make_batches(case)[0]
+        forces = np.random.default_rng(0).standard_normal((case.steps, batch, 1)).astype(np.float32)
+        controls, states = torch.tensor(forces, requires_grad=True), torch.tensor(x0)
+        by_jax = _open_loop_in_jax(case, x0, forces)
+
+        def by_torch(system=system, states=states, controls=controls):
+            controls.grad = None
+            loss = system.loss(trajectory(system, states, controls))
+            loss.backward()
+            return float(loss.detach()), controls.grad.numpy()
+
+        (loss, gradient), (expected_loss, expected) = by_torch(), by_jax()
+        error = np.abs(gradient - expected).max() / np.abs(expected).max()
+        assert abs(loss - expected_loss) < 1e-5 and error < 1e-4, (loss, expected_loss, error)
+        times = np.array([[_milliseconds(call, calls) for call in (by_torch, by_jax)] for _ in range(rounds)])
+        own, peer = np.median(times, axis=0)
+        ratio = np.median(times[:, 1] / times[:, 0])
+        print(f"open loop, batch {batch}: {own:.3f} ms, JAX {peer:.3f} ms, JAX by this {ratio:.2f} (CPU time)")
+
+
+def _open_loop_in_jax(case, x0, forces):
+    """Return a function that gives loss and gradient; compiled."""
+    import jax
+    import jax.numpy as jnp
+
+    from tests.benchmarks.jax_peer.physics import make_physics
+
+    physics = make_physics(case)
+
+    def loss(controls, x):
+        def body(x, c):
+            x = physics.step(x, c)
+            return x, physics.emit(x, c)
+
+        return physics.cost(*jax.lax.scan(body, x, controls))
+
+    compiled = jax.jit(jax.value_and_grad(loss))
+    start = jnp.asarray(np.moveaxis(x0.reshape(len(x0), *physics.shape), 0, -1))
+
+    def call():
+        value, gradient = compiled(jnp.asarray(forces), start)
+        return float(value), np.asarray(gradient)
+
+    return call
+
+
+def _milliseconds(call, calls):
+    begin = time.process_time()
+    for _ in range(calls):
+        call()
+    return (time.process_time() - begin) / calls * 1e3
+
+
+PARTS = {part.__name__: part for part in (open_loop, swing_up, chaos, coverage)}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repetitions", type=int, default=100, help="repetitions of the identification")
+    parser.add_argument("--only", choices=list(PARTS), help="one part alone")
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
-    swing_up()
-    chaos()
-    coverage(parser.parse_args().repetitions)
+    for name, part in PARTS.items():
+        if chosen.only in (None, name):
+            part(chosen.repetitions) if name == "coverage" else part()

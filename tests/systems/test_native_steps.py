@@ -54,7 +54,7 @@ def _kernels(system, real):
                 for k in range(controls.shape[2]):
                     adj_c[f, b, k] = adj_of_block[f, b - first, k]
 
-    return native_kernels.step_kernel(structure, real), pull_blocks
+    return native_kernels.steps_kernel(structure, real), pull_blocks
 
 
 def _array(values, dtype):
@@ -80,7 +80,7 @@ def _by_blocks(system, dtype, parameters):
     p = system.parameter_array(parameters, device="cpu", dtype=dtype)
     step, pull = _kernels(system, real)
     blocks = -(-BATCH // SAMPLES)
-    wp.launch(step, blocks, [states, controls, p, 1], device="cpu")
+    wp.launch(step, blocks, [states, controls, p, 1, 1], device="cpu")
     none = wp.zeros((0, 0, 0), dtype=real, device="cpu")
     wp.launch(pull, blocks, [states, controls, p, adj_x, scratch, adj_c, none], device="cpu")
     found = states.numpy()

@@ -12,6 +12,11 @@ import warp as wp
 from warp_phys.core.rows import row_functions, scalar_name
 
 
+def are_single(gates: Any) -> bool:
+    """Whether gates, an array (flows, steps, N), are those of single samples and components; else of α and β alone."""
+    return bool(gates.shape[2] != 2)
+
+
 def gate_lines(own: int, remembering: int, size: int, real: type) -> str:
     """Return C++ that makes `out`, λ_n, of `seed`, ∂L/∂x_n, of `dx`, (∂S/∂x)ᵀ λ_{n+1}, and of `pulled`, (∂N/∂x)ᵀ ν_n.
 

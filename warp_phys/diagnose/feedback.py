@@ -15,6 +15,7 @@ from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import CHUNK_ROWS, Controller, Seeds, Trajectory
 from warp_phys.flow import Flow
 from warp_phys.systems.base import Simulator, System
+from warp_phys.systems.extended import row_sizes
 
 
 class Feedback(NamedTuple):
@@ -67,7 +68,7 @@ def trace(
     """
     jacobian = controller_jacobians(controller, trajectory)
     loss_states, loss_controls = seeds.states.numpy(), seeds.controls.numpy()
-    sizes = _sizes(system)
+    sizes = row_sizes(system)
     return _recur(lambda n, adj: _pull(system, trajectory, n, adj), jacobian, loss_states, loss_controls, flows, *sizes)
 
 
@@ -99,12 +100,6 @@ def retrace(
 
     size = loss_states.shape[2]
     return _recur(pull, jacobians.controller, loss_states, loss_controls, flows, size if own is None else own, size)
-
-
-def _sizes(system: Simulator) -> tuple[int, int]:
-    """Return how many numbers of a row are the state, and how many that and a controller's memory."""
-    size = system.state_size
-    return getattr(system, "own_size", size), getattr(system, "remembering_size", size)
 
 
 def _gates_of(flow: Flow, shape: tuple[int, ...], own: int, remembering: int) -> tuple[np.ndarray, np.ndarray, Any]:
@@ -179,7 +174,7 @@ def step_jacobians(
     units = np.repeat(units[:, None], trajectory.states.shape[1], axis=1)
     rows = [_pull(system, trajectory, n, units) for n in range(steps)]
     physics, control = (np.stack([row[i] for row in rows]).swapaxes(1, 2)[:, :count] for i in range(2))
-    seen = slice(0, _sizes(system)[1])  # what is given to a step has no part in feedback
+    seen = slice(0, row_sizes(system)[1])  # what is given to a step has no part in feedback
     controllers = controller_jacobians(controller, trajectory)[:, :count]
     return StepJacobians(physics[:, :, seen, seen], control[:, :, seen], controllers[:, :, :, seen])
 

@@ -19,6 +19,7 @@ import warp as wp
 from warp_phys.core import kernels
 from warp_phys.core.arrays import as_structs
 from warp_phys.core.checks import check_repeated
+from warp_phys.core.flow_gates import are_single
 from warp_phys.engine import row_kernels
 from warp_phys.engine.layers import Workspace
 from warp_phys.errors import NotRepeatable
@@ -26,6 +27,7 @@ from warp_phys.flow import Flow
 from warp_phys.programs import native_kernels
 from warp_phys.programs.program import SAMPLES
 from warp_phys.systems.base import Simulator, System
+from warp_phys.systems.extended import row_sizes
 
 CHUNK_ROWS = 2048
 """Rows (time steps × samples) that are linearised together: the activations of 100 units take 0.8 MB."""
@@ -155,8 +157,8 @@ def _stepper(
     if not isinstance(system, System) or not wp.get_device(states.device).is_cpu:
         own = () if parameters is None else (parameters,)
         return lambda n: system.step(states[n], controls[n], states[n + 1], *own)
-    kernel, blocks = native_kernels.step_kernel(system.structure, states.dtype), -(-states.shape[1] // SAMPLES)
-    inputs = [states, controls, parameters, 0]
+    kernel, blocks = native_kernels.steps_kernel(system.structure, states.dtype), -(-states.shape[1] // SAMPLES)
+    inputs = [states, controls, parameters, 0, 1]
     launch = wp.launch(kernel, blocks, inputs, device="cpu", record_tape=False, record_cmd=True)
 
     def advance(n: int) -> None:
@@ -186,7 +188,7 @@ def all_gates(flows: Sequence[Flow], steps: int, batch: int, system: Any) -> np.
     Raises:
         ValueError: Gates are given for other numbers of steps, samples or components.
     """
-    size = getattr(system, "own_size", system.state_size)
+    size, _ = row_sizes(system)
     if size == system.state_size and all(flow.is_plain for flow in flows):
         return flow_gates(flows, steps)
     rows = [flow.all_gates(steps, batch, size) for flow in flows]
@@ -194,16 +196,11 @@ def all_gates(flows: Sequence[Flow], steps: int, batch: int, system: Any) -> np.
     return np.stack([np.broadcast_to(row, (steps, samples, row.shape[2])).reshape(steps, -1) for row in rows])
 
 
-def are_single(gates: Any) -> bool:
-    """Whether gates are those of single components."""
-    return bool(gates.shape[2] != 2)
-
-
 def open_gates(gates: np.ndarray, system: Any, want_inputs: bool) -> np.ndarray:
     """Return at which steps of which flows adjoints go back through the controller, shape (flows, steps)."""
     if not are_single(gates):
         return gates[:, :, 1] != 0.0
-    own, remembering = getattr(system, "own_size", system.state_size), getattr(system, "remembering_size", 0)
+    own, remembering = row_sizes(system)
     records = gates.reshape(*gates.shape[:2], -1, 2 * own + 2)
     controller = records[..., own : 2 * own + (remembering > own)]
     return want_inputs | (controller != 0.0).any(axis=(2, 3))
@@ -413,7 +410,7 @@ class _Pass:
     def _gates_of(self, block: slice, batch: int) -> wp.array:
         """Return the gates of a block of samples, where each has its own."""
         gates, (first, last) = self.gates_array, (block.start, block.stop)
-        width = 2 * getattr(self.system, "own_size", self.system.state_size) + 2
+        width = 2 * row_sizes(self.system)[0] + 2
         if not self.single or gates.shape[2] == width or last - first == batch:
             return gates
         return gates[:, :, first * width : last * width]
@@ -460,8 +457,7 @@ class _Pass:
         launch = functools.partial(wp.launch, device=device, record_tape=False)
         add_rows, sum_rows = row_kernels.add_rows_kernel(real), row_kernels.sum_rows_kernel(real)
         if self.single:
-            own = getattr(self.system, "own_size", lam.shape[2]), getattr(self.system, "remembering_size", lam.shape[2])
-            gate_single = row_kernels.gate_single_kernel(*own, lam.shape[2], real)
+            gate_single = row_kernels.gate_single_kernel(*row_sizes(self.system), lam.shape[2], real)
             no_inputs = self._array("no adj_inputs of a step", (0, 0, 0), lam)
         gate_rows, own_p = row_kernels.gate_rows_kernel(real), [] if adj_p is None else [adj_p[f] for f in range(flows)]
         arguments: tuple = ()

@@ -184,53 +184,33 @@ def unroll_kernel(structure: Any, program: Program, real: type) -> wp.Kernel:
 
 
 @functools.cache
-def step_kernel(structure: Any, real: type) -> wp.Kernel:
-    """One time step n, from states[n] and controls[n] to states[n + 1]; one thread per block of `SAMPLES` samples."""
+def steps_kernel(structure: Any, real: type) -> wp.Kernel:
+    """So many time steps under given controls, from step n on; one thread per block of `SAMPLES` samples."""
     types, advance = structure.types(real), advance_function(structure, real)
     Parameters = types.Parameters
 
     @wp.kernel(module="unique", module_options=module_options())
     def step_blocks(
-        # in and out: states[n + 1] is written
+        # in and out: states[n] is read, those behind it are written
         states: wp.array3d[real],
         # in
         controls: wp.array3d[real],
         p: wp.array[Parameters],
         n: int,
+        steps: int,
     ):
         first = SAMPLES * wp.tid()
-        advance(states, controls, p, n, first, wp.min(SAMPLES, states.shape[1] - first))
+        for i in range(n, n + steps):
+            advance(states, controls, p, i, first, wp.min(SAMPLES, states.shape[1] - first))
 
     return step_blocks
 
 
 @functools.cache
-def trajectory_kernel(structure: Any, real: type) -> wp.Kernel:
-    """All time steps under given controls; one thread per block of `SAMPLES` samples, beginning with block `begin`."""
-    types, advance = structure.types(real), advance_function(structure, real)
-    Parameters = types.Parameters
-
-    @wp.kernel(module="unique", module_options=module_options())
-    def advance_blocks(
-        # in and out: time step 0 is read, the others are written
-        states: wp.array3d[real],
-        # in
-        controls: wp.array3d[real],
-        p: wp.array[Parameters],
-        begin: int,
-    ):
-        first = SAMPLES * (begin + wp.tid())
-        for n in range(controls.shape[0]):
-            advance(states, controls, p, n, first, wp.min(SAMPLES, states.shape[1] - first))
-
-    return advance_blocks
-
-
-@functools.cache
 def trajectory_vjp_kernel(structure: Any, real: type, parameters: bool, single: bool) -> wp.Kernel:
-    """Its way back by one flow, of which the physics gates count; one thread takes so many `blocks` in turn.
+    """The way back of all steps by one flow, of which the physics gates count; one thread takes its blocks in turn.
 
-    λ_n and μ_n are those of `kernels.sweep_kernel` without a controller.
+    λ_n and μ_n are those of `kernels.sweep_kernel` without a controller, of a loss of the states.
     """
     retreat, size, written = retreat_function(structure, real, parameters), structure.state_size, structure.written_size
     gated = gate_function(structure.own_size, structure.remembering_size, size, real)
@@ -244,10 +224,7 @@ def trajectory_vjp_kernel(structure: Any, real: type, parameters: bool, single: 
         controls: wp.array3d[real],
         p: wp.array[Parameters],
         loss_states: wp.array3d[real],
-        loss_controls: wp.array3d[real],
         gates: wp.array3d[real],
-        begin: int,
-        blocks: int,
         # scratch: (1, SAMPLES, K)
         adj_c: wp.array3d[real],
         # out: λ_0 (1, batch, D), μ; adjoints of parameters (1, batch, P) and of inputs, or nothing
@@ -257,8 +234,7 @@ def trajectory_vjp_kernel(structure: Any, real: type, parameters: bool, single: 
         adj_inputs: wp.array3d[real],
     ):
         steps = controls.shape[0]
-        for block in range(begin, begin + blocks):
-            first = SAMPLES * block
+        for first in range(0, states.shape[1], SAMPLES):
             count = wp.min(SAMPLES, states.shape[1] - first)
             for b in range(first, first + count):
                 store_at(adj_x, 0, b, load_at(loss_states, steps, b))
@@ -270,7 +246,7 @@ def trajectory_vjp_kernel(structure: Any, real: type, parameters: bool, single: 
                 for s in range(count):
                     b = first + s
                     for k in range(controls.shape[2]):
-                        adj_controls[n, b, k] = adj_c[0, s, k] + loss_controls[n, b, k]
+                        adj_controls[n, b, k] = adj_c[0, s, k]
                     if wp.static(single):
                         seed = load_at(loss_states, n, b)
                         store_at(adj_x, 0, b, gated(seed, load_at(adj_x, 0, b), Row(), gates, 0, n, b))

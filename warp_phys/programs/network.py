@@ -11,6 +11,7 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import aligned_zeros
+from warp_phys.core.flow_gates import are_single
 from warp_phys.programs import native_kernels as native
 from warp_phys.programs import row_buffers
 from warp_phys.programs.layout import layout_of
@@ -276,7 +277,7 @@ class Network:
             *derivatives, gates, *share, origin, chunk, int(kept), rows, deltas, adj_c, seeds, adj_x,
             nothing if adj_p is None else adj_p, none_given if adj_inputs is None else adj_inputs, gradients,
         ]  # fmt: skip
-        kernel = native.sweep_kernel(system.structure, plan, real, adj_p is not None, gates.shape[2] != 2)
+        kernel = native.sweep_kernel(system.structure, plan, real, adj_p is not None, are_single(gates))
         return _record(kernel, 1, inputs)
 
     def unpack_launches(self, gradients: wp.array, addresses: wp.array) -> list[Any]:

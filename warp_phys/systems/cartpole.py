@@ -13,6 +13,9 @@ from warp_phys.errors import check_choice, check_count
 from warp_phys.systems.base import System, SystemFunctions
 from warp_phys.systems.integrators import INTEGRATORS, integrate
 
+WIDTH, HEIGHT = 0.4, 0.2
+"""Of the cart in pictures [m]."""
+
 
 @dataclass(frozen=True)
 class CartPole(System):
@@ -67,8 +70,8 @@ class CartPole(System):
 
     def functions(self, real: type) -> SystemFunctions:
         """Return the Warp functions in one precision."""
-        types = self.types(real)
-        return SystemFunctions(integrate(_rate(self, real), types, self.integrator), _cost(self, real))
+        step = integrate(_rate(self, real), self.types(real), self.integrator)
+        return SystemFunctions(step, upright_cost(self, self.poles, real))
 
     def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
         """Return hanging states: x, x' and θ' uniform in [−1, 1], θ = π + uniform(−π/6, π/6); shape (batch, D)."""
@@ -144,46 +147,60 @@ def _rate(system: CartPole, real: type) -> Any:
 
 
 @functools.cache
-def _cost(system: CartPole, real: type) -> Any:
-    """Return the pointwise cost: mean over the poles of 1 − cos θ."""
+def upright_cost(system: System, bodies: int, real: type) -> Any:
+    """Return the pointwise cost of bodies on a cart: the mean over them of 1 − cos θ; state [x, x', θ1, θ1', …]."""
     types = system.types(real)
     State, Parameters = types.State, types.Parameters
 
     @wp.func
     def sum_of_cosines(x: State):
         total = real(0.0)
-        for i in range(wp.static(system.poles)):
+        for i in range(wp.static(bodies)):
             total += wp.cos(x[2 * i + 2])
         return total
 
     @wp.func
     def cart_pole_cost(x: State, p: Parameters):
-        return real(1.0) - sum_of_cosines(x) / real(wp.static(system.poles))
+        return real(1.0) - sum_of_cosines(x) / real(wp.static(bodies))
 
     return cart_pole_cost
 
 
-def _sketch(system: CartPole, axes: Any) -> Callable[..., Sequence[Any]]:
-    """Draw in metres; the picture follows the cart once it leaves the middle. Poles have their full length 2 l."""
-    length, width, height = 2.0 * system.half_length, 0.4, 0.2
-    reach = 1.15 * length + width
-    (rail,) = axes.plot([-1e3, 1e3], [-height / 2] * 2, color="0.6", linewidth=1, zorder=0)
-    ticks = axes.plot(np.arange(-50, 51), np.full(101, -height / 2), "|", color="0.6", markersize=6, zorder=0)
-    (cart,) = axes.fill([0.0] * 4, [0.0] * 4, color="0.25", zorder=3)
-    colours = [f"C{i % 10}" for i in range(system.poles)]
-    poles = [axes.plot([], [], color=colour, linewidth=3, solid_capstyle="round", zorder=4)[0] for colour in colours]
-    (force,) = axes.plot([], [], color="0.25", linewidth=1.5, zorder=2)
-    axes.set(aspect="equal", ylim=(-1.2 * length, 1.2 * length), yticks=[], xlabel="position [m]")
+def sketch_cart(axes: Any, reach: float) -> Callable[..., Sequence[Any]]:
+    """Put a cart, its rail and the force on it on `axes`, in metres; return a function (x, control) that moves them.
 
-    def move(state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
-        x = float(state[0])
-        left, right = x - width / 2, x + width / 2
-        cart.set_xy([(left, -height / 2), (right, -height / 2), (right, height / 2), (left, height / 2)])
-        for pole, angle in zip(poles, state[2::2], strict=True):
-            pole.set_data([x, x + length * np.sin(angle)], [0.0, length * np.cos(angle)])
+    The picture shows so much to either side of the cart, and follows it.
+    """
+    (rail,) = axes.plot([-1e3, 1e3], [-HEIGHT / 2] * 2, color="0.6", linewidth=1, zorder=0)
+    ticks = axes.plot(np.arange(-50, 51), np.full(101, -HEIGHT / 2), "|", color="0.6", markersize=6, zorder=0)
+    (cart,) = axes.fill([0.0] * 4, [0.0] * 4, color="0.25", zorder=3)
+    (force,) = axes.plot([], [], color="0.25", linewidth=1.5, zorder=2)
+    axes.set(aspect="equal", yticks=[], xlabel="position [m]")
+
+    def move(x: float, control: np.ndarray | None) -> Sequence[Any]:
+        left, right = x - WIDTH / 2, x + WIDTH / 2
+        cart.set_xy([(left, -HEIGHT / 2), (right, -HEIGHT / 2), (right, HEIGHT / 2), (left, HEIGHT / 2)])
         push = 0.0 if control is None else float(np.clip(0.05 * control[0], -reach, reach))
         force.set_data([x, x + push], [0.0, 0.0])
         axes.set_xlim(x - reach, x + reach)
-        return [cart, *poles, force, rail, *ticks]
+        return [cart, force, rail, *ticks]
+
+    return move
+
+
+def _sketch(system: CartPole, axes: Any) -> Callable[..., Sequence[Any]]:
+    """Draw in metres; the picture follows the cart once it leaves the middle. Poles have their full length 2 l."""
+    length = 2.0 * system.half_length
+    move_cart = sketch_cart(axes, 1.15 * length + WIDTH)
+    colours = [f"C{i % 10}" for i in range(system.poles)]
+    poles = [axes.plot([], [], color=colour, linewidth=3, solid_capstyle="round", zorder=4)[0] for colour in colours]
+    axes.set(ylim=(-1.2 * length, 1.2 * length))
+
+    def move(state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
+        x = float(state[0])
+        for pole, angle in zip(poles, state[2::2], strict=True):
+            pole.set_data([x, x + length * np.sin(angle)], [0.0, length * np.cos(angle)])
+        cart, *others = move_cart(x, control)
+        return [cart, *poles, *others]
 
     return move

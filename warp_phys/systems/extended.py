@@ -273,6 +273,12 @@ class ExtendedSimulator:
         self._spare.append((key, own))
 
 
+def row_sizes(system: Any) -> tuple[int, int]:
+    """Return how many numbers of a row are the state, and how many that and a memory; of any system or simulator."""
+    size = system.state_size
+    return getattr(system, "own_size", size), getattr(system, "remembering_size", size)
+
+
 def extended(system: Any, memory: int = 0, inputs: int = 0) -> Any:
     """Return a system or simulator whose rows hold a memory and inputs; itself where there are none."""
     if not memory and not inputs:

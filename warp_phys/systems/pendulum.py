@@ -11,6 +11,7 @@ import warp as wp
 from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.errors import check_choice, check_count
 from warp_phys.systems.base import System, SystemFunctions
+from warp_phys.systems.cartpole import WIDTH, sketch_cart, upright_cost
 from warp_phys.systems.integrators import INTEGRATORS, integrate
 from warp_phys.systems.solve import LARGEST, solve
 
@@ -73,7 +74,8 @@ class Pendulum(System):
 
     def functions(self, real: type) -> SystemFunctions:
         """Return the Warp functions in one precision."""
-        return SystemFunctions(integrate(_rate(self, real), self.types(real), self.integrator), _cost(self, real))
+        step = integrate(_rate(self, real), self.types(real), self.integrator)
+        return SystemFunctions(step, upright_cost(self, self.links, real))
 
     def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
         """Return hanging states: x, x' and θ' uniform in [−1, 1], θ = π + uniform(−π/6, π/6); shape (batch, D)."""
@@ -162,46 +164,18 @@ def _rate(system: Pendulum, real: type) -> Any:
     return pendulum_rate
 
 
-@functools.cache
-def _cost(system: Pendulum, real: type) -> Any:
-    """Return the pointwise cost: mean over the links of 1 − cos θ."""
-    types = system.types(real)
-    State, Parameters = types.State, types.Parameters
-
-    @wp.func
-    def sum_of_cosines(x: State):
-        total = real(0.0)
-        for i in range(wp.static(system.links)):
-            total += wp.cos(x[2 * i + 2])
-        return total
-
-    @wp.func
-    def pendulum_cost(x: State, p: Parameters):
-        return real(1.0) - sum_of_cosines(x) / real(wp.static(system.links))
-
-    return pendulum_cost
-
-
 def _sketch(system: Pendulum, axes: Any) -> Callable[..., Sequence[Any]]:
     """Draw in metres; the picture follows the cart."""
-    width, height, length = 0.4, 0.2, system.length
-    reach = 1.15 * length * system.links + width
-    (rail,) = axes.plot([-1e3, 1e3], [-height / 2] * 2, color="0.6", linewidth=1, zorder=0)
-    ticks = axes.plot(np.arange(-50, 51), np.full(101, -height / 2), "|", color="0.6", markersize=6, zorder=0)
-    (cart,) = axes.fill([0.0] * 4, [0.0] * 4, color="0.25", zorder=3)
+    length, reach = system.length, 1.15 * system.length * system.links + WIDTH
+    move_cart = sketch_cart(axes, reach)
     (chain,) = axes.plot([], [], "o-", color="C0", linewidth=3, markersize=6, zorder=4)
-    (force,) = axes.plot([], [], color="0.25", linewidth=1.5, zorder=2)
-    axes.set(aspect="equal", ylim=(-reach, reach), yticks=[], xlabel="position [m]")
+    axes.set(ylim=(-reach, reach))
 
     def move(state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
         x, angles = float(state[0]), np.asarray(state[2::2], dtype=float)
-        left, right = x - width / 2, x + width / 2
-        cart.set_xy([(left, -height / 2), (right, -height / 2), (right, height / 2), (left, height / 2)])
         across, up = (np.cumsum([0.0, *length * part]) for part in (np.sin(angles), np.cos(angles)))
         chain.set_data(x + across, up)
-        push = 0.0 if control is None else float(np.clip(0.05 * control[0], -reach, reach))
-        force.set_data([x, x + push], [0.0, 0.0])
-        axes.set_xlim(x - reach, x + reach)
-        return [cart, chain, force, rail, *ticks]
+        cart, *others = move_cart(x, control)
+        return [cart, chain, *others]
 
     return move

@@ -52,6 +52,12 @@ def plain(physics: Physics, network: Network, steps: int) -> Gradient:
         seen = lax.stop_gradient if flow == "M" else lambda x: x
         return unroll(physics, network, steps, weights, x0, seen)
 
+    return by_flow(loss)
+
+
+def by_flow(loss: Callable[[Any, Any, str], Any]) -> Gradient:
+    """Loss and update of a loss of (weights, initial states, flow), for C from a pass each for M and R."""
+
     def gradient(weights: Any, x0: Any, flow: str) -> Any:
         if flow != "C":
             return jax.value_and_grad(loss)(weights, x0, flow)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.benchmarks.cases import Case, make_batches
-from tests.benchmarks.jax_peer.flows import combine, plain, to_rows
+from tests.benchmarks.jax_peer.flows import by_flow, combine, plain, to_rows
 from tests.benchmarks.jax_peer.networks import Network
 from tests.benchmarks.jax_peer.physics import Physics, make_physics
 from tests.benchmarks.policies.weights import (
@@ -142,13 +142,7 @@ def beside(policy: str, case: Case, physics: Physics) -> Callable[[Weights, Any,
         (x, _), emitted = jax.lax.scan(body, (x0, h), jnp.asarray(given))
         return physics.cost(x, emitted)
 
-    def gradient(w: Weights, x0: Any, flow: str) -> Any:
-        if flow != "C":
-            return jax.value_and_grad(loss)(w, x0, flow)
-        value, m = jax.value_and_grad(loss)(w, x0, "M")
-        return value, combine(m, jax.grad(loss)(w, x0, "R"))
-
-    return gradient
+    return by_flow(loss)
 
 
 FUNCTIONS: dict[str, Callable[[Weights, Any], Any]] = {

@@ -12,7 +12,7 @@ import warp as wp
 
 from warp_phys.core import kernels
 from warp_phys.core.arrays import as_structs
-from warp_phys.engine.phases import are_single
+from warp_phys.core.flow_gates import are_single
 from warp_phys.systems.base import System
 
 EAGER: dict[str, Any] = {"graph_mode": wp.JaxCallableGraphMode.NONE}

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from warp_phys.engine.phases import are_single
-from warp_phys.interop.jax.rows import own_size
+from warp_phys.core.flow_gates import are_single
+from warp_phys.systems.extended import row_sizes
 
 
 def meeting(system: Any, gates: np.ndarray) -> Callable[..., jax.Array]:
@@ -18,8 +18,7 @@ def meeting(system: Any, gates: np.ndarray) -> Callable[..., jax.Array]:
         system: The system of the rows.
         gates: See `phases.all_gates`.
     """
-    size, own = system.state_size, own_size(system)
-    remembering = getattr(system, "remembering_size", size)
+    size, (own, remembering) = system.state_size, row_sizes(system)
     single, width = are_single(gates), 2 * own + 2
     limited = single and bool(np.isfinite(gates.reshape(-1, width)[:, -1]).any())
 

@@ -166,8 +166,3 @@ def given_dims(system: Any, flows: int, controls: jax.Array) -> tuple[int, ...]:
 def written_size(system: Any) -> int:
     """Return how many numbers of a row a step writes; the others are given."""
     return getattr(system, "written_size", system.state_size)
-
-
-def own_size(system: Any) -> int:
-    """Return how many numbers of a row are the state."""
-    return getattr(system, "own_size", system.state_size)

@@ -11,7 +11,8 @@ import numpy as np
 
 from warp_phys.core.arrays import shape_message
 from warp_phys.core.checks import check_instance
-from warp_phys.engine.phases import all_gates, are_single, open_gates
+from warp_phys.core.flow_gates import are_single
+from warp_phys.engine.phases import all_gates, open_gates
 from warp_phys.errors import Diverged, check_choice, check_count
 from warp_phys.flow import Combined, Flow, FlowLike, combine, linear_parts, refuse_memory, refuse_whole, resolve
 from warp_phys.interop.jax import calls

@@ -99,10 +99,14 @@ def costs_vjp(
 def _inputs(system: System, states: torch.Tensor, times: tuple[int, ...], rows: torch.Tensor | None) -> list[wp.array]:
     """Return states, chosen times and physical parameters as the kernels take them."""
     x = as_array(states.detach())
-    p = system.check_parameters(None, x, 1)
-    if rows is not None:
-        p = as_structs(as_array(rows.detach().contiguous()), system.types(x.dtype).Parameters)
-    return [x, chosen_array(times, str(x.device)), p]
+    return [x, chosen_array(times, str(x.device)), structs_of(system, rows, x)]
+
+
+def structs_of(system: System, rows: torch.Tensor | None, like: wp.array) -> wp.array:
+    """Return physical parameters as kernels take them: of rows as `rows_of_parameters` has them."""
+    if rows is None:
+        return system.check_parameters(None, like, 1)
+    return as_structs(as_array(rows.detach().contiguous()), system.types(like.dtype).Parameters)
 
 
 def rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor | None:

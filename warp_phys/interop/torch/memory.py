@@ -142,7 +142,7 @@ def value_and_grad(
         )
     forgetful = replace(flow, memory=0.0, either=False)
     loss = rollout._value_and_grad(forgetful, x0, when, control_cost, parameters, beside)
-    if rollout._beside:
+    if rollout._has_others:
         raise ValueError(
             f"controller and system must depend on the controller's own parameters alone for the flow {flow.name!r}, "
             "which keeps an average for each of them: give what else there is requires_grad_(False), or make it "

@@ -10,13 +10,15 @@ import warp as wp
 from warp_phys.core import kernels
 from warp_phys.core.arrays import as_structs, for_all_streams, shape_message
 from warp_phys.core.checks import check_instance
-from warp_phys.engine.phases import all_gates, are_single, check_gates
+from warp_phys.core.flow_gates import are_single
+from warp_phys.engine.phases import all_gates, check_gates
 from warp_phys.flow import Combined, Flow, resolve
 from warp_phys.interop.torch.dense import as_array, is_finite
 from warp_phys.interop.torch.loss import (
     refuse_second_derivative,
     refuse_transforms,
     rows_of_parameters,
+    structs_of,
     torch_stream,
 )
 from warp_phys.interop.torch.node import freeze_diverged
@@ -133,21 +135,15 @@ def _unroll(system: System, x0: Any, controls: Any, rows: Any, inputs: Any) -> t
     fill(states, x0.detach(), Beside(None if inputs is None else inputs.detach()), inner)
     with torch_stream(x0.device):
         x, c = as_array(states), as_array(controls)
-        p = _structs(system, rows, x)
+        p = structs_of(system, rows, x)
         if x0.device.type == "cpu":
-            kernel, blocks = native_kernels.trajectory_kernel(inner.structure, x.dtype), -(-len(x0) // SAMPLES)
-            wp.launch(kernel, blocks, [x, c, p, 0], device="cpu", record_tape=False)
+            kernel, blocks = native_kernels.steps_kernel(inner.structure, x.dtype), -(-len(x0) // SAMPLES)
+            wp.launch(kernel, blocks, [x, c, p, 0, len(controls)], device="cpu", record_tape=False)
         else:
             kernel = kernels.trajectory_kernel(inner.structure, x.dtype)
             wp.launch(kernel, len(x0), [c, p, x], device=x.device, record_tape=False)
     freeze_diverged(states, controls, "raise")
     return states, controls, inner
-
-
-def _structs(system: System, rows: torch.Tensor | None, like: wp.array) -> wp.array:
-    if rows is None:
-        return system.check_parameters(None, like, 1)
-    return as_structs(as_array(rows.detach().contiguous()), system.types(like.dtype).Parameters)
 
 
 class _Trajectory(torch.autograd.Function):
@@ -199,16 +195,16 @@ def _pull(
     with torch_stream(states.device):
         x, c, seeds = (as_array(tensor) for tensor in (states, controls, adj_states))
         gates = _gates_of(flow, steps, batch, inner.structure, x.dtype, str(x.device))
-        nothing, single = as_array(make(controls.shape)), are_single(gates)
-        p = _structs(system, rows, x)
+        single = are_single(gates)
+        p = structs_of(system, rows, x)
         if on_cpu:
             kernel = native_kernels.trajectory_vjp_kernel(inner.structure, x.dtype, want_rows, single)
             own = adj_inputs[0] if want_inputs else make((0, 0, 0))
             outputs = [as_array(t) for t in (make((1, SAMPLES, size)), adj_x, adj_controls[0], adj_p, own)]
-            inputs = [x, c, p, seeds, nothing, gates, 0, -(-batch // SAMPLES)]
-            wp.launch(kernel, 1, inputs, outputs, device="cpu", record_tape=False)
+            wp.launch(kernel, 1, [x, c, p, seeds, gates], outputs, device="cpu", record_tape=False)
         else:
             kernel, no_jacobian = kernels.sweep_kernel(inner.structure, x.dtype, single), as_array(make((0, 0, 0, 0)))
+            nothing = as_array(make(controls.shape))
             structs = as_structs(as_array(adj_p), system.types(x.dtype).Parameters)
             outputs = [as_array(adj_controls), structs, as_array(adj_inputs)]
             inputs = [x, c, p, no_jacobian, seeds, nothing, gates, 0, steps, as_array(adj_x)]

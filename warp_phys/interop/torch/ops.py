@@ -13,7 +13,7 @@ import warp as wp
 
 from warp_phys.core.arrays import as_structs, shape_message
 from warp_phys.interop.torch.dense import as_array
-from warp_phys.interop.torch.loss import in_transform, rows_of_parameters, torch_stream
+from warp_phys.interop.torch.loss import in_transform, rows_of_parameters, structs_of, torch_stream
 from warp_phys.rollout import check_sizes
 from warp_phys.systems.base import Simulator, System
 
@@ -168,7 +168,7 @@ def _structs(system: Any, rows: torch.Tensor | None, like: wp.array) -> tuple:
     """Return the physical parameters as `step` takes them, or nothing for the system's own."""
     if rows is None or not isinstance(system, System):
         return ()
-    return (as_structs(as_array(rows.detach().contiguous()), system.types(like.dtype).Parameters),)
+    return (structs_of(system, rows, like),)
 
 
 def _keep(ctx, inputs, output):

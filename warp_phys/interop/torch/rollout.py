@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import warp as wp
 
-from warp_phys.core.arrays import as_structs, for_all_streams, shape_message
+from warp_phys.core.arrays import for_all_streams, shape_message
 from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import (
     Adjoints,
@@ -44,6 +44,7 @@ from warp_phys.interop.torch.loss import (
     refuse_inference,
     refuse_transforms,
     rows_of_parameters,
+    structs_of,
     torch_stream,
 )
 from warp_phys.interop.torch.node import Sources, Unroll, freeze_diverged, owned, refuse_reentrant, without
@@ -149,7 +150,7 @@ class Rollout:
         self.reduce = reduce
         self.check = check_choice("check", check, ("auto", "always"))
         self._passes = 0
-        self._beside = False
+        self._has_others = False
         self.memory_size = check_count("memory", memory, least=0)
         """Numbers H that the controller remembers."""
         self._takes_inputs = takes_inputs(controller, self.memory_size)
@@ -405,7 +406,7 @@ class Rollout:
         combined = isinstance(flow or self._flow, Combined)
         histories = (x0, rows, *beside) if combined else (None,) * 4
         sources = Sources(controller, own, histories, cuts, combined)
-        self._beside = len(sources.leaves) > len(self._adapter.trainable)
+        self._has_others = len(sources.leaves) > len(self._adapter.trainable)
         sources.cuts_of_system = of_system if of_system is not None and of_system.pairs else None
         sources.check()
         return found, sources
@@ -493,7 +494,7 @@ class Rollout:
         direct = None if start.requires_grad else self.direct_pass(flow, len(x0), when, control_cost, given)
         if direct is None or (given is not None and not direct.take_parameters(given)):
             return self._value_and_grad_by_graph(flow, x0, when, control_cost, parameters, start)
-        self._beside = False
+        self._has_others = False
         with torch.no_grad():
             direct.begin(x0, start)
             direct.launch()
@@ -601,12 +602,7 @@ class Rollout:
         raise TypeError(f"{name} must be a torch, numpy or DLPack array, got {type(x0).__name__}")
 
     def _structs(self, rows: torch.Tensor | None, like: wp.array) -> wp.array | None:
-        if not isinstance(self.system, System):
-            return None
-        if rows is None:
-            return self.system.check_parameters(None, like, 1)
-        struct = self.system.types(like.dtype).Parameters
-        return as_structs(as_array(rows.detach().contiguous()), struct)
+        return structs_of(self.system, rows, like) if isinstance(self.system, System) else None
 
     def _forward(
         self, x0: torch.Tensor, rows: torch.Tensor | None, keep: bool, beside: Beside = NOTHING

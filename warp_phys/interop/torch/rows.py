@@ -7,6 +7,7 @@ import torch
 
 from warp_phys.core.arrays import shape_message
 from warp_phys.interop.torch.dense import is_finite
+from warp_phys.systems.extended import row_sizes
 
 
 class Beside(NamedTuple):
@@ -162,7 +163,7 @@ def fill(states: torch.Tensor, x0: torch.Tensor, beside: Beside, system: Any) ->
 
 def first_row(x0: torch.Tensor, beside: Beside, system: Any) -> torch.Tensor:
     """Return the rows that a trajectory starts from, (batch, D + H + V + E), without history."""
-    if getattr(system, "own_size", system.state_size) == system.state_size:
+    if row_sizes(system)[0] == system.state_size:
         return x0
     rows = x0.new_zeros((2, len(x0), system.state_size))
     first = beside.detach()
