@@ -425,7 +425,7 @@ class _Loop:
     def fill(self, adjoint: str, i: int) -> str:
         """Return an expression for an adjoint of node i in terms of variables; what it takes is loaded or computed."""
         node, names = self.part.nodes[i], {"d": f"d{i}"}
-        for letter in set(re.findall(r"\b[abcy]\b", adjoint)):
+        for letter in dict.fromkeys(re.findall(r"\b[abcy]\b", adjoint)):  # in an order that no hash decides
             names[letter] = self.operand(i if letter == "y" else node.inputs["abc".index(letter)], recompute=True)
         return _named(adjoint, names)
 
