@@ -1,11 +1,13 @@
 """Row programs keep the promise too: what changes on the way is noticed, and passes in any order add up."""
 
+import numpy as np
 import pytest
 import torch
 
 from tests.contract.by_torch import STEPS, SYSTEM, a_loss, assert_same, by_torch, leaves, start
 from warp_phys.errors import NotRepeatable
-from warp_phys.interop.torch import Rollout
+from warp_phys.interop.torch import Rollout, Update
+from warp_phys.interop.torch import rollout as rollouts
 
 outside = {"gain": 1.0}
 
@@ -118,6 +120,32 @@ def test_what_cannot_be_seen_is_tried_out(monkeypatch):
     monkeypatch.setenv("A_GAIN", "2")
     with pytest.raises(NotRepeatable, match="other controls now than the pass that ran what was read of it"):
         rollout(start())
+    with pytest.raises(NotRepeatable, match="other controls now"):
+        rollout.value_and_grad(start())
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_programs_are_tried_out_where_nothing_else_calls_the_module(recorded, monkeypatch):
+    """At the first, second, fourth … pass of each size of a batch, before any weight has moved."""
+
+    class Hidden(Policy):
+        def forward(self, x):
+            return super().forward(x) * float(factors[0])
+
+    net, factors = Hidden(), np.ones(100)  # of which the entries are not looked at
+    rollout = fused(net)
+    update = Update(rollout, torch.optim.Adam(net.parameters(), 1e-3))
+    run = update if recorded else rollout.value_and_grad
+    looked_at, own = [], rollouts.check_repeated_controls
+    monkeypatch.setattr(rollouts, "check_repeated_controls", lambda *given: (looked_at.append(n), own(*given)))
+    for n in range(1, 9):  # noqa: B007, what is looked at is written by the function above
+        run(start(4))
+    assert looked_at == [1, 2, 4, 8] and update.is_recorded == recorded
+    before = [p.detach().clone() for p in net.parameters()]
+    factors[0] = 2.0
+    with pytest.raises(NotRepeatable, match="other controls now"):
+        run(start(5))
+    assert all(map(torch.equal, before, net.parameters()))
 
 
 def test_it_becomes_fused_with_use():

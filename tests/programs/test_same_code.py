@@ -19,7 +19,9 @@ def texts():
     total = v
     for name, operation in OPERATIONS.items():
         numbers = 1 + max((i for i in range(4) if f"{{{i}}}" in str(operation)), default=-1)
-        made = reading.elementwise(name, [total if k == 0 else v for k in range(len(operation.adjoints))], *[0.5] * numbers)
+        made = reading.elementwise(
+            name, [total if k == 0 else v for k in range(len(operation.adjoints))], *[0.5] * numbers
+        )
         total = reading.elementwise("add", [total, made])
     program, _ = reading.finish(reading.dense(total, reading.tensor(np.ones((2, 8)), (2, 8))))
     found = block_code.evaluate_lines(program, "float", 4, "m") + block_code.pull_lines(program, "float", 4)

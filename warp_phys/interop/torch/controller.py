@@ -23,7 +23,6 @@ from warp_phys.interop.torch.combine import has_own_hooks, number_of_hooks, plac
 from warp_phys.interop.torch.contract import (
     Examination,
     Found,
-    check_repeated_controls,
     check_shape,
     parts_of,
     refuse_lazy,
@@ -42,6 +41,9 @@ PROGRAMS = 4
 PASSES = 3
 """Passes with gradients after which a module is read as a row program: a few seconds that one pass is not worth."""
 
+BATCHES = 64
+"""Sizes of batches of which the passes are counted."""
+
 MOST_READS = 16
 """A module that has to be read more often than this changes too often to be compiled."""
 
@@ -53,7 +55,9 @@ class TorchController:
         self.module, self.inputs, self.system, self.at_once = module, inputs, system, at_once
         self._programs: dict[tuple, Planned | str] = {}
         """The module as a row program, or why it is none, by its state."""
-        self._reads, self._ready, self._runs, self._is_program = 0, at_once, 0, False
+        self._reads, self._ready, self._is_program = 0, at_once, False
+        self._runs: tuple[Planned | None, dict[int, int]] = None, {}
+        """A program, and the passes that it has run, by their batch."""
         self.by_hand = True
         """Whether dense layers are linearised by hand rather than by autograd; the numbers are the same."""
         self._dense: Dense | None = None
@@ -73,7 +77,7 @@ class TorchController:
         empty["_unused"] = (None, [])
         own = {"examination": Examination(self.module), "_differentiates": self._differentiates}
         own |= {"system": self.system, "at_once": self.at_once, "_programs": {}}
-        own |= {"_reads": 0, "_ready": self.at_once, "_runs": 0, "_is_program": False}
+        own |= {"_reads": 0, "_ready": self.at_once, "_runs": (None, {}), "_is_program": False}
         return {"module": self.module, "inputs": self.inputs, "by_hand": self.by_hand, **own, **empty}
 
     def signature(self) -> tuple:
@@ -136,13 +140,21 @@ class TorchController:
         """Return what tells a program from what is read of the module later; None where it is run as none."""
         return self._program_fingerprint() if self._is_program else None
 
-    def check_program(self, x0: torch.Tensor, controls: torch.Tensor, always: bool) -> None:
-        """Raise `NotRepeatable` if the module is run as a program and is another one now; looked at now and then."""
-        if not self._is_program:
-            return
-        self._runs += 1
-        if always or self._runs & (self._runs - 1) == 0:
-            check_repeated_controls(self.module, x0, controls)
+    def is_due(self, batch: int, always: bool, planned: Planned | None = None) -> bool:
+        """Whether a program, that of now if none is given, is held against its module in a pass of so many rows.
+
+        At its first pass of that batch, the second, the fourth and so on.
+        """
+        planned = planned or self.planned()
+        if planned is None or planned.is_chain:
+            return False
+        if planned is not self._runs[0]:
+            self._runs = planned, {}
+        runs = self._runs[1]
+        if batch not in runs and len(runs) >= BATCHES:
+            runs.clear()
+        runs[batch] = count = runs.get(batch, 0) + 1
+        return always or count & (count - 1) == 0
 
     def examine(self, x0: torch.Tensor, controls: int, steps: int, always: bool = False, cut: bool = True) -> Found:
         """Return what the controls depend on and how they are differentiated, before some steps from x0 (batch, D)."""

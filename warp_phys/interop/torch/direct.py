@@ -99,6 +99,8 @@ class DirectPass:
         self.controls = torch.zeros((steps, batch, system.control_size), dtype=dtype)
         self.lam = torch.zeros((len(self.flows), batch, system.state_size), dtype=dtype)
         self.costs = torch.zeros((len(times), batch), dtype=dtype)
+        self.planned = adapter.planned()
+        """What runs in place of the module."""
         self.trainable = adapter.trainable
         self.unused = adapter.unused()
         self.still = [*self.unused, *(p for p in adapter.module.parameters() if not p.requires_grad)]

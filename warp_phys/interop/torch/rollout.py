@@ -35,7 +35,13 @@ from warp_phys.flow import (
 )
 from warp_phys.interop.torch.combine import combined_changes, has_own_hooks, size_of, split
 from warp_phys.interop.torch.compiled import name_of_rollout
-from warp_phys.interop.torch.contract import Found, PassCheck, RowsCoupled, refuse_averaging
+from warp_phys.interop.torch.contract import (
+    Found,
+    PassCheck,
+    RowsCoupled,
+    check_repeated_controls,
+    refuse_averaging,
+)
 from warp_phys.interop.torch.controller import TorchController, precision_and_device
 from warp_phys.interop.torch.dense import as_array, is_finite
 from warp_phys.interop.torch.direct import DirectPass, Given
@@ -416,8 +422,17 @@ class Rollout:
         with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
             if found is not None:
                 self._adapter.examination.end(found)
-            elif not len(masked):
-                self._adapter.check_program(x0, controls[0], self.check == "always")
+            elif not len(masked) and self._adapter.is_due(len(x0), self.check == "always"):
+                check_repeated_controls(self._adapter.module, x0, controls[0])
+
+    def is_tried(self, direct: DirectPass) -> bool:
+        """Whether a direct pass is held against the module this time."""
+        return self._adapter.is_due(direct.states.shape[1], self.check == "always", direct.planned)
+
+    def try_out(self, direct: DirectPass) -> None:
+        """Raise `NotRepeatable` if the module gives other controls than the direct pass that has been launched."""
+        with torch.autocast(self.device.type, enabled=False):
+            check_repeated_controls(self._adapter.module, direct.states[0], direct.controls[0])
 
     def _as_operator(self, x0: Any, parameters: Mapping[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Do the same as one opaque node of a graph that torch compiles; x0 is checked when that runs."""
@@ -502,6 +517,8 @@ class Rollout:
                 if self.on_divergence == "raise":
                     freeze_diverged(direct.states, direct.controls, self.on_divergence)
                 return self._value_and_grad_by_graph(flow, x0, when, control_cost, parameters, start)
+            if self.is_tried(direct):
+                self.try_out(direct)
             loss = direct.loss()
             if self.reduce is not None:
                 self.reduce(direct.updates)

@@ -288,6 +288,11 @@ class Update:
                         direct.begin(x0, given)
                         room, update = direct.updates, torch.empty_like(direct.grad)
                         end.aim(direct, update)
+                    if self.rollout.is_tried(direct):  # before any weight moves
+                        direct.launch()
+                        if is_finite(direct.states):
+                            self.rollout.try_out(direct)
+                        direct.begin_again(x0, given)
                     end.run(direct)
                 self.is_recorded = bool(end.status[0])
                 if self.is_recorded:
