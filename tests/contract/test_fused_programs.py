@@ -132,7 +132,7 @@ def test_programs_are_tried_out_where_nothing_else_calls_the_module(recorded, mo
         def forward(self, x):
             return super().forward(x) * float(factors[0])
 
-    net, factors = Hidden(), np.ones(100)  # of which the entries are not looked at
+    net, factors = Hidden(), np.ones(20_000)  # of which the entries are not looked at
     rollout = fused(net)
     update = Update(rollout, torch.optim.Adam(net.parameters(), 1e-3))
     run = update if recorded else rollout.value_and_grad

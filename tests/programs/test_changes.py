@@ -13,7 +13,13 @@ from warp_phys.errors import NotRepeatable
 from warp_phys.interop.torch import Rollout
 
 NN = torch.nn
-GAIN, SETTINGS, TABLE = 1.0, SimpleNamespace(gain=1.0), np.ones(2)
+GAIN, SETTINGS, TABLE, SHARED = 1.0, SimpleNamespace(gain=1.0), np.ones(1000), np.zeros(1)
+
+
+class Slots:
+    """An object without a dictionary."""
+
+    __slots__ = ("gain",)
 
 
 def helper(x):
@@ -32,7 +38,8 @@ class Policy(NN.Module):
         self.drop = NN.Dropout(0.5)
         self.register_buffer("mean", torch.zeros(size))
         self.gain, self.options, self.act = 1.0, {"shift": [0.0]}, torch.tanh
-        self.table, self.plain = np.ones(3), torch.zeros(())
+        self.table, self.plain, self.slots = np.ones(3), torch.zeros(()), Slots()
+        self.slots.gain, self.taken = 1.0, torch.from_numpy(SHARED)
 
     @property
     def factor(self):
@@ -43,7 +50,7 @@ class Policy(NN.Module):
 
     def forward(self, x):
         h = self.drop(helper(self.inside(self.first(x - self.mean)))) + self.options["shift"][0] + self.plain
-        return self.last(h) * self.factor * float(self.table[0])
+        return self.last(h) * self.factor * float(self.table[0]) * self.slots.gain + self.taken[0]
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +132,8 @@ CHANGES = {
     "an array that a property reads": lambda m: TABLE.__setitem__(0, TABLE[0] + 0.5),
     "an array of its own": lambda m: m.table.__setitem__(0, m.table[0] + 0.5),
     "a tensor that is no buffer": lambda m: m.plain.add_(0.3),
+    "an object with slots": lambda m: setattr(m.slots, "gain", m.slots.gain + 0.5),
+    "a tensor's memory, not by the tensor": lambda m: SHARED.__setitem__(0, SHARED[0] + 0.5),
     "an epsilon": lambda m: setattr(m.norm, "eps", 0.5),
     "a layer": lambda m: setattr(m, "last", double(lambda: NN.Linear(6, 1))),
 }
@@ -138,6 +147,13 @@ def test_what_forward_reads(fused, what):
     CHANGES[what](fused.controller)
     assert not torch.equal(fused.controller(states(5)), controls), "nothing has changed"
     assert not differences(fused.controller, fused, states(5), "M")
+
+
+def test_another_forward_of_the_class(fused, monkeypatch):
+    fused._adapter._reads = 0
+    same(fused)
+    monkeypatch.setattr(Policy, "forward", lambda m, x: m.last(m.first(x)) * m.factor)
+    same(fused)
 
 
 def test_functions_one_after_the_other(fused):

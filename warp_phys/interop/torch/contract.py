@@ -8,13 +8,9 @@ repeats itself but couples rows, fits one batch size only, has hooks on gradient
 step of the whole batch at a time, each flow by its own adjoint: as autograd would. `docs/contract.md` has the list.
 """
 
-import functools
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from types import CodeType, FunctionType, ModuleType
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import warp as wp
 from torch.nn.parameter import UninitializedParameter
@@ -22,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from warp_phys.errors import NotRepeatable
 from warp_phys.flow import Combined, Flow
-from warp_phys.interop.torch.chain import HOOKS
 from warp_phys.interop.torch.combine import size_of
 from warp_phys.interop.torch.leaves import Cuts, leaves_of, nodes_of
 from warp_phys.interop.torch.linearisation import TorchLinearisation, relative_tolerance
+from warp_phys.interop.torch.state import state_of
 
 ADVICE = (
     "A controller's controls are a function of the state and of its parameters alone. What it remembers from call to "
@@ -292,135 +288,6 @@ def _is_row_by_row(found: Found) -> bool:
         return False
     adjoints[0] = adjoints[0][own]
     return all(is_close(a, b) for a, b in zip(adjoints, found.here.adjoints(seed), strict=True))
-
-
-def parts_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return a module and all its parts, each once: what `modules()` gives, in another order and much sooner."""
-    found, left = {id(module): module}, [module]
-    for part in left:
-        for inner in part._modules.values():
-            if inner is not None and id(inner) not in found:
-                found[id(inner)] = inner
-                left.append(inner)
-    return left
-
-
-def state_of(module: torch.nn.Module, outside: bool = False) -> tuple:
-    """Return what calls of a module, or its user, may change besides numbers of parameters: cheap to compare.
-
-    With `outside`, which is for programs, also what its functions read that belongs to no module (globals, and what
-    they close over), but no numbers of buffers.
-    """
-    parts: list[Any] = []
-    for part in parts_of(module):
-        own = vars(part)
-        parts += (_Same(part), type(part))
-        for name, value in own.items():
-            if name not in _OF_MODULES:
-                parts += (name, value if type(value) in _PLAIN else _mark(value))
-        for name in HOOKS:
-            if own.get(name):
-                parts.append(tuple(map(_Same, own[name].values())))
-        for p in part._parameters.values():
-            parts += (_Same(p), p is not None and p.requires_grad)
-        for buffer in part._buffers.values():
-            is_read = outside and buffer is not None and buffer.is_floating_point()  # by kernels, in each pass
-            parts.append((_Same(buffer), buffer.shape) if is_read and buffer is not None else _mark(buffer))
-        if outside:
-            functions = [part.forward, *(value for value in own.values() if isinstance(value, FunctionType))]
-            owner: Any = type(part)
-            for function in functions:
-                parts += [_mark(look()) for look in _read_outside(getattr(function, "__func__", function), owner)]
-    return tuple(parts)
-
-
-class _Same:
-    """An object that is equal to itself alone; it is kept, so that no other one takes its place in memory."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-_PLAIN = (bool, int, str, type(None))
-
-
-@functools.lru_cache(maxsize=1024)
-def _read_outside(function: Any, owner: type, depth: int = 2) -> tuple[Callable[[], Any], ...]:
-    """Return what a function of somebody's reads that is no argument, each as a call that looks it up.
-
-    These are globals by name, what is read of modules among them, what it closes over and what the class of its object
-    has; and likewise for functions, methods and properties among these.
-    """
-    code = getattr(function, "__code__", None)
-    if code is None or (getattr(function, "__module__", None) or "torch").partition(".")[0] == "torch":
-        return ()
-    outside, names, found = function.__globals__, _names(code), list[Callable[[], Any]]()
-    found += [functools.partial(outside.get, name) for name in names if name in outside]
-    found += [functools.partial(getattr, cell, "cell_contents", None) for cell in function.__closure__ or ()]
-    places = [place for look in found if isinstance(place := look(), ModuleType | type)]
-    for place in [*places, *owner.__mro__]:
-        home = place.__name__ if isinstance(place, ModuleType) else place.__module__
-        if home.partition(".")[0] not in _LIBRARIES:
-            found += [functools.partial(vars(place).get, name) for name in names if name in vars(place)]
-    helpers = [look() for look in found] if depth else []
-    for helper in helpers:
-        inner = helper.fget if isinstance(helper, property) else helper
-        if isinstance(inner, FunctionType) and inner is not function:
-            found += _read_outside(inner, owner, depth - 1)
-    kept = (look for look in found if not isinstance(look(), ModuleType))
-    return tuple(kept)
-
-
-_LIBRARIES = {"torch", "numpy", "math", "builtins"}
-"""Where nobody changes anything."""
-
-
-def _names(code: CodeType) -> tuple[str, ...]:
-    """Return the names that code reads, that of functions inside it too."""
-    inside = [name for constant in code.co_consts if isinstance(constant, CodeType) for name in _names(constant)]
-    return tuple(dict.fromkeys([*code.co_names, *inside]))
-
-
-_OF_MODULES = {name for name in vars(torch.nn.Module()) if name != "training"}
-"""What every module has; of these what matters is looked at by itself."""
-
-LONGEST = 64
-"""Most entries of a list or a mapping that are looked at."""
-
-
-_OPAQUE = (type, torch.nn.Module, FunctionType, ModuleType)
-"""What is looked at elsewhere, or changes for reasons of its own."""
-
-
-def _mark(value: Any, depth: int = 3) -> Any:  # noqa: PLR0911, a kind each
-    """Return what tells whether an attribute has become another one."""
-    if isinstance(value, torch.Tensor):
-        return _Same(value), -1 if value.is_inference() else value._version, value.shape
-    if value is None or isinstance(value, bool | int | str | torch.dtype):
-        return value
-    if isinstance(value, float):
-        return value if value == value else "nan"  # noqa: PLR0124
-    if depth and isinstance(value, Mapping | list | tuple) and len(value) <= LONGEST:
-        entries = value.items() if isinstance(value, Mapping) else enumerate(value)
-        return id(type(value)), tuple(
-            (key if isinstance(key, str | int) else id(key), _mark(v, depth - 1)) for key, v in entries
-        )
-    if isinstance(value, np.ndarray):
-        return _Same(value), value.tobytes() if value.size <= LONGEST else value.shape
-    if isinstance(value, Mapping | list | tuple | set | frozenset | deque):
-        return _Same(value), len(value)
-    own = getattr(value, "__dict__", None)
-    if depth and isinstance(own, dict) and len(own) <= LONGEST and not isinstance(value, _OPAQUE):
-        return _Same(value), tuple((name, _mark(entry, depth - 1)) for name, entry in own.items())
-    return _Same(value)
 
 
 class RowsCoupled(Exception):

@@ -24,14 +24,13 @@ from warp_phys.interop.torch.contract import (
     Examination,
     Found,
     check_shape,
-    parts_of,
     refuse_lazy,
-    state_of,
 )
 from warp_phys.interop.torch.dense import DenseLinearisation, as_array
 from warp_phys.interop.torch.leaves import plainly_saved
 from warp_phys.interop.torch.linearisation import TorchLinearisation, controls_of
 from warp_phys.interop.torch.program import Unreadable, read_and_check
+from warp_phys.interop.torch.state import Key, Snapshot
 from warp_phys.programs.block_network import BlockLinearisation, BlockNetwork
 from warp_phys.programs.network import Network
 
@@ -53,7 +52,7 @@ class TorchController:
 
     def __init__(self, module: torch.nn.Module, inputs: int, system: Any = None, at_once: bool = False):
         self.module, self.inputs, self.system, self.at_once = module, inputs, system, at_once
-        self._programs: dict[tuple, Planned | str] = {}
+        self._programs: dict[Key, Planned | str] = {}
         """The module as a row program, or why it is none, by its state."""
         self._reads, self._ready, self._is_program = 0, at_once, False
         self._runs: tuple[Planned | None, dict[int, int]] = None, {}
@@ -62,6 +61,7 @@ class TorchController:
         """Whether dense layers are linearised by hand rather than by autograd; the numbers are the same."""
         self._dense: Dense | None = None
         self._key: tuple | None = None
+        self._seen: tuple[Snapshot | None, list[Any], Key | None] = None, [], None
         self._linears: tuple[list[torch.nn.Linear], str] | None = None
         self._network: Network | None = None
         self._blocks: BlockNetwork | None = None
@@ -74,7 +74,7 @@ class TorchController:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory."""
         empty = {**dict.fromkeys(("_dense", "_key", "_linears", "_network", "_blocks")), "_planned": (None, None)}
-        empty["_unused"] = (None, [])
+        empty |= {"_unused": (None, []), "_seen": (None, [], None)}
         own = {"examination": Examination(self.module), "_differentiates": self._differentiates}
         own |= {"system": self.system, "at_once": self.at_once, "_programs": {}}
         own |= {"_reads": 0, "_ready": self.at_once, "_runs": (None, {}), "_is_program": False}
@@ -136,7 +136,7 @@ class TorchController:
         self._is_program = planned is not None and not planned.is_chain
         return planned is not None or self.dense() is not None
 
-    def program_key(self) -> tuple | None:
+    def program_key(self) -> Key | None:
         """Return what tells a program from what is read of the module later; None where it is run as none."""
         return self._program_fingerprint() if self._is_program else None
 
@@ -215,7 +215,7 @@ class TorchController:
         starts = {id(p): place.start for p, place in zip(trainable, places_of(trainable), strict=True)}
         return [starts.get(id(tensor), -1) for tensor in tensors]
 
-    def fingerprint(self) -> tuple | None:
+    def fingerprint(self) -> tuple | Key | None:
         """What the plan of the module depends on, and the addresses of its parameters; None if there can be no plan.
 
         Far cheaper than reading the plan again.
@@ -225,17 +225,23 @@ class TorchController:
             return own
         return self._program_fingerprint()
 
-    def _program_fingerprint(self) -> tuple | None:
+    def _program_fingerprint(self) -> Key | None:
         ready = self._ready if self._on_cpu() else self.at_once
         if not ready or self._reads > MOST_READS or not hasattr(self.system, "functions"):
             return None
         if are_hooks_everywhere():
             return None
-        parts = parts_of(self.module)
-        parameters = [p for part in parts for p in part._parameters.values() if p is not None]
-        buffers = [b.data_ptr() for part in parts for b in part._buffers.values() if b is not None]
-        found = tuple((p.data_ptr(), p.shape, has_own_hooks(p)) for p in parameters)
-        return state_of(self.module, outside=True), found, tuple(buffers)
+        snapshot, before, key = self._seen
+        if snapshot is None or not snapshot.is_current():
+            snapshot, key = Snapshot(self.module, outside=True), None
+        memory = [
+            *((p.data_ptr(), p.shape, has_own_hooks(p)) for p in snapshot.parameters),
+            *(b.data_ptr() for b in snapshot.buffers),
+        ]
+        if key is None or memory != before:
+            key = Key((snapshot.state, tuple(memory)))
+        self._seen = snapshot, memory, key
+        return key
 
     def _chain_fingerprint(self) -> tuple | None:
         if not is_sequential(self.module):

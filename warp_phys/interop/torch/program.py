@@ -23,10 +23,11 @@ from warp_phys.engine.phases import Seeds, Trajectory
 from warp_phys.errors import NotRepeatable
 from warp_phys.interop.torch.chain import PRECISIONS, Planned, has_hooks
 from warp_phys.interop.torch.combine import split
-from warp_phys.interop.torch.contract import Examination, is_close, is_compiled, state_of
+from warp_phys.interop.torch.contract import Examination, is_close, is_compiled
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.leaves import nodes_of
 from warp_phys.interop.torch.loss import torch_stream
+from warp_phys.interop.torch.state import state_of
 from warp_phys.programs.block_network import BlockLinearisation, BlockNetwork
 from warp_phys.programs.network import Network
 from warp_phys.programs.reading import ALIKE, Reading, Unreadable, explained
