@@ -95,7 +95,7 @@ def test_compiled_chains():
     def objective(x0):
         return a_loss(*rollouts[1](rollouts[0](x0)[0][-1]))
 
-    with pytest.raises(Exception, match="x0 and physical parameters must have no gradient in compiled code"):
+    with pytest.raises(Exception, match="what a rollout is given must have no gradient in compiled code"):
         objective(start()).backward()
     for rollout in rollouts:
         rollout.flow = "R"

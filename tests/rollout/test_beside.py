@@ -420,10 +420,10 @@ def test_optional_inputs_of_a_system_are_given():
     Rollout(Wind(), Optional(Wind(), inputs=3), STEPS)(x0, inputs=w)
 
 
-def test_compiled_code_has_no_inputs():
+def test_compiled_code_asks_for_inputs_too():
     rollout, x0 = Rollout(Wind(), Plain(Wind()), STEPS), _numbers(BATCH, 2)
     rollout(x0, inputs=_numbers(STEPS, BATCH, 3))
-    with pytest.raises(Exception, match="not for compiled code"):
+    with pytest.raises(Exception, match=r"inputs of 3 numbers a step, got none"):
         torch.compile(lambda x: rollout(x)[0].sum(), backend="eager", fullgraph=True)(x0)
 
 
@@ -474,3 +474,34 @@ def test_simulators_that_are_no_systems_share_nothing_between_threads():
             found = list(pool.map(lambda i: rollout(starts[i % 2])[0], range(20)))
     for i, states in enumerate(found):
         assert torch.equal(states, right[i % 2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_code(backend):
+    """As one node of torch's graph: the same numbers, and gradients for inputs and memory by a linear flow."""
+    policy = _policy(INPUTS, MEMORY)
+    rollout = Rollout(SYSTEM, policy, STEPS, "M", memory=MEMORY, inputs=INPUTS, backend=backend)
+    x0, w, h = torch.as_tensor(SYSTEM.sample(4, seed=0, dtype="float64")), _numbers(STEPS, INPUTS), _numbers(4, MEMORY)
+
+    def objective(x0, w, h):
+        states, controls, memories = rollout(x0, inputs=w, memory=h)
+        assert memories.shape == (STEPS + 1, 4, MEMORY)
+        return states[1:].square().sum() + 0.1 * controls.square().sum() + memories[-1].sum() * w.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    for flow in ("R", "M", "C"):
+        rollout.flow = flow
+        found = []
+        for run in (objective, compiled):
+            given = [t.clone().requires_grad_(flow != "C") for t in (w, h)]
+            policy.zero_grad()
+            run(x0, *given).backward()
+            found.append([p.grad.clone() for p in (*policy.parameters(), *(given if flow != "C" else ()))])
+        for plain, other in zip(*found, strict=True):
+            torch.testing.assert_close(other, plain, rtol=1e-10, atol=1e-12)
+    with pytest.raises(Exception, match="what a rollout is given must have no gradient in compiled code"):
+        compiled(x0, w.clone().requires_grad_(), h)
+    unknown = Rollout(SYSTEM, policy, STEPS, memory=MEMORY)
+    with pytest.raises(Exception, match=r"give Rollout\(…, inputs=E\)"):
+        torch.compile(lambda: unknown(x0, inputs=w), fullgraph=True, backend="aot_eager")()

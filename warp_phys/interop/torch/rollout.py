@@ -312,9 +312,7 @@ class Rollout:
         if torch.compiler.is_compiling():
             if torch.is_grad_enabled():
                 refuse_memory(self._flow)
-            if inputs is not None or self.memory_size or self._takes_inputs or self._own_inputs or self._inputs_known:
-                raise ValueError("a rollout with inputs or memory is not for compiled code: leave it out of that")
-            return self._as_operator(x0, parameters)
+            return self._own_parts(*self._as_operator(x0, parameters, inputs, memory))
         refuse_transforms("a rollout")
         x0 = self.initial_states(x0)
         beside = self._given(x0, inputs, memory)
@@ -434,22 +432,32 @@ class Rollout:
         with torch.autocast(self.device.type, enabled=False):
             check_repeated_controls(self._adapter.module, direct.states[0], direct.controls[0])
 
-    def _as_operator(self, x0: Any, parameters: Mapping[str, Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do the same as one opaque node of a graph that torch compiles; x0 is checked when that runs."""
-        if not isinstance(x0, torch.Tensor):
-            x0 = torch.as_tensor(x0).to(self.device, self.dtype)
+    def _as_operator(
+        self, x0: Any, parameters: Mapping[str, Any] | None, inputs: Any, memory: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the same as one opaque node of a graph that torch compiles; what it is given is checked when that runs."""
+        given = (x0, inputs, memory)  # numbers in any precision and on any device, as dynamo may hand them on
+        x0, inputs, memory = (
+            v if v is None or isinstance(v, torch.Tensor) else torch.as_tensor(v).to(self.device, self.dtype)
+            for v in given
+        )
+        if inputs is not None and inputs.ndim == 2:
+            inputs = inputs[:, None]
+        _ = self._inner  # or an error that says what is not known yet
         rows = rows_of_parameters(self.system, parameters or {}, x0)
         refuse_averaging(self.controller, self._flow, self.reduce)
         if torch.is_grad_enabled() and isinstance(self._flow, Combined):
-            if x0.requires_grad or (rows is not None and rows.requires_grad):
+            if any(value is not None and value.requires_grad for value in (x0, rows, inputs, memory)):
                 raise ValueError(
-                    "x0 and physical parameters must have no gradient in compiled code with a combined flow: it would "
-                    "be combined before the updates that it leads to are. Detach them, unroll the whole horizon in one "
-                    "rollout, or leave the rollout out of the compiled code"
+                    "what a rollout is given must have no gradient in compiled code with a combined flow: it would be "
+                    "combined before the updates that it leads to are. Detach x0, parameters, inputs and memory, "
+                    "unroll the whole horizon in one rollout, or leave the rollout out of the compiled code"
                 )
         trainable = self._adapter.trainable
         frozen = [p for p in self.controller.parameters() if not p.requires_grad]
-        states, controls, _ = torch.ops.warp_phys.unroll(x0, rows, trainable, frozen, self._steps, self._name)
+        states, controls, _ = torch.ops.warp_phys.unroll(
+            x0, rows, inputs, memory, trainable, frozen, self._steps, self._name
+        )
         return states, controls
 
     def value_and_grad(

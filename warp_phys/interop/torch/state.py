@@ -55,7 +55,7 @@ class Snapshot:
         yield from (_Same(part), kind, _Same(forward))
         for content in (own, part._modules, part._parameters, part._buffers, *(own.get(name, {}) for name in HOOKS)):
             if content:
-                self._dicts.append((content, list(content), list(content.values())))
+                self._dicts.append((content, list(content.keys()), list(content.values())))
             else:
                 self._empty.append(content)
         for name, value in own.items():
@@ -89,7 +89,7 @@ class Snapshot:
     def is_current(self) -> bool:
         """Whether a snapshot made now would be equal; it says no now and then where it would."""
         for content, keys, values in self._dicts:
-            if list(content) != keys or not all(map(operator.is_, content.values(), values)):
+            if list(content.keys()) != keys or not all(map(operator.is_, content.values(), values)):
                 return False
         for part, kind, forward in self._kinds:
             if type(part) is not kind or getattr(part.forward, "__func__", part.forward) is not forward:
