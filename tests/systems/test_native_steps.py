@@ -8,7 +8,9 @@ import warp as wp
 
 from tests.springs import Springs
 from warp_phys import CartPole, Quantum, Repulsion
+from warp_phys.core.arrays import parameter_numbers
 from warp_phys.programs import native_kernels, native_physics
+from warp_phys.programs.native_physics import lane_functions
 from warp_phys.programs.program import SAMPLES
 
 BATCH = 21  # two blocks and a part of one
@@ -30,11 +32,16 @@ NAMES = [str(system).replace(" ", "") for system in SYSTEMS]
 SOME, SOME_NAMES = [SYSTEMS[i] for i in (1, 5, 8)], ["quantum", "cart-pole", "repulsion"]
 
 
+def _is_traced(system):
+    """Whether its lanes have adjoints of the physical parameters."""
+    return None not in lane_functions(system.structure, wp.float64, parameters=True)
+
+
 def _kernels(system, real):
     """Step, and vector-Jacobian product, of a batch in blocks."""
     structure, samples = system.structure, SAMPLES
     Parameters = structure.types(real).Parameters
-    retreat = native_physics.retreat_function(structure, real)
+    retreat = native_physics.retreat_function(structure, real, _is_traced(system))
 
     @wp.kernel(module="unique", module_options=native_kernels.module_options())
     def pull_blocks(
@@ -55,6 +62,10 @@ def _kernels(system, real):
                     adj_c[f, b, k] = adj_of_block[f, b - first, k]
 
     return native_kernels.steps_kernel(structure, real), pull_blocks
+
+
+def test_lanes_have_adjoints_of_physical_parameters():
+    assert [_is_traced(system) for system in SYSTEMS] == [False] * 4 + [True] * 3 + [False] * 3 + [True]
 
 
 def _array(values, dtype):
@@ -81,23 +92,24 @@ def _by_blocks(system, dtype, parameters):
     step, pull = _kernels(system, real)
     blocks = -(-BATCH // SAMPLES)
     wp.launch(step, blocks, [states, controls, p, 1, 1], device="cpu")
-    none = wp.zeros((0, 0, 0), dtype=real, device="cpu")
-    wp.launch(pull, blocks, [states, controls, p, adj_x, scratch, adj_c, none], device="cpu")
+    adj_p = wp.zeros((FLOWS, BATCH, len(system.parameter_names)), dtype=real, device="cpu")
+    wp.launch(pull, blocks, [states, controls, p, adj_x, scratch, adj_c, adj_p], device="cpu")
     found = states.numpy()
     assert (found[[0, 3]] == 7.0).all() and (found[1] == x.astype(dtype)).all()
-    return found[2], adj_x.numpy(), adj_c.numpy()
+    return found[2], adj_x.numpy(), adj_c.numpy(), *([adj_p.numpy()] if _is_traced(system) else [])
 
 
 def _by_functions(system, dtype, parameters):
     x, c, adj, _ = _problem(system)
     x, c, p = _array(x, dtype), _array(c, dtype), system.parameter_array(parameters, device="cpu", dtype=dtype)
-    y, adj_x, adj_c = wp.zeros_like(x), [], []
+    y, adjoints = wp.zeros_like(x), []
     system.step(x, c, y, p)
     for row in adj:
-        adj_x.append(wp.zeros_like(x))
-        adj_c.append(wp.zeros_like(c))
-        system.step_vjp(x, c, _array(row, dtype), adj_x[-1], adj_c[-1], p)
-    return y.numpy(), np.stack([a.numpy() for a in adj_x]), np.stack([a.numpy() for a in adj_c])
+        own = wp.zeros(BATCH, dtype=p.dtype, device="cpu")
+        adj_x, adj_c = wp.zeros_like(x), wp.zeros_like(c)
+        system.step_vjp(x, c, _array(row, dtype), adj_x, adj_c, p, own)
+        adjoints.append([adj_x.numpy(), adj_c.numpy(), *([parameter_numbers(own)] if _is_traced(system) else [])])
+    return y.numpy(), *(np.stack(parts) for parts in zip(*adjoints, strict=True))
 
 
 def _distance(found, exact):

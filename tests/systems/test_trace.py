@@ -165,7 +165,7 @@ def test_a_component_that_is_written_twice():
     """Warp's own adjoint of it is wrong, see docs/mathematics.md; the adjoint of the expression is right."""
     system, h = Every(way="copy"), 1e-6
     x, c, adj, _ = blocks._problem(system)
-    y, adj_x, _ = blocks._by_blocks(system, np.float64, {})
+    y, adj_x, *_ = blocks._by_blocks(system, np.float64, {})
 
     def steps(x):
         out = wp.zeros_like(blocks._array(x, np.float64))

@@ -27,20 +27,22 @@ def lanes_of(name: str, sizes: tuple[int, ...], real: type) -> str:
 
 
 @functools.cache
-def lane_functions(structure: Any, real: type) -> tuple[Any, Any]:
+def lane_functions(structure: Any, real: type, parameters: bool = False) -> tuple[Any, Any]:
     """Return the functions `advance` and `retreat` in lanes, of a system's own struct or made from its step.
 
-    None each where it cannot be traced. `retreat` writes no adjoints of parameters: where they are wanted, the Warp
-    functions run. A controller's memory goes by the lanes, sample by sample.
+    None each where it cannot be traced, or where `retreat` is to write adjoints of `parameters` and the struct is the
+    system's own, which has none. A controller's memory goes by the lanes, sample by sample.
     """
     inner = getattr(structure, "wrapped", structure)
     if inner.inputs:
         inner = structure  # of which the step takes all
     functions, source = inner.functions(real), ""
     struct = functions.lanes
+    if struct and parameters:
+        return None, None
     if not struct:
         try:
-            struct, source = "Step", step_struct(inner, functions.step, real)
+            struct, source = "Step", step_struct(inner, functions.step, real, parameters)
         except FAILURES:
             return None, None
     return _block_functions(structure, inner, struct, source, real)
@@ -84,7 +86,8 @@ def _block_functions(structure: Any, inner: Any, struct: str, source: str, real:
     @wp.func_native(f"""{arguments}
         {block}::retreat(
             count, adj_x.shape[0], x, c, own, y, adj_x.data + (long long)first * {inputs},
-            (long long)adj_x.shape[1] * {inputs}, adj_c.data
+            (long long)adj_x.shape[1] * {inputs}, adj_c.data, by_p.data + (long long)first * {len(names)},
+            (long long)by_p.shape[1] * {len(names)}
         );
         {back if size < inputs else ""}""")
     def retreat(
@@ -137,7 +140,7 @@ def retreat_function(structure: Any, real: type, parameters: bool = False) -> An
     states[n + 1] may be read: it holds the step's result.
     """
     types = structure.types(real)
-    given = None if parameters else lane_functions(structure, real)[1]
+    given = lane_functions(structure, real, parameters)[1]
     if given is not None:
         return given
     Parameters, weighted_step = types.Parameters, weighted_step_function(structure, real)

@@ -443,8 +443,10 @@ def _made(function: Any, graph: Graph, real: type) -> Any:
     return scope[definition.name]
 
 
-def step_struct(structure: Any, step: Any, real: type) -> str:
+def step_struct(structure: Any, step: Any, real: type, parameters: bool = False) -> str:
     """Return the struct `Step` of native/lanes.h: a system's step, and its adjoint, for eight samples at a time.
+
+    With `parameters` the adjoint is that of the physical parameters too.
 
     Raises:
         Untraceable: The step is no expression.
@@ -455,7 +457,7 @@ def step_struct(structure: Any, step: Any, real: type) -> str:
     numbers = [graph.add("input", "p", i) for i in range(len(structure.parameter_names))]
     own = _parameters(structure, numbers)
     y = traced(step, graph, real)(Row(x), Row(c), own)
-    found = adjoints(y.values, seeds, [*x, *c])
+    found = adjoints(y.values, seeds, [*x, *c, *(numbers if parameters else ())])
     return _struct(graph, sizes, y.values, found, real)
 
 
@@ -499,18 +501,17 @@ def _struct(graph: Graph, sizes: dict[str, int], y: list[Number], found: list[Nu
     first = _lines(graph, [i for i in wanted if not moving[i]], {})
     first += [f"kept[{k}] = v{i};" for k, i in enumerate(kept)]
     back = _lines(graph, [i for i in wanted if moving[i] or graph.nodes[i].operation == "constant"], names)
-    d = sizes["x"]
-    ends = [
-        f"{f'lambda[{i}]' if i < d else f'mu[{i - d}]'} = {names.get(a.index, f'v{a.index}')};"
-        for i, a in enumerate(found)
-    ]
+    d, k = sizes["x"], sizes["c"]
+    places = [*(f"lambda[{i}]" for i in range(d)), *(f"mu[{i}]" for i in range(k))]
+    places += [f"own[{i}]" for i in range(len(found) - d - k)]
+    ends = [f"{place} = {names.get(a.index, f'v{a.index}')};" for place, a in zip(places, found, strict=True)]
     forward = _lines(graph, _reached(graph, [a.index for a in y]), {})
     return f"""
         using namespace warp_phys;
         typedef {scalar_name(real)} T;
         struct Step {{
             typedef warp_phys::lanes<T> V;
-            enum {{ D = {d}, K = {sizes["c"]}, READS_NEXT = 0 }};
+            enum {{ D = {d}, K = {k}, P = {len(found) - d - k}, READS_NEXT = 0 }};
             V kept[{max(1, len(kept))}];
             Step(const V* x, const V* c, const V* p, const V*) {{
                 #pragma clang fp contract(fast)
@@ -521,7 +522,7 @@ def _struct(graph: Graph, sizes: dict[str, int], y: list[Number], found: list[Nu
                 {" ".join(forward)}
                 {" ".join(f"y[{i}] = v{a.index};" for i, a in enumerate(y))}
             }}
-            inline void pull(V* lambda, V* mu) const {{
+            inline void pull(V* lambda, V* mu{", V* own" * (len(found) > d + k)}) const {{
                 #pragma clang fp contract(fast)
                 {" ".join(back)}
                 {" ".join(ends)}

@@ -1,7 +1,8 @@
 // Physics of eight samples at a time, one in each lane of a vector: what native_physics.py puts into kernels.
 //
 // A system is a struct with the numbers D of a state and K of a control, whether it READS_NEXT state, `step`, and a
-// constructor that linearises a step, after which `pull` takes the adjoint of its result to those of state and control.
+// constructor that linearises a step, after which `pull` takes the adjoint of its result to those of state and control;
+// and to those of P physical parameters, where it has them.
 
 namespace warp_phys {
 
@@ -70,9 +71,11 @@ template <typename T, typename S, int X, int C, int W = S::D> struct Block {
         write_lanes<W, T>(y, X, count, next);
     }
 
-    // For each flow, adj_x becomes its product with the Jacobian of the step by x, adj_c that by c.
+    // For each flow, adj_x becomes its product with the Jacobian of the step by x, adj_c that by c; that by physical
+    // parameters is added to rows of `by_p`, if S has it.
     static inline void retreat(
-        int count, int flows, const T* x, const T* c, const lanes<T>* p, const T* y, T* adj_x, long long flow_pitch, T* adj_c
+        int count, int flows, const T* x, const T* c, const lanes<T>* p, const T* y, T* adj_x, long long flow_pitch, T* adj_c,
+        T* by_p, long long by_p_pitch
     ) {
         lanes<T> state[S::D], control[S::K], next[S::D], lambda[S::D], mu[S::K];
         read_lanes<S::D, T>(x, X, count, state);
@@ -81,7 +84,14 @@ template <typename T, typename S, int X, int C, int W = S::D> struct Block {
         const S linear(state, control, p, next);
         for (int f = 0; f < flows; ++f) {
             read_lanes<S::D, T>(adj_x + f * flow_pitch, X, count, lambda);
-            linear.pull(lambda, mu);
+            if constexpr (S::P > 0) {
+                lanes<T> own[S::P];
+                linear.pull(lambda, mu, own);
+                for (int s = 0; s < count; ++s)
+                    for (int i = 0; i < S::P; ++i) by_p[f * by_p_pitch + s * S::P + i] += own[i][s];
+            } else {
+                linear.pull(lambda, mu);
+            }
             write_lanes<S::D, T>(adj_x + f * flow_pitch, X, count, lambda);
             write_lanes<S::K, T>(adj_c + f * LANES * C, C, count, mu);
         }

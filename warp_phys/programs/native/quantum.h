@@ -5,6 +5,7 @@ namespace warp_phys {
 template <typename T, int N> struct Quantum {
     static constexpr int D = 2 * N, K = 1;
     static constexpr bool READS_NEXT = true;
+    static constexpr int P = 0;
     typedef lanes<T> V;
 
     // B is tridiagonal: base + j tilt at point j = 1 ... N, and `beside` next to the diagonal. The factors of

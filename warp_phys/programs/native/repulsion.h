@@ -5,6 +5,7 @@ namespace warp_phys {
 template <typename T, int DRIVERS, int EVADERS> struct Repulsion {
     static constexpr int AGENTS = DRIVERS + EVADERS, D = 4 * AGENTS, K = 2 * DRIVERS;
     static constexpr bool READS_NEXT = false;
+    static constexpr int P = 0;
     typedef lanes<T> V;
 
     struct Numbers {  // in the order of the Python fields
