@@ -28,6 +28,7 @@ from warp_phys.programs import native_kernels
 from warp_phys.programs.program import SAMPLES
 from warp_phys.systems.base import Simulator, System
 from warp_phys.systems.extended import row_sizes
+from warp_phys.systems.hybrid import gates_of_rows
 
 CHUNK_ROWS = 2048
 """Rows (time steps × samples) that are linearised together: the activations of 100 units take 0.8 MB."""
@@ -189,9 +190,11 @@ def all_gates(flows: Sequence[Flow], steps: int, batch: int, system: Any) -> np.
         ValueError: Gates are given for other numbers of steps, samples or components.
     """
     size, _ = row_sizes(system)
-    if size == system.state_size and all(flow.is_plain for flow in flows):
+    twice = getattr(system, "stands_twice", False)
+    if size == system.state_size and not twice and all(flow.is_plain for flow in flows):
         return flow_gates(flows, steps)
-    rows = [flow.all_gates(steps, batch, size) for flow in flows]
+    rows = [flow.all_gates(steps, batch, size // 2 if twice else size) for flow in flows]
+    rows = list(map(gates_of_rows, rows)) if twice else rows
     samples = max(row.shape[1] for row in rows)
     return np.stack([np.broadcast_to(row, (steps, samples, row.shape[2])).reshape(steps, -1) for row in rows])
 

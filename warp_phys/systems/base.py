@@ -184,6 +184,11 @@ class System(ABC):
         return self.control_size
 
     @property
+    def stands_twice(self) -> bool:
+        """Whether a row holds the state twice, see `warp_phys.systems.hybrid`."""
+        return False
+
+    @property
     def remembering_size(self) -> int:
         """Numbers of a row up to the end of a controller's memory."""
         return self.state_size

@@ -11,6 +11,7 @@ v' = w. The inputs of all steps are written into the rows before the first.
 
 import contextlib
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,41 @@ from warp_phys.systems import losses
 from warp_phys.systems.base import Simulator, System, SystemFunctions, SystemTypes
 
 
+class Around(System):
+    """A system around another one, `within`, whose physical parameters it has."""
+
+    @property
+    @abstractmethod
+    def within(self) -> System:
+        """The system within."""
+
+    @property
+    def time_average(self) -> bool:  # type: ignore[override]
+        """As the system within."""
+        return self.within.time_average
+
+    @functools.cached_property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the physical parameters."""
+        return self.within.parameter_names
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a physical parameter of the system within."""
+        if name.startswith("_") or name == "within" or name not in self.within.parameter_names:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        return getattr(self.within, name)
+
+    def parameter_array(self, *arguments: Any, **options: Any) -> wp.array:
+        """Return physical parameters, those of the system within."""
+        return self.within.parameter_array(*arguments, **options)
+
+    def check_parameters(self, *arguments: Any, **options: Any) -> wp.array:
+        """Return physical parameters that fit, those of the system within."""
+        return self.within.check_parameters(*arguments, **options)
+
+
 @dataclass(frozen=True)
-class Extended(System):
+class Extended(Around):
     """A system whose row holds a memory of `memory` numbers and `inputs` numbers that are given.
 
     Physical parameters, loss and pictures are those of the system within.
@@ -37,6 +71,11 @@ class Extended(System):
     """Numbers H that the controller remembers."""
     inputs_given: int = 0
     """Numbers E of the inputs of a step; the first of them are the system's own, if it has some."""
+
+    @property
+    def within(self) -> System:
+        """The system within."""
+        return self.wrapped
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -52,22 +91,6 @@ class Extended(System):
         """Names of what the controller returns."""
         return (*self.wrapped.controls, *(f"next memory {i}" for i in range(self.memory)))
 
-    @property
-    def time_average(self) -> bool:  # type: ignore[override]
-        """As the system within."""
-        return self.wrapped.time_average
-
-    @functools.cached_property
-    def parameter_names(self) -> tuple[str, ...]:
-        """Names of the physical parameters."""
-        return self.wrapped.parameter_names
-
-    def __getattr__(self, name: str) -> Any:
-        """Return a physical parameter of the system within."""
-        if name.startswith("_") or name not in self.wrapped.parameter_names:
-            raise AttributeError(f"Extended has no {name}")
-        return getattr(self.wrapped, name)
-
     @functools.cached_property
     def structure(self) -> System:
         """This system without its physical parameters."""
@@ -81,7 +104,12 @@ class Extended(System):
     @property
     def own_controls(self) -> int:
         """Numbers of the system's own controls."""
-        return self.wrapped.control_size
+        return self.wrapped.own_controls
+
+    @property
+    def stands_twice(self) -> bool:
+        """As the system within."""
+        return self.wrapped.stands_twice
 
     @property
     def remembering_size(self) -> int:
@@ -97,14 +125,6 @@ class Extended(System):
     def written_size(self) -> int:
         """Numbers of a row that a step writes."""
         return self.remembering_size + self.carried_size
-
-    def parameter_array(self, *arguments: Any, **options: Any) -> wp.array:
-        """Return physical parameters, those of the system within."""
-        return self.wrapped.parameter_array(*arguments, **options)
-
-    def check_parameters(self, *arguments: Any, **options: Any) -> wp.array:
-        """Return physical parameters that fit, those of the system within."""
-        return self.wrapped.check_parameters(*arguments, **options)
 
     def types(self, real: type) -> SystemTypes:
         """Return the types of the Warp functions."""
@@ -214,6 +234,7 @@ class ExtendedSimulator:
     """
 
     carried_size = 0
+    stands_twice = False
 
     def __init__(self, wrapped: Simulator, memory: int = 0, inputs_given: int = 0):
         self.wrapped, self.memory, self.inputs_given = wrapped, memory, inputs_given

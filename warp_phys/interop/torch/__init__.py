@@ -5,6 +5,7 @@ from warp_phys.interop.extras import require
 require("torch", "torch")
 
 from warp_phys.interop.torch.diagnosis import diagnose, jacobians, rotation  # noqa: E402
+from warp_phys.interop.torch.hybrid import Hybrid  # noqa: E402
 from warp_phys.interop.torch.identify import Identified, identify  # noqa: E402
 from warp_phys.interop.torch.loss import pointwise_cost  # noqa: E402
 from warp_phys.interop.torch.open_loop import trajectory  # noqa: E402
@@ -16,6 +17,7 @@ from warp_phys.interop.torch.system import TorchSystem  # noqa: E402
 from warp_phys.interop.torch.update import Update  # noqa: E402
 
 __all__ = [
+    "Hybrid",
     "Identified",
     "Plan",
     "RecedingHorizon",

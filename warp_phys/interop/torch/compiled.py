@@ -53,7 +53,7 @@ def unroll(
     rollout, x0 = _rollout_of(name), x0.detach()
     x0 = rollout.initial_states(x0)
     beside = rollout._given(x0, inputs, memory).detach()
-    found, trains = None, any(p.requires_grad for p in rollout.controller.parameters())
+    found, trains = None, any(p.requires_grad for p in rollout.trained.parameters())
     if trains:
         with autograd_inside():
             found, sources = rollout._look(x0, None, cut=False, beside=beside)

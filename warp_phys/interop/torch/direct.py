@@ -173,7 +173,7 @@ class DirectPass:
         return given.write(rows) and bool((rows[:, self._positive] > 0.0).all())
 
     def _start(self, x0: torch.Tensor, beside: Beside) -> None:
-        if self._inner.own_size == self._inner.state_size:
+        if self._inner.state_size == x0.shape[1]:
             self.states[0].copy_(x0)
         else:
             fill(self.states, x0, beside, self._inner)

@@ -61,7 +61,7 @@ class WholeUpdate:
         self.times, self.control_cost, self.clip, self.clip_at = chosen_times(when, steps), control_cost, clip, clip_at
         self.flows = rollout.running_flows(flow)
         kind: dict[str, Any] = {"dtype": rollout.dtype, "device": rollout.device}
-        self.x0 = torch.zeros((batch, system.own_size), **kind)
+        self.x0 = torch.zeros((batch, rollout.system.state_size), **kind)
         self.beside = Beside(*(None if tensor is None else torch.zeros_like(tensor) for tensor in beside))
         self.states = torch.zeros((steps + 1, batch, system.state_size), **kind)
         self.controls = torch.zeros((steps, batch, system.control_size), **kind)
@@ -72,14 +72,14 @@ class WholeUpdate:
         self.grads = [part.data for part in split(self.grad, self.trainable)]  # each with a version of its own
         self.loss = torch.zeros((), **kind)
         self.diverged = torch.zeros((), dtype=torch.float32, device=rollout.device)
-        self.frozen = [p for p in rollout.controller.parameters() if not p.requires_grad]
+        self.frozen = [p for p in rollout.trained.parameters() if not p.requires_grad]
         self._workspace = Workspace()
         self._gates = rollout._gates_of(self.flows, steps, batch)
         # whatever else a graph reads must live as long as it does, also when caches and modules forget it
         options = [value for group in optimiser.param_groups for name, value in group.items() if name != "params"]
         own = rollout._structs(None, as_array(self.states)), chosen_array(self.times, str(rollout.device))
         self._mean = mean
-        self._held = [own, options, rollout._adapter.held(), list(rollout.controller.modules()), _buffers(rollout)]
+        self._held = [own, options, rollout._adapter.held(), list(rollout.trained.modules()), _buffers(rollout)]
 
     def run(self, step: bool) -> None:
         """Do all of it on `x0`; without `step` the weights stay."""
@@ -177,7 +177,7 @@ def key_of(rollout: Rollout, batch: int) -> tuple | None:
     None where the module or its parameters have hooks, which a replay would not call, or where the backward pass is one
     of `contract.Found`.
     """
-    modules, known = list(rollout.controller.modules()), rollout._adapter.examination
+    modules, known = list(rollout.trained.modules()), rollout._adapter.examination
     if known.whole or known.others:
         return None
     if any(map(has_own_hooks, rollout._adapter.trainable)):
@@ -207,7 +207,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _buffers(rollout: Rollout) -> list[torch.Tensor]:
-    return list(rollout.controller.buffers())
+    return list(rollout.trained.buffers())
 
 
 @contextlib.contextmanager

@@ -134,7 +134,7 @@ def value_and_grad(
             f"physical parameters must have no gradient for the flow {flow.name!r}, which keeps an average for each of "
             f"the controller's parameters alone; {', '.join(wanted)} require one: detach them"
         )
-    hooked = [name for name, p in rollout.controller.named_parameters() if p.requires_grad and has_own_hooks(p)]
+    hooked = [name for name, p in rollout.trained.named_parameters() if p.requires_grad and has_own_hooks(p)]
     if hooked:
         raise ValueError(
             f"parameters must have no hooks for the flow {flow.name!r}, whose update is no gradient of autograd's; "

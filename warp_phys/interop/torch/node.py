@@ -161,7 +161,7 @@ class Unroll(torch.autograd.Function):
         ctx.program = rollout._adapter.program_key() if found is None else None
         ctx.save_for_backward(states, controls, rows, masked)
         # not saved, but kept: behind hooks of saved tensors, as a checkpoint's, others would come, and of any version
-        frozen = [p for p in rollout.controller.parameters() if not p.requires_grad]
+        frozen = [p for p in rollout.trained.parameters() if not p.requires_grad]
         ctx.versions = [(p, p._version) for p in (*leaves, *frozen, *sources.cuts.values())]
         # a history that is followed to its leaves is not autograd's; what else has one may become combined too late
         given = (x0, rows, inputs, memory, *leaves)

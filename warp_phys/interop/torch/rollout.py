@@ -45,6 +45,7 @@ from warp_phys.interop.torch.contract import (
 from warp_phys.interop.torch.controller import TorchController, precision_and_device
 from warp_phys.interop.torch.dense import as_array, is_finite
 from warp_phys.interop.torch.direct import DirectPass, Given
+from warp_phys.interop.torch.hybrid import Hybrid
 from warp_phys.interop.torch.leaves import Cuts, leaves_of
 from warp_phys.interop.torch.loss import (
     refuse_inference,
@@ -71,6 +72,7 @@ from warp_phys.interop.torch.rows import (
 from warp_phys.rollout import BACKENDS, Backend, check_sizes, choose_backend
 from warp_phys.systems.base import Simulator, System
 from warp_phys.systems.extended import extended
+from warp_phys.systems.hybrid import refuse_limit
 from warp_phys.systems.losses import When, check_loss, chosen_times
 
 _ONE_VECTOR = "x0, physical parameters, inputs and memory must have no gradient, which would be vectors of their own"
@@ -103,8 +105,8 @@ class Rollout:
     before one optimiser step add up as they should, for a combined flow M and R apart.
 
     Args:
-        system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`). A `System` is kept for good, as is
-            its array of parameters: to sweep numbers, hand them to calls as `parameters`.
+        system: A `System`, a `Hybrid`, or anything with `step` and `step_vjp` (see `Simulator`). A `System` is kept for
+            good, as is its array of parameters: to sweep numbers, hand them to calls as `parameters`.
         controller: Any module that maps states (B, D) to controls (B, K) row by row, the same way each time, and leaves
             its input as it is. With inputs it is called with (x, w), with a memory with (x, h), with both with
             (x, w, h); one with a memory returns (c, h').
@@ -146,6 +148,12 @@ class Rollout:
             raise TypeError(f"controller must be a torch.nn.Module, got {type(controller).__name__}")
         wp.init()
         self._system, self._controller = system, controller
+        # what kernels know of the system, and all that is trained
+        self._physics: Any = system.rows if isinstance(system, Hybrid) else system
+        self.trained: torch.nn.Module = controller
+        """What is trained: the controller, with a `Hybrid` also the module in its physics."""
+        if isinstance(system, Hybrid):
+            self.trained = torch.nn.ModuleDict({"controller": controller, "physics": system.module})
         self._steps = check_count("steps", steps)
         self.flow = flow
         self.observe: Sequence[FlowName | Flow] = ()
@@ -160,7 +168,7 @@ class Rollout:
         self.memory_size = check_count("memory", memory, least=0)
         """Numbers H that the controller remembers."""
         self._takes_inputs = takes_inputs(controller, self.memory_size)
-        has_rows = self._takes_inputs or self.memory_size or self._own_inputs
+        has_rows = self._takes_inputs or self.memory_size or self._own_inputs or isinstance(system, Hybrid)
         check_sizes(system, object() if has_rows else controller)
         # a backward pass takes a workspace and returns it: passes in several threads, or in one another, do not share
         self._workspaces: list[Workspace] = []
@@ -169,7 +177,7 @@ class Rollout:
         if isinstance(system, System):
             name_of(system)  # for losses in compiled code
         self._name = name_of_rollout(self)
-        self.dtype, self.device = precision_and_device(controller, device)
+        self.dtype, self.device = precision_and_device(self.trained, device)
         self._backend = check_choice("backend", backend, BACKENDS)
         self._inputs_known: int | None = None
         self._known: tuple[Any, TorchController] | None = None
@@ -186,10 +194,11 @@ class Rollout:
             )
         if self._takes_inputs and not size:
             raise ValueError("the controller takes inputs: give them to each call, rollout(x0, inputs=w)")
-        inner, module = extended(self._system, self.memory_size, size), self._controller
+        inner, module = extended(self._physics, self.memory_size, size), self._controller
         if inner is not self._system:
             sees = self._takes_inputs or size > len(own) or (size > 0 and has_room(self._controller, self.memory_size))
-            module = RowModule(self._controller, inner, sees)
+            network = self._system.network if isinstance(self._system, Hybrid) else None
+            module = RowModule(self._controller, inner, sees, network)
         adapter = TorchController(module, inner.state_size, inner, at_once=self._backend == "fused")
         check_sizes(inner, adapter.dense() or module)
         choose_backend(self._backend, inner, adapter, self.device.type == "cuda")
@@ -198,7 +207,7 @@ class Rollout:
     @property
     def _own_inputs(self) -> tuple[str, ...]:
         """What the system itself is given at every step."""
-        return self._system.inputs if isinstance(self._system, System) else ()
+        return self._physics.inputs if isinstance(self._physics, System) else ()
 
     @property
     def _adapter(self) -> TorchController:
@@ -259,6 +268,8 @@ class Rollout:
     def flow(self, flow: FlowLike) -> None:
         flow = resolve(flow)
         check_gates(linear_parts(flow), self.steps)
+        for part in linear_parts(flow) if isinstance(self._system, Hybrid) else ():
+            refuse_limit(part.limit)
         self._flow = flow
 
     @property
@@ -266,7 +277,7 @@ class Rollout:
         """Why passes, forward and backward, are not fused, in one sentence; None where they are."""
         if self.backend == "fused":
             return "on CUDA the backward pass is not fused yet" if self.device.type == "cuda" else None
-        if not isinstance(self.system, System):
+        if not isinstance(self._physics, System):
             return f"{type(self.system).__name__} is no System, whose physics kernels contain"
         if self.device.type == "cuda" or self._backend == "general":
             return f"the backend is {self._backend!r}, on {self.device.type}"
@@ -324,7 +335,7 @@ class Rollout:
         if self._inner is self._system:
             return states, controls
         size, end = self._inner.own_size, self._inner.remembering_size
-        own = states[:, :, :size], controls[:, :, : self._inner.own_controls]
+        own = states[:, :, : self._system.state_size], controls[:, :, : self._inner.own_controls]
         return (*own, states[:, :, size:end]) if self.memory_size else own
 
     def _given(self, x0: torch.Tensor, inputs: Any, memory: Any) -> Beside:
@@ -375,7 +386,7 @@ class Rollout:
         if not given and not sources.leaves:
             return self._forward(x0, rows, keep=False, beside=beside)[:2], ()
         refuse_memory(flow or self._flow)
-        refuse_averaging(self.controller, flow or self._flow, self.reduce)
+        refuse_averaging(self.trained, flow or self._flow, self.reduce)
         if given:
             refuse_whole(_ONE_VECTOR, flow or self._flow)
         if sources.combined:
@@ -445,7 +456,7 @@ class Rollout:
             inputs = inputs[:, None]
         _ = self._inner  # or an error that says what is not known yet
         rows = rows_of_parameters(self.system, parameters or {}, x0)
-        refuse_averaging(self.controller, self._flow, self.reduce)
+        refuse_averaging(self.trained, self._flow, self.reduce)
         if torch.is_grad_enabled() and isinstance(self._flow, Combined):
             if any(value is not None and value.requires_grad for value in (x0, rows, inputs, memory)):
                 raise ValueError(
@@ -454,7 +465,7 @@ class Rollout:
                     "unroll the whole horizon in one rollout, or leave the rollout out of the compiled code"
                 )
         trainable = self._adapter.trainable
-        frozen = [p for p in self.controller.parameters() if not p.requires_grad]
+        frozen = [p for p in self.trained.parameters() if not p.requires_grad]
         states, controls, _ = torch.ops.warp_phys.unroll(
             x0, rows, inputs, memory, trainable, frozen, self._steps, self._name
         )
@@ -549,11 +560,11 @@ class Rollout:
         found = self._direct.get(key)
         if found is None:
             self._check_place()
-            if not isinstance(self.system, System) or self.backend != "fused":
+            if not isinstance(self._physics, System) or self.backend != "fused":
                 return None
             if any(map(has_own_hooks, self._adapter.trainable)):
                 return None
-            weights = {id(parameter) for parameter in self.controller.parameters()}
+            weights = {id(parameter) for parameter in self.trained.parameters()}
             if given is not None and any(id(leaf) in weights for _, leaf in given.leaves):
                 return None
             times, shape = chosen_times(when, self.steps), (self.steps, batch)
@@ -575,7 +586,7 @@ class Rollout:
         beside: Beside = NOTHING,
     ) -> torch.Tensor:
         """Do the same for any backend."""
-        _clear_gradients(self.controller.parameters())
+        _clear_gradients(self.trained.parameters())
         own = {"parameters": parameters} if parameters else {}  # a foreign system's loss takes none
         with torch.enable_grad():
             rows = rows_of_parameters(self.system, parameters or {}, x0)
@@ -627,7 +638,7 @@ class Rollout:
         raise TypeError(f"{name} must be a torch, numpy or DLPack array, got {type(x0).__name__}")
 
     def _structs(self, rows: torch.Tensor | None, like: wp.array) -> wp.array | None:
-        return structs_of(self.system, rows, like) if isinstance(self.system, System) else None
+        return structs_of(self._physics, rows, like) if isinstance(self._physics, System) else None
 
     def _forward(
         self, x0: torch.Tensor, rows: torch.Tensor | None, keep: bool, beside: Beside = NOTHING
@@ -649,7 +660,7 @@ class Rollout:
 
     def _check_place(self) -> None:
         """Raise a ValueError if the controller has been converted or moved."""
-        first = next(self.controller.parameters(), None)
+        first = next(self.trained.parameters(), None)
         if first is not None and (first.dtype, first.device) != (self.dtype, self.device):
             raise ValueError(
                 f"controller is now {first.dtype} on {first.device}, the rollout was made for {self.dtype} on "

@@ -7,7 +7,6 @@ import torch
 
 from warp_phys.core.arrays import shape_message
 from warp_phys.interop.torch.dense import is_finite
-from warp_phys.systems.extended import row_sizes
 
 
 class Beside(NamedTuple):
@@ -34,40 +33,57 @@ NOTHING = Beside()
 class RowModule(torch.nn.Module):
     """A controller of state, inputs and memory as one of rows [x | h | v | w], see `systems.extended`.
 
+    With a network in the physics the rows are [x | x̂ | h | v | w], see `systems.hybrid`.
+
     Args:
         controller: Maps (x), (x, w), (x, h) or (x, w, h) to c, or with a memory to (c, h').
         system: The extended system.
         sees_inputs: Whether the controller takes the inputs.
+        network: Maps (x, c) to r, if the physics has such.
     """
 
-    def __init__(self, controller: torch.nn.Module, system: Any, sees_inputs: bool):
+    def __init__(
+        self, controller: torch.nn.Module, system: Any, sees_inputs: bool, network: torch.nn.Module | None = None
+    ):
         super().__init__()
-        self.controller = controller
+        self.controller, self.network = controller, network
         self._own, self._memory_end, self._inputs_begin = (
             system.own_size,
             system.remembering_size,
             system.written_size,
         )
-        self.has_memory, self.has_inputs = bool(system.memory), sees_inputs
-        self.outputs = system.own_controls, system.memory
+        memory = system.remembering_size - system.own_size
+        self._seen = self._own // 2 if network is not None else 0
+        self.has_memory, self.has_inputs = memory > 0, sees_inputs
+        self.outputs = system.own_controls, memory
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """Return [c | h'] for rows (N, D + H + V + E)."""
-        arguments = [z[:, : self._own]]
+        """Return [c | r | h'] for rows (N, D + H + V + E)."""
+        arguments = [z[:, self._seen : self._own]]
         if self.has_inputs:
             arguments.append(z[:, self._inputs_begin :])
         if self.has_memory:
             arguments.append(z[:, self._own : self._memory_end])
         output = self.controller(*arguments)
         if not self.has_memory:
-            return output
+            return self._with_given(z, output)
         if not isinstance(output, (tuple, list)) or len(output) != 2:
             raise TypeError(f"a controller with a memory must return (c, h'), got {type(output).__name__}")
         for name, part, size in zip(("c", "h'"), output, self.outputs, strict=True):
             if not isinstance(part, torch.Tensor) or part.ndim != 2 or part.shape[1] != size:
                 got = tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
                 raise ValueError(f"a controller with a memory must return {name} of shape (batch, {size}), got {got}")
-        return torch.cat(list(output), dim=1)
+        c, memory = output
+        return torch.cat([self._with_given(z, c), memory], dim=1)
+
+    def _with_given(self, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Return [c | r], or the controls c where there is no network in the physics."""
+        if self.network is None:
+            return c
+        if not isinstance(c, torch.Tensor) or c.ndim != 2 or c.shape[1] != self.outputs[0]:
+            got = tuple(c.shape) if isinstance(c, torch.Tensor) else type(c).__name__
+            raise ValueError(f"the controller must return controls of shape (batch, {self.outputs[0]}), got {got}")
+        return torch.cat([c, self.network(z[:, : self._seen], c)], dim=1)
 
 
 def takes_inputs(controller: torch.nn.Module, memory: int) -> bool:
@@ -152,7 +168,7 @@ def _check_kind(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
 def fill(states: torch.Tensor, x0: torch.Tensor, beside: Beside, system: Any) -> None:
     """Write initial states, memory and the inputs of all steps into rows (steps + 1, batch, D + H + V + E)."""
     size, end, written = system.own_size, system.remembering_size, system.written_size
-    states[0, :, :size] = x0
+    states[0, :, :size] = x0.repeat(1, 2) if system.stands_twice else x0
     if end > size:
         states[0, :, size:end] = 0.0 if beside.memory is None else beside.memory
     if beside.inputs is not None:
@@ -163,7 +179,7 @@ def fill(states: torch.Tensor, x0: torch.Tensor, beside: Beside, system: Any) ->
 
 def first_row(x0: torch.Tensor, beside: Beside, system: Any) -> torch.Tensor:
     """Return the rows that a trajectory starts from, (batch, D + H + V + E), without history."""
-    if row_sizes(system)[0] == system.state_size:
+    if system.state_size == x0.shape[1]:
         return x0
     rows = x0.new_zeros((2, len(x0), system.state_size))
     first = beside.detach()
@@ -185,4 +201,7 @@ def adjoints_of(adj_x0: torch.Tensor, adj_inputs: torch.Tensor | None, beside: B
         adj_inputs[:, 0, :, : written - end] += adj_x0[:, :, end:written]
         if beside.inputs is not None and beside.inputs.shape[1] == 1:
             adj_inputs = adj_inputs.sum(dim=2, keepdim=True)
-    return adj_x0[:, :, :size], adj_inputs, adj_x0[:, :, size:end]
+    own = adj_x0[:, :, :size]
+    if system.stands_twice:
+        own = own[:, :, : size // 2] + own[:, :, size // 2 :]
+    return own, adj_inputs, adj_x0[:, :, size:end]

@@ -42,7 +42,7 @@ class TorchSystem(ForeignSystem):
     def step(self, x: wp.array, c: wp.array, y: wp.array, parameters: wp.array | None = None) -> None:
         """Write y = function(x, c); x and y (batch, D), c (batch, K)."""
         self._check_inputs(x, c, y, "y")
-        with _on_stream_of(x), torch.inference_mode(False), torch.no_grad():
+        with on_stream_of(x), torch.inference_mode(False), torch.no_grad():
             target = wp.to_torch(y, requires_grad=False)
             target.copy_(self._next(*(wp.to_torch(array, requires_grad=False) for array in (x, c))))
 
@@ -83,7 +83,7 @@ class TorchSystem(ForeignSystem):
             NotRepeatable: The function gives other states than y, or depends on more than `leaves`.
         """
         self._check_inputs(x, c, adj_y, "adj_y")
-        with _on_stream_of(x), torch.inference_mode(False), torch.enable_grad():
+        with on_stream_of(x), torch.inference_mode(False), torch.enable_grad():
             inputs = [wp.to_torch(array, requires_grad=False).detach().requires_grad_() for array in (x, c)]
             with plainly_saved(), cuts or contextlib.nullcontext():
                 result = self._evaluate(*inputs)
@@ -209,7 +209,7 @@ def _product(result: torch.Tensor, inputs: Sequence[torch.Tensor], adj: torch.Te
         return inner_grad(result, inputs, adj, retain_graph=False)
 
 
-def _on_stream_of(x: wp.array) -> contextlib.AbstractContextManager:
+def on_stream_of(x: wp.array) -> contextlib.AbstractContextManager:
     """Return a context in which torch works on the stream that Warp works on."""
     if not wp.get_device(x.device).is_cuda:
         return contextlib.nullcontext()

@@ -100,7 +100,7 @@ class Update:
         when = check_loss(rollout.system, when, rollout.steps, control_cost)
         check_number("clip_at", clip_at, positive=True)
         self.parameters = dict(parameters or {})
-        check_trains(optimiser, [*rollout.controller.parameters(), *self.parameters.values()])
+        check_trains(optimiser, [*rollout.trained.parameters(), *self.parameters.values()])
         self.rollout, self.optimiser = rollout, optimiser
         self._loss = when, float(control_cost)
         self._clipping = check_choice("clip", clip, tuple(CLIPPING)), float(clip_at)
@@ -139,7 +139,7 @@ class Update:
         Raises:
             TypeError, ValueError: It returned something else.
         """
-        self._memory.load_state_dict(state, self.rollout.controller)
+        self._memory.load_state_dict(state, self.rollout.trained)
         self._forget()
 
     def _mean(self) -> torch.Tensor | None:
@@ -147,7 +147,7 @@ class Update:
         flow = self.rollout.flow
         if not isinstance(flow, Combined) or not flow.memory:
             return None
-        return self._memory.mean(flow, self.rollout.controller)
+        return self._memory.mean(flow, self.rollout.trained)
 
     @property
     def when(self) -> str | tuple[int, ...]:
@@ -316,7 +316,7 @@ class Update:
         """Replay a CUDA graph; None as above."""
         check_capturable(self.optimiser)
         memory, known = memory_of(self.optimiser, self.rollout._adapter.trainable), key_of(self.rollout, len(x0))
-        if not memory or known is None or not isinstance(self.rollout.system, System) or given.requires_grad:
+        if not memory or known is None or not isinstance(self.rollout._inner, System) or given.requires_grad:
             return None
         mean = self._mean()
         shapes = tuple(None if tensor is None else tensor.shape for tensor in given)
@@ -358,7 +358,7 @@ class Update:
     def _clipped(self) -> Iterable[torch.Tensor]:
         """Return whose gradients are clipped: the controller's parameters, and what else the optimiser moves."""
         moved = (p for group in self.optimiser.param_groups for p in group["params"])
-        return {id(p): p for p in (*self.rollout.controller.parameters(), *moved)}.values()
+        return {id(p): p for p in (*self.rollout.trained.parameters(), *moved)}.values()
 
     def _end(self, direct: DirectPass) -> End | None:
         """Return the recorded end of an update with the optimiser's numbers as they are now, or None."""
