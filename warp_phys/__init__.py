@@ -17,6 +17,7 @@ from warp_phys.systems import (
     Quantum,
     Repulsion,
     Simulator,
+    Surrogate,
     System,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "Repulsion",
     "Rollout",
     "Simulator",
+    "Surrogate",
     "System",
     "agree",
     "audit",

@@ -36,6 +36,8 @@ class Finding(NamedTuple):
     """Components of x_T whose derivatives are wrong, the worst first; empty if none is."""
     judged: float
     """Share of the derivatives that the differences know better than to a tenth of the component's largest one."""
+    cosine: float = 1.0
+    """Cosine between ∂x_T / ∂ component and the differences, over samples and components of x_T."""
 
     @property
     def ok(self) -> bool:
@@ -58,6 +60,17 @@ class Audit:
     """Relative error that is allowed."""
     findings: tuple[Finding, ...]
     """One per horizon and component."""
+    exact: bool = True
+    """Whether adjoints are meant to be the derivatives; those of a `Surrogate` are not, and have no failures."""
+    cosines: tuple[tuple[int, float], ...] = ()
+    """Of each horizon, the cosine between the whole Jacobian and the differences."""
+
+    def cosine(self, horizon: int) -> float:
+        """Return the cosine between ∂x_T / ∂(x_0, c_0) and the differences, each component in units of its size.
+
+        It is what a gradient's direction is worth: 1 where adjoints are exact, 0 where they say nothing.
+        """
+        return dict(self.cosines)[horizon]
 
     @property
     def ok(self) -> bool:
@@ -72,13 +85,15 @@ class Audit:
     @property
     def unclear(self) -> tuple[Finding, ...]:
         """What could not be told: a step that jumps or has a kink, or differences that drown in rounding."""
-        return tuple(finding for finding in self.findings if finding.unclear)
+        return tuple(finding for finding in self.findings if finding.unclear and self.exact)
 
     def components(self, kind: str) -> tuple[str, ...]:
         """Return the names of the components of this kind, "state" or "control", that fail over some horizon."""
         return tuple(dict.fromkeys(f.component for f in self.failures if f.kind == kind))
 
     def __str__(self) -> str:
+        if not self.exact:
+            return self._angles()
         count = len(self.findings)
         wrong, unclear = len(self.failures), len(self.unclear)
         verdict = f"{count - wrong - unclear} of {count} adjoints agree with finite differences"
@@ -93,6 +108,18 @@ class Audit:
             lines.append(
                 f"{f.horizon:>5}  {f'{f.kind} {f.component}':<{width + 8}}  {f.error:>8.1e}  {f.judged:>6.0%}{note}"
             )
+        return "\n".join(lines)
+
+    def _angles(self) -> str:
+        """Return the table of adjoints that are not meant to be exact."""
+        lines = [f"{self.system}: adjoints that are not exact, and the angle between them and finite differences"]
+        width = max(len(f.component) for f in self.findings)
+        lines.append(f"{'steps':>5}  {'adjoint of':<{width + 8}}  {'cosine':>6}  {'error':>8}  judged")
+        for horizon, cosine in self.cosines:
+            lines.append(f"{horizon:>5}  {'all':<{width + 8}}  {cosine:>6.3f}")
+            for f in (f for f in self.findings if f.horizon == horizon):
+                what = f"{f.kind} {f.component}"
+                lines.append(f"{'':>5}  {what:<{width + 8}}  {f.cosine:>6.3f}  {f.error:>8.1e}  {f.judged:>6.0%}")
         return "\n".join(lines)
 
 
@@ -117,6 +144,9 @@ def audit(
     neighbouring step sizes disagree, the difference counts as uncertainty, not as an error.
 
     It costs (D + K) · 2 · len(differences) unrollings and D backward passes per horizon.
+
+    A `Surrogate`, or any simulator whose attribute `exact` is False, has no failures: cosines say how far its
+    derivatives point where the differences do.
 
     Args:
         system: Anything with `step` and `step_vjp`.
@@ -148,13 +178,16 @@ def audit(
     x0, c = _inputs(system, states, controls, max(horizons), samples, kick, seed, dtype)
     sweep = _check_differences(DIFFERENCES[dtype] if differences is None else differences)
     tolerance = TOLERANCES[dtype] if tolerance is None else float(tolerance)
+    scale = _sizes(x0, c)
     runner = _Runner(system, dtype, device or getattr(system, "device", "cpu"))
     findings: list[Finding] = []
+    exact, cosines = bool(getattr(system, "exact", True)), []
     for horizon in horizons:
         found = runner.jacobian(x0, c[:horizon])
         expected, noise = _differences(runner, x0, c[:horizon], sweep)
-        findings += _compare(runner, horizon, found, expected, noise, tolerance)
-    return Audit(str(system), tolerance, tuple(findings))
+        findings += _compare(runner, horizon, found, expected, noise, tolerance, exact)
+        cosines.append((horizon, _cosine(found * scale, expected * scale)))
+    return Audit(str(system), tolerance, tuple(findings), exact, tuple(cosines))
 
 
 def _inputs(system, states, controls, steps, samples, kick, seed, dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -264,7 +297,7 @@ def _differences(runner: _Runner, x0: np.ndarray, c: np.ndarray, sweep: np.ndarr
     """Return the Jacobian from differences, shape (samples, D, D + K), and how uncertain each entry is."""
     size, names = x0.shape[1], [*runner.state_names, *runner.control_names]
     base = runner.final_states(x0[None], c[None], lambda _: "with the states and controls as they are")[0]
-    scale = np.sqrt(np.mean(np.concatenate([x0, c[0]], axis=1) ** 2, axis=0, dtype=np.float64)).clip(0.1)
+    scale = _sizes(x0, c)
     jacobian, noise = np.empty((2, *x0.shape, len(names)))
     for j, name in enumerate(names):
         shifts = [sign * h * scale[j] for h in sweep for sign in (1.0, -1.0)]
@@ -288,7 +321,13 @@ def _differences(runner: _Runner, x0: np.ndarray, c: np.ndarray, sweep: np.ndarr
 
 
 def _compare(
-    runner: _Runner, horizon: int, found: np.ndarray, expected: np.ndarray, noise: np.ndarray, tolerance: float
+    runner: _Runner,
+    horizon: int,
+    found: np.ndarray,
+    expected: np.ndarray,
+    noise: np.ndarray,
+    tolerance: float,
+    exact: bool,
 ) -> Iterator[Finding]:
     """Yield a finding per component of x_0 and c_0; all arrays have shape (samples, D, D + K)."""
     size = np.abs(expected).max(axis=0)
@@ -298,11 +337,26 @@ def _compare(
     excess = (error - SAFETY * noise).max(axis=0) - tolerance * size - rounding
     names = [("state", name) for name in runner.state_names] + [("control", name) for name in runner.control_names]
     for j, (kind, name) in enumerate(names):
-        wrong = np.flatnonzero(excess[:, j] > 0.0)
+        wrong = np.flatnonzero((excess[:, j] > 0.0) & exact)
         wrong = wrong[np.argsort(-excess[wrong, j], kind="stable")]
         share = error[..., j].max() / largest[j] if largest[j] > 0.0 else error[..., j].max()
         judged = float((SAFETY * noise[..., j] <= 0.1 * largest[j]).mean())
-        yield Finding(horizon, kind, name, float(share), tuple(runner.state_names[i] for i in wrong), judged)
+        through, angle = tuple(runner.state_names[i] for i in wrong), _cosine(found[..., j], expected[..., j])
+        yield Finding(horizon, kind, name, float(share), through, judged, angle)
+
+
+def _sizes(x0: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Return the size of each component of x_0 and c_0, its root mean square, shape (D + K,)."""
+    return np.sqrt(np.mean(np.concatenate([x0, c[0]], axis=1) ** 2, axis=0, dtype=np.float64)).clip(0.1)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the cosine between two arrays as vectors; 1 where both are zero, nan where one alone is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+        if lengths == (0.0, 0.0):
+            return 1.0
+        return float(np.vdot(a, b) / (lengths[0] * lengths[1])) if min(lengths) > 0.0 else np.nan
 
 
 def _names(system: Any, attribute: str, count: int) -> tuple[str, ...]:

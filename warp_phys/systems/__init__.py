@@ -11,6 +11,7 @@ from warp_phys.systems.quadrotor import Quadrotor
 from warp_phys.systems.quantum import Quantum
 from warp_phys.systems.repulsion import Repulsion
 from warp_phys.systems.solve import solve
+from warp_phys.systems.surrogate import Surrogate
 
 SYSTEMS: dict[str, type[System]] = {
     "cartpole": CartPole,
@@ -36,6 +37,7 @@ __all__ = [
     "Quantum",
     "Repulsion",
     "Simulator",
+    "Surrogate",
     "System",
     "SystemFunctions",
     "SystemTypes",

@@ -36,6 +36,7 @@ from warp_phys.flow import (
 from warp_phys.interop.torch.combine import places_of, size_of, split
 from warp_phys.interop.torch.contract import PassCheck
 from warp_phys.interop.torch.dense import as_array
+from warp_phys.interop.torch.hybrid import Hybrid
 from warp_phys.interop.torch.loss import rows_of_parameters, torch_stream
 from warp_phys.systems.base import System
 from warp_phys.systems.losses import When
@@ -88,6 +89,7 @@ def diagnose(
         TypeError, ValueError: Arguments that do not fit, as a call of the rollout and `System.loss` raise them.
         Diverged: A state is not finite, and the rollout's `on_divergence` is "raise".
     """
+    _refuse_hybrid(rollout)
     wanted = _flows(flows)
     wanted += tuple(flow for flow in (REGULAR, MODIFIED) if flow not in wanted)
     plain, count = parts_of(wanted), check_count("samples", samples)
@@ -158,6 +160,7 @@ def rotation(
         TypeError, ValueError: As in `diagnose`; a controller without trained parameters.
         Diverged: As in `diagnose`.
     """
+    _refuse_hybrid(rollout)
     wanted, plain = _flows(flows), parts_of(_flows(flows))
     rollout._given(rollout.initial_states(x0), inputs, memory)
     own = _apart(rollout)
@@ -214,6 +217,7 @@ def jacobians(
         TypeError, ValueError: As a call of the rollout does.
         Diverged: A state is not finite, and the rollout's `on_divergence` is "raise".
     """
+    _refuse_hybrid(rollout)
     count = None if samples is None else check_count("samples", samples)
     trajectory = _unroll(rollout, x0, None, parameters, (inputs, memory)).trajectory
     with torch_stream(rollout.device), torch.autocast(rollout.device.type, enabled=False):
@@ -234,6 +238,14 @@ def _flows(flows: FlowLike | Sequence[FlowLike]) -> tuple[Flow | Combined, ...]:
     refuse_memory(*resolved)
     refuse_whole("a diagnosis says what each component and each step gives to an update", *resolved)
     return resolved
+
+
+def _refuse_hybrid(rollout: Rollout) -> None:
+    if isinstance(rollout.system, Hybrid):
+        raise ValueError(
+            "a Hybrid is not diagnosed: which feedback is that of its module is not told from that of the controller. "
+            "Its report has the norms of M and R, and their agreement"
+        )
 
 
 def _objective(

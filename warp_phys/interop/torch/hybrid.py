@@ -67,8 +67,8 @@ class Hybrid:
 
     Args:
         system: A `System`; its physical parameters, cost and initial states are those of the hybrid.
-        module: Maps rows [x | c], shape (B, D + K), to rows r; or x and c, where its forward takes two arguments. Row by
-            row, the same way each time.
+        module: Maps rows [x | c], shape (B, D + K), to rows r; or x and c, where its forward takes two arguments. It
+            goes row by row, the same way each time.
         gives: What r is.
 
     Raises:
@@ -98,13 +98,19 @@ class Hybrid:
         """The system of rows that kernels know, see `warp_phys.systems.hybrid`."""
         self.network = Network(module, given_size(system, self.gives))
         """The module as a function of states and controls."""
+        self.open_loops: dict[Any, Any] = {}
+        """What `trajectory` keeps of it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is kept, so that copies and pickles are possible."""
+        return {**vars(self), "open_loops": {}}
 
     def __repr__(self) -> str:
         return f"Hybrid({self.system}, gives={self.gives!r})"
 
     def __getattr__(self, name: str) -> Any:
         """Return a physical parameter of the system."""
-        if name.startswith("_") or name in ("system", "rows") or name not in self.system.parameter_names:
+        if name.startswith("_") or name == "system" or name not in self.system.parameter_names:
             raise AttributeError(f"Hybrid has no {name}")
         return getattr(self.system, name)
 
@@ -228,13 +234,14 @@ class Hybrid:
                 z, u = torch.cat([own[0], own[0]], dim=1), torch.cat([own[1], r], dim=1)
                 adj = torch.nn.functional.pad(wp.to_torch(adj_y, requires_grad=False), (0, size))
                 adj_z, adj_u = torch.empty_like(z), torch.empty_like(u)
-                arrays = [as_array(tensor) for tensor in (z, u, adj, adj_z, adj_u)]
-                self.rows.step_vjp(*arrays, parameters, adj_parameters)
+                at, back = (as_array(z), as_array(u), as_array(adj)), (as_array(adj_z), as_array(adj_u))
+                self.rows.step_vjp(*at, *back, parameters=parameters, adj_parameters=adj_parameters)
             more: Sequence[torch.Tensor | None] = (None, None)
             if r.requires_grad:
                 more = torch.autograd.grad(r, own, adj_u[:, controls:], allow_unused=True)
-            for target, direct, by_module in zip((adj_x, adj_c), (adj_z[:, :size], adj_u[:, :controls]), more, strict=True):
-                total = direct if by_module is None else direct + by_module
+            direct = adj_z[:, :size], adj_u[:, :controls]
+            for target, by_system, by_module in zip((adj_x, adj_c), direct, more, strict=True):
+                total = by_system if by_module is None else by_system + by_module
                 wp.to_torch(target, requires_grad=False).copy_(total)
 
     def _check(self, x: wp.array, c: wp.array, other: wp.array, name: str) -> None:
@@ -259,8 +266,8 @@ def _checked(system: System, gives: str | Sequence[str]) -> str | tuple[str, ...
             raise ValueError(f"gives must not be 'inputs': {type(system).__name__} declares none")
         if gives == "inputs" and system.cost_reads_inputs:
             raise ValueError(
-                f"gives must not be 'inputs': the cost of {type(system).__name__} reads them, and a module gives them to "
-                "the step alone"
+                f"gives must not be 'inputs': the cost of {type(system).__name__} reads them, and a module gives them "
+                "to the step alone"
             )
         return gives
     names = (gives,) if isinstance(gives, str) else tuple(gives)

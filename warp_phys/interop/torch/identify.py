@@ -12,6 +12,7 @@ from warp_phys.core.arrays import shape_message
 from warp_phys.core.checks import check_given, check_instance, check_number, range_of
 from warp_phys.errors import Diverged, check_count
 from warp_phys.interop.extras import require
+from warp_phys.interop.torch.hybrid import Hybrid
 from warp_phys.interop.torch.open_loop import finite_numbers, trajectory
 from warp_phys.systems.base import System
 
@@ -31,7 +32,7 @@ TOLERANCE = 1e-10
 class Identified:
     """What `identify` found; `print` shows values and intervals."""
 
-    system: System
+    system: System | Hybrid
     """The system with the values found."""
     values: Mapping[str, float]
     """The values found."""
@@ -126,7 +127,7 @@ class Identified:
 
 
 def identify(
-    system: System,
+    system: System | Hybrid,
     states: Any,
     controls: Any,
     parameters: Mapping[str, float],
@@ -150,7 +151,8 @@ def identify(
     bounds. All numbers are float64.
 
     Args:
-        system: A `System`; what is not identified keeps its numbers.
+        system: A `System`, or a `Hybrid` whose module is float64 and stays as it is; what is not identified keeps its
+            numbers.
         states: Recorded states, shape (steps + 1, batch, D): torch, numpy or nested lists.
         controls: Recorded controls, shape (steps, batch, K) or (steps, 1, K).
         parameters: What is sought, by name, with start values.
@@ -175,7 +177,7 @@ def identify(
     """
     require("scipy", "scipy")
     check_instance("system", system)
-    if not isinstance(system, System):
+    if not isinstance(system, System | Hybrid):
         raise TypeError(f"system must be a warp_phys.System, got {type(system).__name__}")
     record = _record(system, states, controls, inputs)
     steps, batch, size = len(record.states) - 1, record.states.shape[1], system.state_size
@@ -207,7 +209,7 @@ class _Record(NamedTuple):
     inputs: torch.Tensor | None
 
 
-def _record(system: System, states: Any, controls: Any, inputs: Any) -> _Record:
+def _record(system: System | Hybrid, states: Any, controls: Any, inputs: Any) -> _Record:
     """Return what was recorded in float64, all samples with controls and inputs of their own."""
     if (inputs is None) != (not system.inputs):
         needed = ", ".join(system.inputs)
@@ -233,7 +235,7 @@ def _record(system: System, states: Any, controls: Any, inputs: Any) -> _Record:
 
 
 def _checked(
-    system: System, parameters: Any, bounds: Any
+    system: System | Hybrid, parameters: Any, bounds: Any
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:
     """Return names, start values and bounds of what is sought."""
     check_given(system.parameter_names, parameters)
@@ -262,7 +264,7 @@ def _checked(
     return tuple(parameters), np.array(starts), np.array(lows), np.array(highs)
 
 
-def _noise(system: System, noise: Any) -> np.ndarray | None:
+def _noise(system: System | Hybrid, noise: Any) -> np.ndarray | None:
     if noise is None:
         return None
     try:
@@ -290,8 +292,9 @@ class _Problem:
     """
 
     def __init__(
-        self, system: System, names: tuple[str, ...], record: _Record, length: int, low: np.ndarray, high: np.ndarray
-    ):
+        self, system: System | Hybrid, names: tuple[str, ...], record: _Record, length: int, low: np.ndarray,
+        high: np.ndarray,
+    ):  # fmt: skip
         self.system, self.names, self.record, self.low, self.high = system, names, record, low, high
         steps = len(record.states) - 1
         self.length, self.count = length, -(-steps // length)

@@ -1,6 +1,7 @@
 """Trajectories under given controls, as one node of torch's graph."""
 
 import functools
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from warp_phys.core.flow_gates import are_single
 from warp_phys.engine.phases import all_gates, check_gates
 from warp_phys.flow import Combined, Flow, resolve
 from warp_phys.interop.torch.dense import as_array, is_finite
+from warp_phys.interop.torch.hybrid import Hybrid
 from warp_phys.interop.torch.loss import (
     refuse_second_derivative,
     refuse_transforms,
@@ -22,18 +24,20 @@ from warp_phys.interop.torch.loss import (
     torch_stream,
 )
 from warp_phys.interop.torch.node import freeze_diverged
+from warp_phys.interop.torch.rollout import Rollout
 from warp_phys.interop.torch.rows import Beside, check_inputs, fill
 from warp_phys.programs import native_kernels
 from warp_phys.programs.program import SAMPLES
 from warp_phys.systems.base import System
 from warp_phys.systems.extended import Extended
+from warp_phys.systems.hybrid import refuse_limit
 
 GATES = 32
 """Gates that are kept."""
 
 
 def trajectory(
-    system: System,
+    system: System | Hybrid,
     x0: torch.Tensor,
     controls: torch.Tensor,
     parameters: Mapping[str, Any] | None = None,
@@ -44,10 +48,10 @@ def trajectory(
 
     Differentiable with respect to x0, controls, physical parameters and inputs, by one flow: of its gates those of the
     physics count, the others have no meaning without a controller. So "regular" and "modified" are the same, a
-    `Flow(0.9)` decays, and there is nothing to be combined.
+    `Flow(0.9)` decays, and there is nothing to be combined. The module of a `Hybrid` is trained, too.
 
     Args:
-        system: A `System`.
+        system: A `System` or a `Hybrid`.
         x0: Initial states, shape (batch, D), float32 or float64.
         controls: Shape (steps, batch, K) or (steps, 1, K).
         parameters: Physical parameters by name, a number or one per sample each; tensors may require gradients.
@@ -65,7 +69,7 @@ def trajectory(
     torch.Size([50, 8, 1])
     """
     check_instance("system", system)
-    if not isinstance(system, System):
+    if not isinstance(system, System | Hybrid):
         raise TypeError(f"system must be a warp_phys.System, got {type(system).__name__}: unroll Step instead")
     resolved = resolve(flow)
     if isinstance(resolved, Combined):
@@ -86,6 +90,8 @@ def trajectory(
         names = ", ".join(system.inputs)
         raise ValueError(f"{type(system).__name__} has inputs ({names}): give inputs" if names else
                          f"{type(system).__name__} has no inputs")  # fmt: skip
+    if isinstance(system, Hybrid):
+        return _hybrid(system, resolved, x0, controls, rows, inputs)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x0, controls, rows, inputs)):
         return _Trajectory.apply(system, resolved, x0, controls, rows, inputs)
     return _unroll(system, x0, controls, rows, inputs)[0][:, :, : system.state_size]
@@ -108,7 +114,7 @@ def finite_numbers(name: str, value: Any) -> torch.Tensor:
     return tensor.to(torch.float64)
 
 
-def _check(system: System, x0: Any, controls: Any) -> None:
+def _check(system: System | Hybrid, x0: Any, controls: Any) -> None:
     for name, value in (("x0", x0), ("controls", controls)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -144,6 +150,47 @@ def _unroll(system: System, x0: Any, controls: Any, rows: Any, inputs: Any) -> t
             wp.launch(kernel, len(x0), [c, p, x], device=x.device, record_tape=False)
     freeze_diverged(states, controls, "raise")
     return states, controls, inner
+
+
+class _Given(torch.nn.Module):
+    """A controller whose controls are given: the last of its inputs.
+
+    Args:
+        size: Number K of controls.
+        like: Initial states.
+    """
+
+    like: torch.Tensor
+
+    def __init__(self, size: int, like: torch.Tensor):
+        super().__init__()
+        self.size = size
+        self.register_buffer("like", like.new_zeros(()))
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """Return the controls in w (N, E), whatever the states."""
+        return w[:, -self.size :]
+
+
+def _hybrid(
+    hybrid: Hybrid, flow: Flow, x0: torch.Tensor, controls: torch.Tensor, rows: torch.Tensor | None, inputs: Any
+) -> torch.Tensor:
+    """Return the states of a hybrid: a rollout to which the controls are inputs. It is kept, with its program."""
+    refuse_limit(flow.limit)
+    own, kind = next(hybrid.module.parameters(), None), (x0.dtype, x0.device)
+    if own is not None and kind != (own.dtype, own.device):
+        raise TypeError(f"x0 must be {own.dtype} on {own.device} as the module is, got {x0.dtype} on {x0.device}")
+    if kind not in hybrid.open_loops:
+        module, size = _Given(hybrid.control_size, x0), hybrid.input_size + hybrid.control_size
+        hybrid.open_loops[kind] = Rollout(hybrid, module, len(controls), "regular", inputs=size), threading.RLock()
+    rollout, lock = hybrid.open_loops[kind]
+    if inputs is not None:
+        batch = max(inputs.shape[1], controls.shape[1])
+        controls = torch.cat([part.expand(-1, batch, -1) for part in (inputs, controls)], dim=2)
+    with lock:  # calls for another number of steps wait
+        rollout.steps = len(controls)
+        (states, _), _ = rollout._unroll(x0, rows, rollout._given(x0, controls, None), flow)
+    return states[:, :, : hybrid.state_size]
 
 
 class _Trajectory(torch.autograd.Function):
