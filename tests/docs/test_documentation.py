@@ -74,6 +74,8 @@ def skip_without_jax(needed: bool) -> None:
 def test_code_blocks_run(page, tmp_path):
     """A page's blocks run in order, in a module on disk: Warp reads the source of kernels from their file."""
     skip_without_jax("import jax" in code(page))
+    if "import mujoco" in code(page):
+        pytest.importorskip("mujoco", reason='needs MuJoCo: pip install "warp_phys[mujoco]"')
     name = "documented_" + page.stem.lower()
     file = tmp_path / f"{name}.py"
     file.write_text(code(page), encoding="utf-8")

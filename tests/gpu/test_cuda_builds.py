@@ -23,6 +23,7 @@ from warp_phys.programs.block_plan import TILES
 from warp_phys.programs.program import chain
 from warp_phys.programs.rules import RULES
 from warp_phys.systems import Extended
+from warp_phys.systems.hybrid import HybridRows
 
 ARCHITECTURES = {wp.float32: 80, wp.float64: 90}
 """What the kernels of each precision are built for: nothing in them asks for the architecture, so one is enough."""
@@ -124,6 +125,8 @@ def _kernels_of(real):
     yield "step-rows", lambda: kernels.trajectory_kernel(rows, real)
     chained = chain((rows.state_size, 8, rows.control_size), "tanh")
     yield "unroll-rows", lambda: block_kernels.unroll_kernel(rows, chained, real, TILES[-1])
+    hybrid = HybridRows(SYSTEMS[0], ("gravity", "half_length")).structure
+    yield "sweep-hybrid", lambda: kernels.sweep_kernel(hybrid, real, True)
     for factory in OF_A_PROGRAM:
         yield f"{factory.__name__}-all", lambda f=factory: f(_everything(real), real)
 

@@ -9,7 +9,7 @@ from tests.programs import test_modules as modules
 from tests.programs.test_blocks import POLICIES
 from tests.rollout.reference import relative
 from warp_phys import CartPole, Diverged, Quantum
-from warp_phys.interop.torch import Rollout, Update
+from warp_phys.interop.torch import Hybrid, Rollout, Update
 
 CUDA = [device.alias for device in wp.get_cuda_devices()]
 pytestmark = pytest.mark.skipif(
@@ -63,6 +63,23 @@ def test_programs(name, dtype, tolerance, batch):
         update = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
         found.append([tensor.detach().cpu().double() for tensor in (states, controls, x0.grad, update)])
     assert all(relative(b, a) < tolerance for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["general", "fused"])
+def test_a_network_in_the_physics(backend):
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        layers = [torch.nn.Sequential(torch.nn.Linear(n, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)) for n in (7, 6)]
+        module, policy = (part.to(device, torch.float64) for part in layers)
+        hybrid = Hybrid(CartPole(poles=2), module, "controls")
+        states, _ = Rollout(hybrid, policy, 20, "M", backend=backend)(
+            torch.as_tensor(hybrid.sample(9)).to(device, torch.float64)
+        )
+        hybrid.loss(states, when="every").backward()
+        grads = [p.grad.flatten() for part in (policy, module) for p in part.parameters()]
+        found.append(torch.cat([states.detach().flatten(), *grads]).cpu())
+    assert relative(found[1], found[0]) < 1e-9
 
 
 def test_a_program_waits_to_be_asked_for():

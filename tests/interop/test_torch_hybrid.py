@@ -252,11 +252,62 @@ def test_rollouts_in_pure_warp():
         tape.zero()
 
 
+class Rubbing(torch.nn.Module):
+    """A force of the cart's velocity alone."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+
+    def forward(self, x, c):
+        return self.layers(x[:, 1:2])
+
+
+class Friction(torch.nn.Module):
+    """The same, as it is."""
+
+    def forward(self, x, c):
+        return -0.8 * x[:, 1:2] - torch.tanh(x[:, 1:2] / 0.3)
+
+
+def _recorded(truth, batch, steps):
+    x0 = torch.from_numpy(truth.sample(batch)).double()
+    forces = 8.0 * _numbers(steps // 4, batch, 1).repeat_interleave(4, dim=0)
+    with torch.no_grad():
+        return x0, forces, trajectory(truth, x0, forces)
+
+
+def test_friction_is_learned_together_with_a_length():
+    """To 5 % of its force, from noisy trajectories; the length comes out as well."""
+    truth = Hybrid(CartPole(dt=0.05, half_length=0.4), Friction(), "controls")
+    x0, forces, states = _recorded(truth, 32, 20)
+    noisy = states + 0.01 * _numbers(*states.shape, seed=4)
+    module, length = Rubbing(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    hybrid = Hybrid(SYSTEM, module, "controls")
+    optimiser = torch.optim.LBFGS([length, *module.parameters()], max_iter=120, line_search_fn="strong_wolfe")
+
+    def misfit():
+        optimiser.zero_grad()
+        loss = ((trajectory(hybrid, x0, forces, {"half_length": length}) - noisy) / 0.01).square().mean()
+        loss.backward()
+        return loss
+
+    optimiser.step(misfit)
+    x = torch.zeros(31, 4, dtype=torch.float64)
+    x[:, 1] = torch.linspace(-2.0, 2.0, 31)  # where most of the velocities are
+    right, found = truth.module(x, None), module(x, None).detach()
+    assert (found - right).norm() < 0.05 * right.norm()
+    assert float(length.detach()) == pytest.approx(0.4, rel=0.01)
+    with torch.no_grad():
+        module.layers[2].weight *= 1.1  # a force that is a tenth off does not pass
+    assert (module(x, None).detach() - right).norm() > 0.05 * right.norm()
+
+
 def test_identify_with_a_network_that_stays():
-    truth = Hybrid(CartPole(dt=0.05, half_length=0.4), Network(1), "controls")
-    x0, forces = _start().detach(), 3.0 * _numbers(STEPS, BATCH, 1)
-    recorded = trajectory(truth, x0, forces).detach()
-    found = identify(Hybrid(SYSTEM, truth.module, "controls"), recorded, forces, {"half_length": 0.6}, noise=0.01)
+    truth = Hybrid(CartPole(dt=0.05, half_length=0.4), Rubbing(), "controls")
+    x0, forces, states = _recorded(truth, 8, 12)
+    found = identify(Hybrid(SYSTEM, truth.module, "controls"), states, forces, {"half_length": 0.6}, noise=0.01)
     assert found.values["half_length"] == pytest.approx(0.4, rel=1e-6)
     assert found.system.module is truth.module and found.system.half_length == found.values["half_length"]
 

@@ -62,7 +62,7 @@ class Surrogate:
         self.backward: Simulator = backward
 
     def __repr__(self) -> str:
-        return f"Surrogate({self.forward}, backward={self.backward})"
+        return f"Surrogate({_shown(self.forward)}, backward={_shown(self.backward)})"
 
     def __getattr__(self, name: str) -> Any:
         """Return what the simulators have besides their verbs."""
@@ -112,3 +112,9 @@ class Surrogate:
 
 def _names(what: str, *simulators: Any) -> tuple[str, ...]:
     return next((names for s in simulators if (names := tuple(getattr(s, what, ())))), ())
+
+
+def _shown(simulator: Any) -> str:
+    """Return a simulator in words: its name, if it says nothing of itself."""
+    kind = type(simulator)
+    return kind.__name__ if kind.__repr__ is object.__repr__ else repr(simulator)
