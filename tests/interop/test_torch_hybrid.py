@@ -360,3 +360,13 @@ def test_what_a_hybrid_has_of_its_system():
     trajectory(hybrid, torch.zeros(2, 4), torch.zeros(3, 2, 1))
     other = copy.deepcopy(hybrid)
     assert other.module is not hybrid.module and not other.open_loops
+
+
+def test_compiled_code():
+    network, policy = Network(1), Plain(SYSTEM)
+    rollout, x0, found = Rollout(Hybrid(SYSTEM, network, "controls"), policy, STEPS, "M"), _start(), []
+    leaves = [x0, *policy.parameters(), *network.parameters()]
+    for call in (rollout, torch.compile(lambda x: rollout(x), backend="aot_eager", fullgraph=True)):
+        states, controls = call(x0)
+        found.append(torch.autograd.grad(_loss(states, controls), leaves))
+    _check(found[1], found[0])
