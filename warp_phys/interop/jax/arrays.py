@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from warp_phys.core.arrays import real_type, shape_message
-from warp_phys.core.checks import check_given, check_lengths, range_of
+from warp_phys.core.checks import check_given, check_lengths, range_of, within
+from warp_phys.errors import shown
 from warp_phys.systems.base import System
 
 
@@ -60,14 +61,14 @@ def rows_of_parameters(system: Any, values: Mapping[str, Any] | None, like: jax.
 
     Raises:
         TypeError, ValueError: Something else than numbers, an unknown name, lengths that differ, numbers that are not
-            finite, a dt that is not positive, where the numbers are known.
+            finite or not in their range, where the numbers are known.
     """
     values = values or {}
     names: Sequence[str] = getattr(system, "parameter_names", ())
     check_given(names, values)
     if not isinstance(system, System):
         return None
-    columns = [_column(name, values.get(name, getattr(system, name)), like) for name in names]
+    columns = [_column(system, name, values.get(name, getattr(system, name)), like) for name in names]
     return jnp.stack(columns, axis=1)
 
 
@@ -77,11 +78,11 @@ def shared_columns(system: Any, values: Mapping[str, Any] | None) -> tuple[bool,
     return tuple(jnp.size((values or {}).get(name, 0.0)) == 1 for name in names)
 
 
-def _column(name: str, value: Any, like: jax.Array) -> jax.Array:
+def _column(system: Any, name: str, value: Any, like: jax.Array) -> jax.Array:
     column = jnp.asarray(value, like.dtype)
     check_lengths(name, column.shape, len(like))
     if not is_traced(column):
         numbers = np.asarray(column)
-        if not np.isfinite(numbers).all() or (range_of(name) == "positive" and (numbers <= 0.0).any()):
-            raise ValueError(f"parameter {name} must be {range_of(name)}, got {value}")
+        if not np.isfinite(numbers).all() or not within(range_of(system, name), numbers).all():
+            raise ValueError(f"parameter {name} must be {range_of(system, name)}, got {shown(value)}")
     return jnp.broadcast_to(column, len(like))

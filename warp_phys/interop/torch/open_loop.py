@@ -11,6 +11,7 @@ from warp_phys.core import kernels
 from warp_phys.core.arrays import as_structs, for_all_streams, shape_message
 from warp_phys.core.checks import check_instance
 from warp_phys.core.flow_gates import are_single
+from warp_phys.core.kernel_cache import start_warp
 from warp_phys.engine.phases import all_gates, check_gates
 from warp_phys.flow import Combined, Flow, resolve
 from warp_phys.interop.torch.dense import as_array, is_finite
@@ -76,7 +77,7 @@ def trajectory(
     refuse_transforms("a trajectory")
     _check(system, x0, controls)
     check_gates([resolved], len(controls))
-    wp.init()
+    start_warp()
     rows = rows_of_parameters(system, parameters or {}, x0)
     if inputs is not None and not isinstance(inputs, torch.Tensor):
         raise TypeError(f"inputs must be a torch.Tensor, got {type(inputs).__name__}")

@@ -12,6 +12,7 @@ import torch
 import warp as wp
 
 from warp_phys.core.arrays import as_structs, shape_message
+from warp_phys.core.kernel_cache import start_warp
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.loss import in_transform, rows_of_parameters, structs_of, torch_stream
 from warp_phys.rollout import check_sizes
@@ -41,7 +42,7 @@ class Step:
 
     def __init__(self, system: Simulator):
         check_sizes(system, object())
-        wp.init()
+        start_warp()
         self.system = system
         self._name = name_of(system)
 

@@ -8,6 +8,7 @@ import torch
 import warp as wp
 
 from warp_phys.core.arrays import for_all_streams, shape_message
+from warp_phys.core.kernel_cache import start_warp
 from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import (
     Adjoints,
@@ -144,7 +145,7 @@ class Rollout:
     ):
         if not isinstance(controller, torch.nn.Module):
             raise TypeError(f"controller must be a torch.nn.Module, got {type(controller).__name__}")
-        wp.init()
+        start_warp()
         self._system, self._controller = system, controller
         self._steps = check_count("steps", steps)
         self.flow = flow
