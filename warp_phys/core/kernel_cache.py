@@ -25,7 +25,7 @@ def start_warp() -> None:
         raise OSError(
             error.errno, f"{wp.config.kernel_cache_dir} cannot be made ({error.strerror}): {ADVICE}"
         ) from None
-    folder = wp.config.kernel_cache_dir
+    folder = str(wp.config.kernel_cache_dir)
     if not os.access(folder, os.W_OK | os.X_OK):
         warnings.warn(
             f"{folder} cannot be written: kernels that are in it already will do, others cannot be compiled; {ADVICE}",

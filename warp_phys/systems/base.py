@@ -239,7 +239,7 @@ class System(ABC):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
                 raise TypeError(
-                    f"{name} must be a number, got {shown(value)}; numbers per sample go to parameter_array, or to a rollout"
+                    f"{name} must be a number, got {shown(value)}; numbers per sample go to a rollout or an array"
                 )
             number, wanted = plain_number(value), self.range_of(name)
             if number is None or not (math.isfinite(number) and within(wanted, number)):
@@ -387,7 +387,8 @@ class System(ABC):
         Raises:
             ValueError, TypeError: Wrong shapes, times that are not there, a control cost without controls.
         """
-        return losses.loss(self, states, controls, when, control_cost, parameters or {}, inputs)
+        given = {} if parameters is None else parameters
+        return losses.loss(self, states, controls, when, control_cost, given, inputs)
 
     def draw(self, axes: Any, state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
         """Draw one state, shape (D,), on matplotlib `axes`; return the artists."""

@@ -14,7 +14,7 @@ import warp as wp
 from warp_phys.core import kernels
 from warp_phys.core.arrays import for_all_streams, real_type, shape_message
 from warp_phys.core.checks import check_number
-from warp_phys.errors import check_choice
+from warp_phys.errors import check_choice, shown
 
 COSTS: dict[str, Callable[..., Any]] = {}
 """The pointwise cost of other frameworks' arrays; a bridge enters its own when it is imported, since a system imports
@@ -111,6 +111,8 @@ def check_trajectory(system: Any, states: Any, controls: Any, control_cost: floa
     """Raise a TypeError or ValueError that names what is wrong with the arrays of a trajectory."""
     if not hasattr(states, "shape") or not hasattr(states, "dtype"):
         raise TypeError(f"states must be an array, got {type(states).__name__}")
+    if not any(kind in str(states.dtype) for kind in ("float32", "float64")):
+        raise TypeError(f"states must hold float32 or float64, got {states.dtype}")
     shape = tuple(states.shape)
     if len(shape) != 3 or shape[2] != system.state_size or shape[0] < 2 or shape[1] < 1:
         message = shape_message("states", ("steps + 1", "batch", system.state_size), shape, ", ".join(system.states))
@@ -119,9 +121,25 @@ def check_trajectory(system: Any, states: Any, controls: Any, control_cost: floa
         check_number("control_cost", control_cost, least=0.0)
     if controls is None and not (_is_known(control_cost) and control_cost == 0.0):
         raise ValueError("control_cost needs the controls: pass controls, shape (steps, batch, K)")
+    if controls is not None:
+        _check_controls(controls, states)
     if controls is not None and tuple(controls.shape) != (shape[0] - 1, shape[1], system.control_size):
         expected = (shape[0] - 1, shape[1], system.control_size)
         raise ValueError(shape_message("controls", expected, controls.shape, ", ".join(system.controls)))
+
+
+def _check_controls(controls: Any, states: Any) -> None:
+    """Raise a TypeError if controls are no array of numbers of the kind that states are."""
+    if not hasattr(controls, "shape") or not hasattr(controls, "dtype"):
+        raise TypeError(f"controls must be an array, got {shown(controls)}")
+    name = _framework(states) or ("warp" if isinstance(states, wp.array) else "")
+    own = _framework(controls) or ("warp" if isinstance(controls, wp.array) else "")
+    if own != name:
+        raise TypeError(
+            f"controls must be an array as states are, {type(states).__name__}, got {type(controls).__name__}"
+        )
+    if "float" not in str(controls.dtype):
+        raise TypeError(f"controls must hold float32 or float64, got {controls.dtype}")
 
 
 def check_loss(system: Any, when: When, steps: int, control_cost: float) -> Literal["final", "every"] | tuple[int, ...]:
@@ -152,7 +170,7 @@ def chosen_times(when: When, steps: int) -> tuple[int, ...]:
     if isinstance(when, str):
         check_choice("when", when, ("final", "every"))
         return (steps,) if when == "final" else tuple(range(1, steps + 1))
-    wanted = f"when must be 'final', 'every' or distinct steps from 0 to {steps}, got {when!r}"
+    wanted = f"when must be 'final', 'every' or distinct steps from 0 to {steps}, got {shown(when)}"
     try:
         given = tuple(when)
         times = tuple(operator.index(n) for n in given)

@@ -43,7 +43,7 @@ def check_rows(name: str, value: Any, system: Any) -> jax.Array:
             f"{name} holds float64, which JAX is not set to use: jax.config.update('jax_enable_x64', True), or "
             f"{name}.astype('float32')"
         )
-    array = jnp.asarray(value)
+    array = as_jax_array(name, value)
     columns = ", ".join(getattr(system, "states", ()))
     if array.ndim != 2 or array.shape[1] != system.state_size or len(array) == 0:
         raise ValueError(shape_message(name, (-1, system.state_size), array.shape, columns))
@@ -56,6 +56,16 @@ def check_rows(name: str, value: Any, system: Any) -> jax.Array:
     return array
 
 
+def as_jax_array(name: str, value: Any) -> jax.Array:
+    """Return what JAX takes for an array, numpy's of any byte order too, or raise a TypeError that names it."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        value = value.astype(value.dtype.newbyteorder("="), copy=False)
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(f"{name} must be an array of numbers: {error}") from None
+
+
 def rows_of_parameters(system: Any, values: Mapping[str, Any] | None, like: jax.Array) -> jax.Array | None:
     """Return physical parameters as rows (batch, number of parameters) for states `like`; None for a foreign system.
 
@@ -63,7 +73,7 @@ def rows_of_parameters(system: Any, values: Mapping[str, Any] | None, like: jax.
         TypeError, ValueError: Something else than numbers, an unknown name, lengths that differ, numbers that are not
             finite or not in their range, where the numbers are known.
     """
-    values = values or {}
+    values = {} if values is None else values
     names: Sequence[str] = getattr(system, "parameter_names", ())
     check_given(names, values)
     if not isinstance(system, System):
@@ -79,7 +89,7 @@ def shared_columns(system: Any, values: Mapping[str, Any] | None) -> tuple[bool,
 
 
 def _column(system: Any, name: str, value: Any, like: jax.Array) -> jax.Array:
-    column = jnp.asarray(value, like.dtype)
+    column = as_jax_array(f"parameter {name}", value).astype(like.dtype)
     check_lengths(name, column.shape, len(like))
     if not is_traced(column):
         numbers = np.asarray(column)

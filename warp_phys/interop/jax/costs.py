@@ -30,7 +30,7 @@ def loss(
         ValueError, TypeError: As `System.loss` does.
     """
     states, controls = jnp.asarray(states), None if controls is None else jnp.asarray(controls)
-    check_given(getattr(system, "parameter_names", ()), parameters or {})
+    check_given(getattr(system, "parameter_names", ()), {} if parameters is None else parameters)
     own: dict[str, Any] = {"parameters": parameters} if parameters else {}
     own |= {} if inputs is None else {"inputs": jnp.asarray(inputs)}
     return system.loss(states, controls, when=when, control_cost=control_cost, **own)

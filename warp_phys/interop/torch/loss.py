@@ -112,7 +112,7 @@ def structs_of(system: System, rows: torch.Tensor | None, like: wp.array) -> wp.
     return as_structs(as_array(rows.detach().contiguous()), system.types(like.dtype).Parameters)
 
 
-def rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor | None:
+def rows_of_parameters(system: Any, values: Mapping[str, Any] | None, like: torch.Tensor) -> torch.Tensor | None:
     """Return physical parameters as rows (1 or batch, number of parameters) for states `like`, (batch, D).
 
     None stands for the system's own.
@@ -121,10 +121,12 @@ def rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tenso
         TypeError, ValueError: Something else than numbers, an unknown name, lengths that differ, numbers that are not
             finite, or not in their range.
     """
-    if not values:
+    if values is None:
         return None
     names = getattr(system, "parameter_names", ())
     check_given(names, values)
+    if not values:
+        return None
     given = {name: _as_tensor(name, value, like.dtype) for name, value in values.items()}
     for name, column in given.items():
         check_lengths(name, column.shape, len(like))

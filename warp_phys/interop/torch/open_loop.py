@@ -78,7 +78,7 @@ def trajectory(
     _check(system, x0, controls)
     check_gates([resolved], len(controls))
     start_warp()
-    rows = rows_of_parameters(system, parameters or {}, x0)
+    rows = rows_of_parameters(system, parameters, x0)
     if inputs is not None and not isinstance(inputs, torch.Tensor):
         raise TypeError(f"inputs must be a torch.Tensor, got {type(inputs).__name__}")
     if inputs is not None:

@@ -67,7 +67,7 @@ class Step:
         """
         _check("x", x, (-1, self.system.state_size), x)
         _check("c", c, (len(x), self.system.control_size), x)
-        rows = rows_of_parameters(self.system, parameters or {}, x)
+        rows = rows_of_parameters(self.system, parameters, x)
         if torch.compiler.is_compiling() or not in_transform():
             return torch.ops.warp_phys.step(x, c, rows, self._name)
         return _StepInTransform.apply(x, c, rows, self._name)

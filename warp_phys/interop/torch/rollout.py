@@ -8,6 +8,7 @@ import torch
 import warp as wp
 
 from warp_phys.core.arrays import for_all_streams, shape_message
+from warp_phys.core.checks import check_function
 from warp_phys.core.kernel_cache import start_warp
 from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import (
@@ -154,6 +155,7 @@ class Rollout:
         self.report = Report()
         """Numbers of the last backward pass."""
         self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "mask"))
+        check_function("reduce", reduce, "the updates, shape (flows, parameters)")
         self.reduce = reduce
         self.check = check_choice("check", check, ("auto", "always"))
         self._passes = 0
@@ -317,7 +319,7 @@ class Rollout:
         refuse_transforms("a rollout")
         x0 = self.initial_states(x0)
         beside = self._given(x0, inputs, memory)
-        rows = rows_of_parameters(self.system, parameters or {}, x0)
+        rows = rows_of_parameters(self.system, parameters, x0)
         return self._own_parts(*self._unroll(x0, rows, beside)[0])
 
     def _own_parts(self, states: torch.Tensor, controls: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -445,7 +447,7 @@ class Rollout:
         if inputs is not None and inputs.ndim == 2:
             inputs = inputs[:, None]
         _ = self._inner  # or an error that says what is not known yet
-        rows = rows_of_parameters(self.system, parameters or {}, x0)
+        rows = rows_of_parameters(self.system, parameters, x0)
         refuse_averaging(self.controller, self._flow, self.reduce)
         if torch.is_grad_enabled() and isinstance(self._flow, Combined):
             if any(value is not None and value.requires_grad for value in (x0, rows, inputs, memory)):
@@ -579,7 +581,7 @@ class Rollout:
         _clear_gradients(self.controller.parameters())
         own = {"parameters": parameters} if parameters else {}  # a foreign system's loss takes none
         with torch.enable_grad():
-            rows = rows_of_parameters(self.system, parameters or {}, x0)
+            rows = rows_of_parameters(self.system, parameters, x0)
             unrolled, leaves = self._unroll(x0.detach(), rows, beside, flow)
             states, controls, *_ = self._own_parts(*unrolled)
             for tensor in (rows, *beside):
@@ -600,6 +602,8 @@ class Rollout:
             columns = ", ".join(getattr(self.system, "states", ()))
             message = shape_message("x0", (-1, self.system.state_size), x0.shape)
             raise ValueError(f"{message} for {self.system}" + (f"; its columns are {columns}" if columns else ""))
+        if x0.layout != torch.strided:
+            raise TypeError(f"x0 must be a dense tensor, got one of layout {x0.layout}")
         if x0.dtype != self.dtype:
             raise TypeError(f"x0 must hold {self.dtype} as the controller does, got {x0.dtype}")
         if x0.device != self.device:
@@ -616,7 +620,7 @@ class Rollout:
         if isinstance(x0, (np.ndarray, list, tuple)):
             try:
                 array = np.asarray(x0)
-            except ValueError as error:
+            except (ValueError, TypeError, RuntimeError) as error:
                 raise ValueError(f"{name} must be rows of one length: {error}") from None
             if array.dtype.kind != "f":
                 raise TypeError(f"{name} must hold floating-point numbers, got {array.dtype}")
@@ -624,7 +628,10 @@ class Rollout:
             array = np.ascontiguousarray(array, np.float64 if self.dtype == torch.float64 else np.float32)
             return torch.as_tensor(array).to(self.device)
         if hasattr(x0, "__dlpack__"):
-            return torch.from_dlpack(x0)
+            try:
+                return torch.from_dlpack(x0)
+            except (BufferError, RuntimeError, TypeError, ValueError) as error:
+                raise TypeError(f"{name} must be an array of numbers that torch can take: {error}") from None
         raise TypeError(f"{name} must be a torch, numpy or DLPack array, got {type(x0).__name__}")
 
     def _structs(self, rows: torch.Tensor | None, like: wp.array) -> wp.array | None:
