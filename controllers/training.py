@@ -101,8 +101,7 @@ def train(
     if folder:
         loop.save(folder)
         if finished:
-            with files.atomic_write(folder / files.CONTROLLER) as file:
-                torch.save(loop.controller.state_dict(), file)
+            files.save_tensors(folder / files.CONTROLLER, loop.controller.state_dict())
         if loop.records:
             title = f"{settings.system}, {settings.flow} flow, seed {settings.seed}"
             plot_record(folder / files.CURVES, loop.records, title)
@@ -282,11 +281,16 @@ class Loop:
         done = len(content["records"]) + (content["minibatch"] > 0)
         if done > self.settings.epochs:
             raise ValueError(f"epochs must be at least {done}, as the saved run has begun, got {self.settings.epochs}")
-        self.controller.load_state_dict(content["weights"])
-        self.optimiser.load_state_dict(content["optimiser"])
-        if "update" in content:  # an earlier version had no flow with a memory
-            self.step.load_state_dict(content["update"])
-        self.records = [Record(*values) for values in content["records"]]
-        self.minibatch, self.seconds = content["minibatch"], content["seconds"]
-        if self.ranks.leads:
-            self.losses.copy_(content["losses"])
+        try:
+            self.controller.load_state_dict(content["weights"])
+            self.optimiser.load_state_dict(content["optimiser"])
+            if "update" in content:  # an earlier version had no flow with a memory
+                self.step.load_state_dict(content["update"])
+            self.records = [Record(*values) for values in content["records"]]
+            self.minibatch, self.seconds = content["minibatch"], content["seconds"]
+            if self.ranks.leads:
+                self.losses.copy_(content["losses"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"out: the checkpoint does not fit its own settings: {' '.join(str(error).split())}"
+            ) from None

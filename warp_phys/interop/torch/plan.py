@@ -207,7 +207,7 @@ class _Problem:
         if cost is not None and (when != "every" or control_cost != 0.0):
             raise ValueError("when and control_cost belong to the system's own loss: give them, or a cost")
         check_loss(system, when, self.steps, control_cost)
-        self.parameters = parameters
+        self.parameters = {} if parameters is None else parameters
         self.inputs = None if inputs is None else finite_numbers("inputs", inputs).to(self.x0.device)
         self.shape = (self.steps, len(self.x0), system.control_size)
         self.low, self.high = _bounds(system, bounds)
