@@ -178,7 +178,7 @@ def check_network(hidden: Sequence[int], activation: str, init: str, seed: int |
 @torch.no_grad()
 def initialise(layers: Sequence[torch.nn.Linear | torch.nn.Conv1d], init: str, seed: int | None) -> None:
     """Set the weights of a chain of linear layers and convolutions, see `MLP`."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(int(seed))
     for layer in layers:
         if init == "torch":
             # Kaiming with a = √5, which torch uses, comes to this bound for weights and biases alike.

@@ -19,13 +19,13 @@ Source: Schnell & Thuerey, "Stabilizing Backpropagation Through Time to Learn Co
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from warp_phys.core.checks import check_number, numbers_of
+from warp_phys.core.checks import check_flag, check_number, numbers_of
 from warp_phys.errors import check_count, shown
 
 
@@ -340,8 +340,7 @@ class Combined:
             raise ValueError(f"memory must be at least 0 and below 1, got {self.memory!r}")
         object.__setattr__(self, "memory", float(self.memory))
         for name in ("either", "whole"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         if self.either and not self.memory:
             raise ValueError("either=True needs a memory above 0")
 
@@ -448,7 +447,7 @@ def resolve_all(flows: FlowLike | Sequence[FlowLike]) -> tuple[Flow | Combined, 
     """
     if isinstance(flows, (str, Flow, Combined)):
         return (resolve(flows),)
-    if not isinstance(flows, Iterable):
+    if not isinstance(flows, Iterable) or isinstance(flows, (bytes, Mapping)):
         raise TypeError(f"flows must be a flow or several, got {shown(flows)}")
     return tuple(map(resolve, flows))
 

@@ -52,7 +52,7 @@ def plain_number(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:  # an integer above all floats
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -193,9 +193,7 @@ def check_given(names: Sequence[str], values: Any) -> None:
     if unknown:
         raise ValueError(f"parameters {', '.join(unknown)} are unknown; there are {', '.join(names) or 'none'}")
     for name, value in values.items():
-        is_array = hasattr(value, "shape") and any(
-            kind in str(getattr(value, "dtype", "")) for kind in ("float", "int")
-        )
+        is_array = hasattr(value, "shape") and _holds_numbers(getattr(value, "dtype", None))
         is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0
         is_list = is_list and not any(plain_number(entry) is None for entry in value)
         if not (is_array or is_list or plain_number(value) is not None):
@@ -203,6 +201,13 @@ def check_given(names: Sequence[str], values: Any) -> None:
         too_large = (entry for entry in (value if is_list and not is_array else [value]) if isinstance(entry, int))
         if any(math.isinf(plain_number(entry) or 0.0) for entry in too_large):
             raise ValueError(f"parameter {name} must be finite, got {shown(value)}")
+
+
+def _holds_numbers(dtype: Any) -> bool:
+    """Whether this is a type of real numbers, of numpy or of any other library."""
+    if isinstance(dtype, np.dtype):
+        return dtype.kind in "fiu"
+    return any(kind in str(dtype) for kind in ("float", "int"))
 
 
 def check_lengths(name: str, shape: Sequence[int], batch: int) -> None:

@@ -204,7 +204,7 @@ class _Problem:
         if self.x0.ndim != 2 or self.x0.shape[1] != system.state_size or len(self.x0) == 0:
             raise ValueError(shape_message("x0", (-1, system.state_size), self.x0.shape, ", ".join(system.states)))
         check_function("cost", cost, "states and controls")
-        if cost is not None and (when != "every" or control_cost != 0.0):
+        if cost is not None and (not isinstance(when, str) or when != "every" or control_cost != 0.0):
             raise ValueError("when and control_cost belong to the system's own loss: give them, or a cost")
         check_loss(system, when, self.steps, control_cost)
         self.parameters = {} if parameters is None else parameters

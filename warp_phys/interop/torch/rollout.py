@@ -45,7 +45,7 @@ from warp_phys.interop.torch.contract import (
     refuse_averaging,
 )
 from warp_phys.interop.torch.controller import TorchController, precision_and_device
-from warp_phys.interop.torch.dense import as_array, is_finite
+from warp_phys.interop.torch.dense import as_array, check_dense, is_finite
 from warp_phys.interop.torch.direct import DirectPass, Given
 from warp_phys.interop.torch.leaves import Cuts, leaves_of
 from warp_phys.interop.torch.loss import (
@@ -596,14 +596,11 @@ class Rollout:
 
     def initial_states(self, x0: Any, check_finite: bool = True) -> torch.Tensor:
         """Return x0 as a tensor that fits, or raise; without `check_finite` whatever its numbers are."""
-        if not isinstance(x0, torch.Tensor):
-            x0 = self.as_tensor(x0)
+        x0 = self.as_tensor(x0)
         if x0.ndim != 2 or x0.shape[1] != self.system.state_size or len(x0) == 0:
             columns = ", ".join(getattr(self.system, "states", ()))
             message = shape_message("x0", (-1, self.system.state_size), x0.shape)
             raise ValueError(f"{message} for {self.system}" + (f"; its columns are {columns}" if columns else ""))
-        if x0.layout != torch.strided:
-            raise TypeError(f"x0 must be a dense tensor, got one of layout {x0.layout}")
         if x0.dtype != self.dtype:
             raise TypeError(f"x0 must hold {self.dtype} as the controller does, got {x0.dtype}")
         if x0.device != self.device:
@@ -616,6 +613,7 @@ class Rollout:
     def as_tensor(self, x0: Any, name: str = "x0") -> torch.Tensor:
         """Return numpy or DLPack data as a tensor: numpy in the controller's precision and on its device."""
         if isinstance(x0, torch.Tensor):
+            check_dense(name, x0)
             return x0
         if isinstance(x0, (np.ndarray, list, tuple)):
             try:

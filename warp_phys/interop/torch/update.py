@@ -219,8 +219,7 @@ class Update:
         """
         refuse_inference("an update")
         check_function("stop", stop, "no arguments")
-        if not isinstance(x0, torch.Tensor):
-            x0 = self.rollout.as_tensor(x0)
+        x0 = self.rollout.as_tensor(x0)
         size = self.rollout.system.state_size
         if x0.ndim != 3 or 0 in x0.shape or x0.shape[2] != size:
             raise ValueError(shape_message("x0", ("minibatches", -1, size), x0.shape))
