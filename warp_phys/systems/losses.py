@@ -14,6 +14,7 @@ import warp as wp
 from warp_phys.core import kernels
 from warp_phys.core.arrays import for_all_streams, numpy_type, real_type, shape_message
 from warp_phys.core.checks import check_number, numbers_of
+from warp_phys.core.kernel_cache import start_warp
 from warp_phys.errors import check_choice, shown
 
 COSTS: dict[str, Callable[..., Any]] = {}
@@ -200,6 +201,7 @@ def chosen_array(times: tuple[int, ...], device: str) -> wp.array:
 
 def _numpy_costs(system, states, times, parameters) -> np.ndarray:
     """Return the pointwise costs of numpy states, shape (times, batch)."""
+    start_warp()
     real = real_type(states.dtype)
     x = wp.array(np.ascontiguousarray(states, numpy_type(real)), dtype=real, device="cpu", copy=False)
     p = system.check_parameters(system.parameter_array(parameters, device="cpu", dtype=real), x, x.shape[1])

@@ -9,6 +9,7 @@ import numpy as np
 
 from warp_phys.core.arrays import real_type, shape_message
 from warp_phys.core.checks import check_given, check_lengths, range_of, within
+from warp_phys.core.kernel_cache import start_warp
 from warp_phys.errors import shown
 from warp_phys.systems.base import System
 
@@ -43,6 +44,7 @@ def check_rows(name: str, value: Any, system: Any) -> jax.Array:
             f"{name} holds float64, which JAX is not set to use: jax.config.update('jax_enable_x64', True), or "
             f"{name}.astype('float32')"
         )
+    start_warp()
     array = as_jax_array(name, value)
     columns = ", ".join(getattr(system, "states", ()))
     if array.ndim != 2 or array.shape[1] != system.state_size or len(array) == 0:
