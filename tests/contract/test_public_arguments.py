@@ -15,7 +15,7 @@ import torch
 import warp as wp
 from hypothesis import HealthCheck, given, settings
 
-from controllers import MLP, GridCNN, Linear, Training
+from controllers import MLP, GridCNN, Linear, Training, train
 from tests.contract.arguments import (
     Entry,
     Fresh,
@@ -643,6 +643,16 @@ MEASURES = [
 ]
 
 NETWORKS = [
+    Entry(
+        "train",
+        train,
+        {"settings": Training(out="")},
+        {
+            "settings": bad(None, 3, "run", {}, Training),
+            **{name: bad(0, 1, None, "yes", [], object()) for name in ("resume", "overwrite", "graph")},
+            **{name: bad(0, "stop", [], object()) for name in ("stop", "progress")},
+        },
+    ),
     Entry(
         "MLP",
         MLP,
