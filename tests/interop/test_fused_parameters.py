@@ -174,7 +174,7 @@ def test_masked_samples(flow):
     good = [b for b in range(batch) if b not in bad]
     for backend in ("fused", "general"):
         mass = torch.linspace(0.9, 1.2, batch, dtype=torch.float64)
-        mass[bad] = 0.0
+        mass[bad] = 5e-324
         parameters = {"total_mass": mass.requires_grad_(), "half_length": torch.tensor(0.6).double().requires_grad_()}
         rollout = Rollout(system, module, 12, flow, backend=backend, on_divergence="mask")
         states, controls = rollout(start(system, batch), parameters)
