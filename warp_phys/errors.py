@@ -72,8 +72,8 @@ def check_choice(name: str, value: Choice, choices: Sequence[str]) -> Choice:
 def shown(value: object) -> str:
     """Return a value as a message shows it, on one line and not longer than a line.
 
-    >>> shown("short"), shown(2**70), shown([0] * 1000)[-8:]
-    ("'short'", 'an integer of 71 bits', '0, 0, 0…')
+    >>> shown("short"), shown(2**200), shown([0] * 1000)[-5:]
+    ("'short'", 'an integer of 201 bits', ', 0,…')
     """
     if isinstance(value, int) and abs(value) >= 10**30:
         return f"an integer of {value.bit_length()} bits"

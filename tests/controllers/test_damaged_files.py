@@ -104,6 +104,7 @@ def in_child(act) -> int:
     """Run a function in a fork; return its process."""
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # a fork of many threads may wait for ever
         try:
             act()
         finally:
