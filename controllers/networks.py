@@ -5,6 +5,8 @@ from typing import Protocol
 
 import torch
 
+from warp_phys.core.checks import check_seed
+from warp_phys.errors import shown
 from warp_phys.interop.torch.grid import FromGrid, ToGrid
 
 ACTIVATIONS: dict[str, type[torch.nn.Module]] = {
@@ -15,6 +17,8 @@ ACTIVATIONS: dict[str, type[torch.nn.Module]] = {
     "sigmoid": torch.nn.Sigmoid,
 }
 INITS = ("glorot", "zero-last", "torch")
+WIDEST = 2**16
+"""Most units of a layer."""
 
 
 class Sized(Protocol):
@@ -45,14 +49,14 @@ class MLP(Chain):
 
     Args:
         system: Anything with `state_size` D and `control_size` K.
-        hidden: Width of each hidden layer; empty for a linear controller.
+        hidden: Width of each hidden layer, at most 65536; empty for a linear controller.
         activation: One of tanh, relu, elu, silu, sigmoid.
         init: "glorot": Glorot-uniform weights, zero biases. "zero-last": the same, but the last weight is zero, as the
             published scripts start. "torch": as torch starts its linear layers.
         seed: Seed of the weights, torch's global generator is then left alone; None draws from the global generator.
 
     Raises:
-        ValueError: An argument is not one of the above.
+        TypeError, ValueError: An argument is not one of the above.
 
     Source: Schnell & Thuerey, ICLR 2024; Glorot & Bengio, AISTATS 2010.
 
@@ -70,7 +74,7 @@ class MLP(Chain):
         init: str = "glorot",
         seed: int | None = None,
     ) -> None:
-        check_network(hidden, activation, init)
+        check_network(hidden, activation, init, seed)
         widths = [system.state_size, *hidden, system.control_size]
         layers: list[torch.nn.Module] = []
         for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
@@ -108,7 +112,7 @@ class GridCNN(Chain):
         seed: As for `MLP`.
 
     Raises:
-        ValueError: An argument is not one of the above, or the grid is too small for two layers.
+        TypeError, ValueError: An argument is not one of the above, or the grid is too small for two layers.
 
     Source: Schnell & Thuerey, ICLR 2024.
 
@@ -125,7 +129,7 @@ class GridCNN(Chain):
         init: str = "glorot",
         seed: int | None = None,
     ) -> None:
-        check_network((channels,), activation, init)
+        check_network((channels,), activation, init, seed)
         if system.state_size % 2 or system.state_size < 2 * SMALLEST_GRID:
             raise ValueError(f"system must have a grid of at least {SMALLEST_GRID} points, got {system}")
         points = ((system.state_size // 2 - 3) // 2 + 1 - 3) // 2 + 1
@@ -152,8 +156,8 @@ def make_network(
     return GridCNN(system, activation=activation, init=init, seed=seed)
 
 
-def check_network(hidden: Sequence[int], activation: str, init: str) -> None:
-    """Raise ValueError where the arguments of a network cannot be met.
+def check_network(hidden: Sequence[int], activation: str, init: str, seed: int | None = None) -> None:
+    """Raise TypeError or ValueError where the arguments of a network cannot be met.
 
     >>> check_network((100,), "cosine", "glorot")
     Traceback (most recent call last):
@@ -161,18 +165,20 @@ def check_network(hidden: Sequence[int], activation: str, init: str) -> None:
     ValueError: activation must be one of tanh, relu, elu, silu, sigmoid, got 'cosine'
     """
     is_sequence = isinstance(hidden, Sequence) and not isinstance(hidden, str)
-    if not is_sequence or not all(isinstance(width, int) and width > 0 for width in hidden):
-        raise ValueError(f"hidden must be widths of at least 1, such as (100, 100), got {hidden!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    if not is_sequence or not all(isinstance(width, int) and 0 < width <= WIDEST for width in hidden):
+        raise ValueError(f"hidden must be widths from 1 to {WIDEST}, such as (100, 100), got {shown(hidden)}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {shown(activation)}")
+    if not isinstance(init, str) or init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {shown(init)}")
+    if seed is not None:
+        check_seed(seed)
 
 
 @torch.no_grad()
 def initialise(layers: Sequence[torch.nn.Linear | torch.nn.Conv1d], init: str, seed: int | None) -> None:
     """Set the weights of a chain of linear layers and convolutions, see `MLP`."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator().manual_seed(int(seed))
     for layer in layers:
         if init == "torch":
             # Kaiming with a = √5, which torch uses, comes to this bound for weights and biases alike.

@@ -2,6 +2,7 @@
 
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 
 from controllers.networks import check_network
+from warp_phys.core.checks import check_flag
+from warp_phys.errors import shown
 from warp_phys.flow import memory_in, resolve
 from warp_phys.systems import SYSTEMS
 
@@ -94,13 +97,17 @@ class Training:
         for name in ("rate", "epsilon", "clip_at"):
             check_setting(name, getattr(self, name), float, above=0)
         check_setting("control_cost", self.control_cost, float, at_least=0)
-        if len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {self.betas!r}")
+        if not isinstance(self.betas, (list, tuple)) or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {shown(self.betas)}")
         for beta in self.betas:
             check_setting("betas", beta, float, at_least=0, below=1)
         for name, values in choices().items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {shown(value)}")
+        check_flag("shuffle", self.shuffle)
+        if not isinstance(self.out, str):
+            raise TypeError(f"out must be text, the name of a folder, got {shown(self.out)}")
         check_network(self.hidden, self.activation, self.init)
         if self.train_states % self.batch:
             raise ValueError(f"batch must divide train_states ({self.train_states}), got {self.batch}")
@@ -131,13 +138,15 @@ class Training:
 
     def make_system(self) -> Any:
         """The system with its parameters."""
-        if self.system not in SYSTEMS:
-            raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {self.system!r}")
+        if not isinstance(self.system, str) or self.system not in SYSTEMS:
+            raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {shown(self.system)}")
+        if not isinstance(self.parameters, Mapping):
+            raise TypeError(f"parameters must be a mapping of names to values, got {shown(self.parameters)}")
         kind = SYSTEMS[self.system]
         known = [entry.name for entry in fields(kind)]
         for name in self.parameters:
             if name not in known:
-                raise ValueError(f"{self.system} has no parameter {name!r}; its parameters are {', '.join(known)}")
+                raise ValueError(f"{self.system} has no parameter {shown(name)}; its parameters are {', '.join(known)}")
         return kind(**self.parameters)
 
 
@@ -176,19 +185,21 @@ def check_setting(
     """Raise TypeError or ValueError where a setting is not a finite number of its kind within its bounds."""
     bounds = [("at least", at_least), ("above", above), ("below", below)]
     wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound))
-    wanted = f"{name} must be {'an integer' if kind is int else 'a number'} {wanted}, got {value!r}"
+    wanted = f"{name} must be {'an integer' if kind is int else 'a number'} {wanted}, got {shown(value)}"
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         raise TypeError(wanted)
-    if not (math.isfinite(value) and at_least <= value < below and above < value):
+    if not (-math.inf < value < math.inf and at_least <= value < below and above < value):
         raise ValueError(wanted)
 
 
 def check_device(name: str) -> None:
     """Raise ValueError where there is no such device."""
     try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device must be cpu, cuda or cuda:<number>, got {name!r}") from None
+        device = torch.device(name) if isinstance(name, str) else None
+    except RuntimeError:
+        device = None
+    if device is None:
+        raise ValueError(f"device must be cpu, cuda or cuda:<number>, got {shown(name)}")
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= present):
         found = ", ".join(["cpu", *(f"cuda:{index}" for index in range(present))])

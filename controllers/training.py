@@ -17,6 +17,8 @@ from controllers.ranks import Ranks
 from controllers.record import Record, plot_record, write_record
 from controllers.settings import Training, check_resume, derive_seeds
 from warp_phys import Diverged
+from warp_phys.core.checks import check_flag, check_function
+from warp_phys.errors import shown
 from warp_phys.flow import MODIFIED, REGULAR, memory_in, resolve
 from warp_phys.interop.extras import require
 from warp_phys.interop.torch import Report, Rollout, Update
@@ -64,7 +66,7 @@ def train(
     Raises:
         FileExistsError: `settings.out` holds a run, and neither `resume` nor `overwrite` is set.
         FileNotFoundError: There is nothing to resume.
-        ValueError: The saved run had other settings.
+        TypeError, ValueError: An argument of another kind; the saved run had other settings.
         Diverged: A trajectory left the finite numbers; the last checkpoint, where there is one, is kept.
         ImportError: The curves of a run with a folder need matplotlib.
 
@@ -72,6 +74,7 @@ def train(
     >>> [record.epoch for record in trained.records]
     [1, 2]
     """
+    _check_arguments(settings, stop, progress, resume=resume, overwrite=overwrite, graph=graph)
     if settings.out:
         require("matplotlib", "plots")
     loop = Loop(settings, graph)
@@ -101,14 +104,24 @@ def train(
     if folder:
         loop.save(folder)
         if finished:
-            with files.atomic_write(folder / files.CONTROLLER) as file:
-                torch.save(loop.controller.state_dict(), file)
+            files.save_tensors(folder / files.CONTROLLER, loop.controller.state_dict())
         if loop.records:
             title = f"{settings.system}, {settings.flow} flow, seed {settings.seed}"
             plot_record(folder / files.CURVES, loop.records, title)
     # All come back to files that are complete.
     loop.ranks.wait()
     return Trained(loop.controller, loop.records, finished)
+
+
+def _check_arguments(settings: Any, stop: Any, progress: Any, **flags: Any) -> None:
+    """Raise a TypeError for arguments of `train` that are of another kind."""
+    if not isinstance(settings, Training):
+        raise TypeError(f"settings must be a Training, got {shown(settings)}")
+    for name, value in flags.items():
+        check_flag(name, value)
+    if not isinstance(stop, threading.Event):
+        check_function("stop", stop, "no arguments")
+    check_function("progress", progress, "a record")
 
 
 class Loop:
@@ -282,11 +295,16 @@ class Loop:
         done = len(content["records"]) + (content["minibatch"] > 0)
         if done > self.settings.epochs:
             raise ValueError(f"epochs must be at least {done}, as the saved run has begun, got {self.settings.epochs}")
-        self.controller.load_state_dict(content["weights"])
-        self.optimiser.load_state_dict(content["optimiser"])
-        if "update" in content:  # an earlier version had no flow with a memory
-            self.step.load_state_dict(content["update"])
-        self.records = [Record(*values) for values in content["records"]]
-        self.minibatch, self.seconds = content["minibatch"], content["seconds"]
-        if self.ranks.leads:
-            self.losses.copy_(content["losses"])
+        try:
+            self.controller.load_state_dict(content["weights"])
+            self.optimiser.load_state_dict(content["optimiser"])
+            if "update" in content:  # an earlier version had no flow with a memory
+                self.step.load_state_dict(content["update"])
+            self.records = [Record(*values) for values in content["records"]]
+            self.minibatch, self.seconds = content["minibatch"], content["seconds"]
+            if self.ranks.leads:
+                self.losses.copy_(content["losses"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"out: the checkpoint does not fit its own settings: {' '.join(str(error).split())}"
+            ) from None

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import warp
 
-from controllers.checkpoint import CONTROLLER
+from controllers.checkpoint import CONTROLLER, load_tensors
 from controllers.commandline import Parser
 from controllers.networks import make_network
 from controllers.settings import Training, check_setting
@@ -211,7 +211,7 @@ def finished_run(settings: Training, runs: str) -> torch.nn.Module | None:
             controller = make_network(
                 settings.network, settings.make_system(), settings.hidden, settings.activation, settings.init, None
             )
-            controller.load_state_dict(torch.load(path, weights_only=True))
+            controller.load_state_dict(load_tensors(path))
             return controller
     return None
 

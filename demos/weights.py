@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from controllers.checkpoint import atomic_write
+from controllers.checkpoint import check_whole, sealed, write_bytes
 
 FOLDER = Path(__file__).parent / "trained"
 
@@ -22,8 +22,7 @@ def save_weights(name: str, weights: Mapping[str, torch.nn.Module], folder: Path
             arrays[f"{key}/{part}"] = tensor.detach().cpu().numpy().astype(np.float16)
     memory = io.BytesIO()
     np.savez_compressed(memory, **dict(sorted(arrays.items())))  # type: ignore[arg-type]
-    with atomic_write(path) as file:
-        file.write(memory.getvalue())
+    write_bytes(path, sealed(memory.getvalue()))
     return path
 
 
@@ -37,10 +36,16 @@ def load_arrays(name: str, folder: Path = FOLDER) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
     try:
-        with np.load(path) as file:
-            return {entry: file[entry] for entry in file.files}
+        return _arrays(path)
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is no file of weights ({error}); delete it, or choose another folder") from None
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    archive = path.read_bytes()
+    check_whole(path, archive)
+    with np.load(io.BytesIO(archive)) as file:
+        return {entry: file[entry] for entry in file.files}
 
 
 def load_weights(name: str, key: str, controller: torch.nn.Module, folder: Path = FOLDER) -> torch.nn.Module:
@@ -51,12 +56,11 @@ def load_weights(name: str, key: str, controller: torch.nn.Module, folder: Path 
     """
     path = Path(folder) / f"{name}.npz"
     try:
-        with np.load(path) as file:
-            parts = {entry.partition("/")[2]: file[entry] for entry in file.files if entry.startswith(f"{key}/")}
+        parts = {name.partition("/")[2]: array for name, array in _arrays(path).items() if name.startswith(f"{key}/")}
         controller.load_state_dict(
             {part: torch.from_numpy(values.astype(np.float32)) for part, values in parts.items()}
         )
-    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"no weights {key!r} in {path}: {error}; python -m demos.train_weights {name} makes them"
         ) from None

@@ -99,7 +99,7 @@ def test_errors():
         draw_probes(5, 2)
     with pytest.raises(ValueError, match="probes and products must have one shape"):
         estimate(np.zeros((4, 5)), np.zeros((4, 6)))
-    with pytest.raises(ValueError, match="step must be positive, got 0"):
+    with pytest.raises(ValueError, match="step must be a positive number, got 0"):
         probe(lambda x: x, [1.0, 2.0], step=0)
     with pytest.raises(ValueError, match=r"point must have shape \(P,\), got \(1, 2\)"):
         probe(lambda x: x, [[1.0, 2.0]])

@@ -16,16 +16,17 @@ A `Combined` is a pure function of the updates of two flows.
 Source: Schnell & Thuerey, "Stabilizing Backpropagation Through Time to Learn Complex Physics", ICLR 2024.
 """
 
+import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from warp_phys.core.checks import check_number
-from warp_phys.errors import check_count
+from warp_phys.core.checks import check_flag, check_number, numbers_of
+from warp_phys.errors import check_count, shown
 
 
 class Gates:
@@ -170,13 +171,13 @@ def _gate(name: str, value: object) -> Gate:
     if isinstance(value, Gates):
         return value
     try:
-        array = np.asarray(value, dtype=float)
+        array = numbers_of(name, value).astype(float)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number or an array of numbers, got {value!r}") from None
+        raise TypeError(f"{name} must be a number or an array of numbers, got {shown(value)}") from None
     if array.ndim > 3 or array.size == 0 or not np.isfinite(array).all():
         raise ValueError(
             f"{name} must be a finite number, or finite numbers of shape (steps,), (steps, batch) or (steps, batch, "
-            f"D), where any of three may be 1, got {value!r}"
+            f"D), where any of three may be 1, got {shown(value)}"
         )
     if array.ndim > 1:
         return Gates(array)
@@ -289,6 +290,18 @@ def _library(array: Any) -> Any:
     return array.__array_namespace__() if hasattr(array, "__array_namespace__") else sys.modules["torch"]
 
 
+def _check_arguments(rule: Callable[[Any, Any], Any]) -> None:
+    """Raise a TypeError if a rule cannot be called with two arrays."""
+    try:
+        signature = inspect.signature(rule)
+    except (TypeError, ValueError):  # functions that are not written in Python tell nothing
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"rule must be a function of two arrays, {shown(rule)} is not: {error}") from None
+
+
 @dataclass(frozen=True)
 class Combined:
     """An update made from the updates of two flows, component by component: `rule(base, other)`.
@@ -320,14 +333,14 @@ class Combined:
             if not isinstance(getattr(self, name), Flow):
                 raise TypeError(f"{name} must be a Flow, got {getattr(self, name)!r}")
         if not callable(self.rule):
-            raise TypeError(f"rule must be a function of two arrays, got {self.rule!r}")
+            raise TypeError(f"rule must be a function of two arrays, got {shown(self.rule)}")
+        _check_arguments(self.rule)
         check_number("memory", self.memory)
         if not 0.0 <= self.memory < 1.0:
             raise ValueError(f"memory must be at least 0 and below 1, got {self.memory!r}")
         object.__setattr__(self, "memory", float(self.memory))
         for name in ("either", "whole"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         if self.either and not self.memory:
             raise ValueError("either=True needs a memory above 0")
 
@@ -345,11 +358,17 @@ class Combined:
         return _library(base).where(update == 0.0, self._apply(base, other), update)
 
     def _apply(self, base: Any, other: Any) -> Any:
-        update = self.rule(base, other)
+        name = getattr(self.rule, "__name__", "rule")
+        try:
+            update = self.rule(base, other)
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            raise ValueError(f"rule {name} fails for two arrays of shape {tuple(base.shape)}: {error}") from error
         if getattr(update, "shape", None) != base.shape:
-            name, got = getattr(self.rule, "__name__", "rule"), getattr(update, "shape", type(update).__name__)
+            got = getattr(update, "shape", type(update).__name__)
             got = got if isinstance(got, str) else tuple(got)
             raise ValueError(f"rule {name} must return the shape of its arguments, {tuple(base.shape)}, got {got}")
+        if update.dtype != base.dtype:
+            raise ValueError(f"rule {name} must return {base.dtype} as its arguments hold, got {update.dtype}")
         return update
 
     @property
@@ -406,17 +425,31 @@ def resolve(flow: str | Flow | Combined) -> Flow | Combined:
     if isinstance(flow, (Flow, Combined)):
         return flow
     if not isinstance(flow, str):
-        raise TypeError(f"flow must be a name, a letter, a Flow or a Combined, got {flow!r}")
+        raise TypeError(f"flow must be a name, a letter, a Flow or a Combined, got {shown(flow)}")
     for name, known in NAMED.items():
         if flow.lower() == name or (flow and flow == known.letter):
             return known
     names = ", ".join(f"{name!r} ({known.letter})" if known.letter else repr(name) for name, known in NAMED.items())
-    raise ValueError(f"flow {flow!r} is unknown; known are {names}, or give a Flow(physics, controller)")
+    raise ValueError(f"flow {shown(flow)} is unknown; known are {names}, or give a Flow(physics, controller)")
 
 
 def linear_parts(flow: Flow | Combined) -> tuple[Flow, ...]:
     """Return the flows that a backward pass must run for `flow`: itself, or the two that it combines."""
     return (flow.base, flow.other) if isinstance(flow, Combined) else (flow,)
+
+
+def resolve_all(flows: FlowLike | Sequence[FlowLike]) -> tuple[Flow | Combined, ...]:
+    """Return the flows that one or several names, letters or flows stand for.
+
+    Raises:
+        ValueError: No flow has this name.
+        TypeError: Neither text nor flows.
+    """
+    if isinstance(flows, (str, Flow, Combined)):
+        return (resolve(flows),)
+    if not isinstance(flows, Iterable) or isinstance(flows, (bytes, Mapping)):
+        raise TypeError(f"flows must be a flow or several, got {shown(flows)}")
+    return tuple(map(resolve, flows))
 
 
 def combine(flow: Flow | Combined, parts: Sequence[Any]) -> Any:

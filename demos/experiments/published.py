@@ -115,7 +115,7 @@ def parse_levels(experiments: Sequence[str], texts: Sequence[str]) -> dict[str, 
     """Levels of each experiment: those that the texts name, or all published ones where none is named.
 
     Raises:
-        ValueError: An experiment is unknown; a level belongs to none of the experiments.
+        ValueError: An experiment is unknown; a level is none that was published of one of the experiments.
 
     >>> parse_levels(["cartpole", "quantum"], ["poles-4"])
     {'cartpole': (4,), 'quantum': (3, 4, 5)}
@@ -149,8 +149,8 @@ def _read_level(experiments: Sequence[str], text: str) -> tuple[str, float]:
     if name is None or name not in experiments or not math.isfinite(value):
         examples = ", ".join(f"{EXPERIMENTS[name].label}-{EXPERIMENTS[name].levels[-1]:g}" for name in experiments)
         raise ValueError(f"level must be such as {examples}, got {text!r}")
-    if not isinstance(EXPERIMENTS[name].levels[0], int):
-        return name, value
-    if value != int(value):
-        raise ValueError(f"level must be a whole number of {EXPERIMENTS[name].varied}, got {text!r}")
-    return name, int(value)
+    experiment = EXPERIMENTS[name]
+    if value not in experiment.levels:
+        published = ", ".join(f"{experiment.label}-{level:g}" for level in experiment.levels)
+        raise ValueError(f"level must be a published one, {published}, got {text!r}")
+    return name, experiment.levels[experiment.levels.index(value)]

@@ -96,9 +96,9 @@ def test_slices_and_copies_work():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"hidden": (100, 0)}, r"hidden must be widths of at least 1, such as \(100, 100\), got \(100, 0\)"),
+        ({"hidden": (100, 0)}, r"hidden must be widths from 1 to 65536, such as \(100, 100\), got \(100, 0\)"),
         ({"hidden": "100"}, "hidden must be widths"),
-        ({"hidden": 16}, r"hidden must be widths of at least 1, such as \(100, 100\), got 16"),
+        ({"hidden": 16}, r"hidden must be widths from 1 to 65536, such as \(100, 100\), got 16"),
         ({"activation": "cosine"}, "activation must be one of tanh, relu, elu, silu, sigmoid, got 'cosine'"),
         ({"init": "he"}, "init must be one of glorot, zero-last, torch, got 'he'"),
     ],

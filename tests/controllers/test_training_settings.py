@@ -26,7 +26,7 @@ from warp_phys import CartPole
         ({"clip_at": -1.0}, "clip_at must be a number above 0, got -1.0"),
         ({"when": "never"}, "when must be one of final, every, got 'never'"),
         ({"precision": "float16"}, "precision must be one of float32, float64, got 'float16'"),
-        ({"hidden": (0,)}, "hidden must be widths of at least 1"),
+        ({"hidden": (0,)}, "hidden must be widths from 1 to 65536"),
         ({"activation": "cosine"}, "activation must be one of"),
         ({"flow": "X"}, "flow"),
         ({"system": "teapot"}, "system must be one of .*cartpole.*, got 'teapot'"),

@@ -85,8 +85,8 @@ def test_shuffled_runs_stand_beside_the_others():
     [
         ("--experiment quantum --flow R --clip none --seeds 1", ["target-3", "target-4", "target-5"]),
         ("--level poles-2 --flow R --clip none --seeds 1", ["poles-2"]),
-        ("--level poles-2,cost-0.5 --flow R --clip none --seeds 1", ["poles-2", "cost-0.5"]),
-        ("--experiment cartpole --level 2 --level 5 --flow R --clip none --seeds 1", ["poles-2", "poles-5"]),
+        ("--level poles-2,cost-1 --flow R --clip none --seeds 1", ["poles-2", "cost-1"]),
+        ("--experiment cartpole --level 2 --level 4 --flow R --clip none --seeds 1", ["poles-2", "poles-4"]),
         ("--experiment repulsion --level 1e-2 --flow R --clip none --seeds 1", ["cost-0.01"]),
     ],
 )
@@ -119,8 +119,9 @@ def test_the_quick_mode_is_other_defaults_that_flags_still_overrule(tmp_path, mo
         ("--level 3", "level must be such as poles-4, cost-0.001, target-5, got '3'"),
         ("--experiment cartpole --level target-3", "level must be such as poles-4, got 'target-3'"),
         ("--level poles-nan", "level must be such as"),
-        ("--level poles-1.5", "level must be a whole number of poles, got 'poles-1.5'"),
-        ("--level poles-0", "poles must be at least 1, got 0"),
+        ("--level poles-1.5", "level must be a published one, poles-1, poles-2, poles-3, poles-4, got 'poles-1.5'"),
+        ("--level poles-9", "level must be a published one, poles-1, poles-2, poles-3, poles-4, got 'poles-9'"),
+        ("--level cost-0.5", "level must be a published one, cost-1, cost-0.1, cost-0.01, cost-0.001, got"),
         ("--flow Q", "flow 'Q' is unknown"),
         ("--flow", "leaves no run"),
         ("--clip hard", "clip must be one of none, value, norm, got 'hard'"),

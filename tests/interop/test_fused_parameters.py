@@ -174,7 +174,7 @@ def test_masked_samples(flow):
     good = [b for b in range(batch) if b not in bad]
     for backend in ("fused", "general"):
         mass = torch.linspace(0.9, 1.2, batch, dtype=torch.float64)
-        mass[bad] = 0.0
+        mass[bad] = 5e-324
         parameters = {"total_mass": mass.requires_grad_(), "half_length": torch.tensor(0.6).double().requires_grad_()}
         rollout = Rollout(system, module, 12, flow, backend=backend, on_divergence="mask")
         states, controls = rollout(start(system, batch), parameters)
@@ -285,7 +285,7 @@ def test_value_and_grad_beside_autograd(flow):
 def test_value_and_grad_of_masked_samples():
     system, module, x0 = CartPole(poles=1), make(CartPole(poles=1)), start(CartPole(poles=1), 13)
     mass = torch.linspace(0.9, 1.2, 13, dtype=torch.float64)
-    mass[4] = 0.0
+    mass[4] = 5e-324
     rollout = Rollout(system, module, 12, "R", on_divergence="mask")
     rollout.value_and_grad(x0, "every", 0.0, {"total_mass": mass.requires_grad_()})
     assert rollout.report.diverged == (4,) and mass.grad[4] == 0.0 and torch.isfinite(mass.grad).all()

@@ -254,7 +254,7 @@ def test_modified_leads_away_from_some_minima(device):
             r"parameters must have length 1 or 4 \(the batch\), got 2",
         ),
         (lambda: Landscape().evaluate([[1.0, 2.0]], "R", {"goal": 1.0}), ValueError, "parameters goal are unknown"),
-        (lambda: Landscape().jacobian([[1.0, 2.0]], step=-1.0), ValueError, "step must be positive, got -1.0"),
+        (lambda: Landscape().jacobian([[1.0, 2.0]], step=-1.0), ValueError, "step must be a positive number, got -1.0"),
         (lambda: Landscape().minima(bounds=(0.0, 0.0)), ValueError, "bounds must be finite and ascend"),
     ],
 )

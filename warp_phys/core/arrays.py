@@ -9,6 +9,7 @@ import warp as wp
 
 from warp_phys.core.checks import check_given
 from warp_phys.core.rows import REAL_TYPES
+from warp_phys.errors import shown
 
 _NUMPY_TYPES: dict[type, type] = {real: dtype for dtype, real in REAL_TYPES.items()}
 
@@ -22,12 +23,14 @@ def real_type(dtype: Any) -> type:
     >>> real_type("float64") is wp.float64
     True
     """
-    if dtype in _NUMPY_TYPES:
-        return dtype
     try:
-        return REAL_TYPES[np.dtype(dtype).type]
-    except (KeyError, TypeError):
-        raise TypeError(f"dtype must be float32 or float64, got {dtype!r}") from None
+        if dtype in _NUMPY_TYPES:
+            return dtype
+        if dtype is not None:  # which numpy takes for float64
+            return REAL_TYPES[np.dtype(dtype).type]
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise TypeError(f"dtype must be float32 or float64, got {shown(dtype)}")
 
 
 def numpy_type(real: type) -> type:

@@ -1,12 +1,20 @@
-"""Checks of numbers at the boundary: settings, and physical parameters given by name."""
+"""Checks of arguments at the boundary: numbers, seeds, functions, devices, and physical parameters given by name.
+
+Counts and choices are checked in `warp_phys.errors`.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import warp as wp
 
-from warp_phys.errors import NotRepeatable
+from warp_phys.core.kernel_cache import start_warp
+from warp_phys.errors import NotRepeatable, check_count, shown
+
+MOST_SEED = 2**64 - 1
+"""Largest seed: what torch's generators take, too."""
 
 
 def check_number(name: str, value: Any, least: float = -math.inf, positive: bool = False) -> None:
@@ -17,8 +25,8 @@ def check_number(name: str, value: Any, least: float = -math.inf, positive: bool
         ...
     ValueError: control_cost must be a number of at least 0, got -1.0
     """
-    number = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
-    if isinstance(number, (int, float)) and not isinstance(number, bool):
+    number = plain_number(value)
+    if number is not None:
         if -math.inf < number < math.inf and number >= least and (number > 0.0 or not positive):
             return
         error: type[Exception] = ValueError
@@ -26,7 +34,100 @@ def check_number(name: str, value: Any, least: float = -math.inf, positive: bool
         error = TypeError
     wanted = "a positive number" if positive else "a finite number"
     wanted = f"a number of at least {least:g}" if math.isfinite(least) else wanted
-    raise error(f"{name} must be {wanted}, got {value!r}")
+    raise error(f"{name} must be {wanted}, got {shown(value)}")
+
+
+def plain_number(value: Any) -> float | None:
+    """Return a number as a float, one of numpy or of an array without dimensions too; None for anything else.
+
+    A tensor that stands for no number (on the meta device, traced, quantised) is none.
+    """
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer above all floats
+        return math.inf if value > 0 else -math.inf
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False, else raise a TypeError.
+
+    >>> check_flag("graph", "no")
+    Traceback (most recent call last):
+        ...
+    TypeError: graph must be True or False, got 'no'
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
+def check_seed(value: Any, name: str = "seed") -> int:
+    """Return a seed, an integer from 0 to 2⁶⁴ − 1, or raise a TypeError or ValueError.
+
+    >>> check_seed(-1)
+    Traceback (most recent call last):
+        ...
+    ValueError: seed must be at least 0, got -1
+    """
+    return check_count(name, value, 0, MOST_SEED)
+
+
+def check_function(name: str, value: Any, of: str, optional: bool = True) -> None:
+    """Raise a TypeError if `value` is no function, nor None where it is `optional`.
+
+    Args:
+        name: The argument.
+        value: What the caller passed.
+        of: What the function takes, for the message.
+        optional: Whether None will do.
+    """
+    if not callable(value) and not (optional and value is None):
+        raise TypeError(f"{name} must be a function of {of}{', or None' if optional else ''}, got {shown(value)}")
+
+
+def check_device(device: Any) -> wp.Device:
+    """Return a Warp device, the current one for None, or raise a TypeError or ValueError that lists those present."""
+    start_warp()
+    if device is None or isinstance(device, wp.Device):
+        return wp.get_device(device)
+    if not isinstance(device, str) and type(device).__module__ != "torch":
+        raise TypeError(f"device must be the name of a device, got {shown(device)}")
+    try:
+        return wp.get_device(str(device))
+    except (ValueError, RuntimeError):
+        present = ", ".join(found.alias for found in wp.get_devices())
+        raise ValueError(f"device must be one that is present ({present}), got {shown(str(device))}") from None
+
+
+def check_finite_array(name: str, value: Any, dtype: Any = np.float64) -> np.ndarray:
+    """Return an argument as a numpy array of finite numbers, or raise a TypeError or ValueError that names it."""
+    array = numbers_of(name, value)
+    with np.errstate(over="ignore"):
+        array = array.astype(dtype, copy=False)
+    if not np.isfinite(array).all():
+        first = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise ValueError(f"{name} must be finite, entry {first} is not")
+    return array
+
+
+def numbers_of(name: str, value: Any) -> np.ndarray:
+    """Return an argument as a numpy array of real numbers, or raise a TypeError or ValueError that names it."""
+    if hasattr(value, "detach"):  # torch's, which may have a gradient or be on a device
+        value = value.detach().cpu()
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{name} must be an array, rows of one length, got {shown(value)}") from None
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
+    return array
 
 
 def check_repeated(name: str, again: np.ndarray, before: np.ndarray) -> None:
@@ -68,9 +169,14 @@ def check_instance(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an instance, got the class {value.__name__}")
 
 
-def range_of(name: str) -> str:
-    """Return what a physical parameter must be, "finite", or "positive" too: a time step."""
-    return "positive" if name == "dt" else "finite"
+def range_of(system: Any, name: str) -> str:
+    """Return what a physical parameter must be: "finite", "positive" or "not negative" too."""
+    return system.range_of(name) if hasattr(system, "range_of") else "positive" if name == "dt" else "finite"
+
+
+def within(range_: str, values: Any) -> Any:
+    """Return where numbers, of any library, are in a range of `range_of`; finiteness apart."""
+    return values > 0.0 if range_ == "positive" else values >= 0.0 if range_ == "not negative" else values == values  # noqa: PLR0124
 
 
 def check_given(names: Sequence[str], values: Any) -> None:
@@ -87,14 +193,21 @@ def check_given(names: Sequence[str], values: Any) -> None:
     if unknown:
         raise ValueError(f"parameters {', '.join(unknown)} are unknown; there are {', '.join(names) or 'none'}")
     for name, value in values.items():
-        is_array = hasattr(value, "shape") and not any(
-            kind in str(getattr(value, "dtype", "")) for kind in ("bool", "complex")
-        )
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-        is_list = is_list and not any(isinstance(entry, (bool, str, bytes)) for entry in value)
-        if not (is_array or is_number or is_list):
-            raise TypeError(f"parameter {name} must be a number or one number per sample, got {value!r}")
+        is_array = hasattr(value, "shape") and _holds_numbers(getattr(value, "dtype", None))
+        is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0
+        is_list = is_list and not any(plain_number(entry) is None for entry in value)
+        if not (is_array or is_list or plain_number(value) is not None):
+            raise TypeError(f"parameter {name} must be a number or one number per sample, got {shown(value)}")
+        too_large = (entry for entry in (value if is_list and not is_array else [value]) if isinstance(entry, int))
+        if any(math.isinf(plain_number(entry) or 0.0) for entry in too_large):
+            raise ValueError(f"parameter {name} must be finite, got {shown(value)}")
+
+
+def _holds_numbers(dtype: Any) -> bool:
+    """Whether this is a type of real numbers, of numpy or of any other library."""
+    if isinstance(dtype, np.dtype):
+        return dtype.kind in "fiu"
+    return any(kind in str(dtype) for kind in ("float", "int"))
 
 
 def check_lengths(name: str, shape: Sequence[int], batch: int) -> None:

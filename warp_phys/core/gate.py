@@ -15,12 +15,13 @@ import warp as wp
 
 from warp_phys.core.arrays import alias
 from warp_phys.core.gate_kernels import gate_kernel
+from warp_phys.core.kernel_cache import start_warp
 from warp_phys.core.rows import REAL_TYPES
 
 
 def active_tape() -> wp.Tape | None:
     """Return the tape that is recording, if any."""
-    wp.init()
+    start_warp()
     return wp._src.context.runtime.tape  # type: ignore[attr-defined]  # Warp has no public name for it
 
 

@@ -1,6 +1,6 @@
 """Whether a simulator's vector-Jacobian products are the derivatives of its steps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,8 +8,9 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type, shape_message
-from warp_phys.core.checks import check_instance
-from warp_phys.errors import check_count
+from warp_phys.core.checks import check_device, check_finite_array, check_number, check_seed, numbers_of
+from warp_phys.errors import check_count, shown
+from warp_phys.rollout import check_sizes
 from warp_phys.systems.base import Simulator, System
 
 TOLERANCES = {np.float32: 1e-3, np.float64: 1e-6}
@@ -163,15 +164,22 @@ def audit(
         device: Warp device; `system.device` where there is one, else "cpu".
 
     Raises:
-        ValueError: Arguments that do not fit; a step that gives numbers that are not finite, with what it was given.
+        TypeError, ValueError: Arguments that do not fit; a step that gives numbers that are not finite, with what it
+            was given.
 
     >>> from warp_phys import CartPole
     >>> report = audit(CartPole(), horizons=(1, 2))
     >>> report.ok, report.components("state")
     (True, ())
     """
-    check_instance("system", system)
-    dtype = numpy_type(real_type(dtype or getattr(system, "dtype", np.float64)))
+    check_sizes(system, object())
+    dtype = numpy_type(real_type(getattr(system, "dtype", np.float64) if dtype is None else dtype))
+    check_number("kick", kick, least=0.0)
+    check_seed(seed)
+    if tolerance is not None:
+        check_number("tolerance", tolerance, positive=True)
+    if not isinstance(horizons, Iterable):
+        raise TypeError(f"horizons must be numbers of steps, got {shown(horizons)}")
     horizons = [check_count("horizons", horizon) for horizon in horizons]
     if not horizons:
         raise ValueError("horizons must have at least one number of steps, got none")
@@ -179,7 +187,7 @@ def audit(
     sweep = _check_differences(DIFFERENCES[dtype] if differences is None else differences)
     tolerance = TOLERANCES[dtype] if tolerance is None else float(tolerance)
     scale = _sizes(x0, c)
-    runner = _Runner(system, dtype, device or getattr(system, "device", "cpu"))
+    runner = _Runner(system, dtype, check_device(getattr(system, "device", "cpu") if device is None else device))
     findings: list[Finding] = []
     exact, cosines = bool(getattr(system, "exact", True)), []
     for horizon in horizons:
@@ -197,27 +205,26 @@ def _inputs(system, states, controls, steps, samples, kick, seed, dtype) -> tupl
             raise ValueError(f"states must be given: {type(system).__name__} has no method sample")
         count = getattr(system, "worlds", 3) if samples is None else check_count("samples", samples)
         states = system.sample(count, seed=seed, dtype=dtype)
-    states = np.asarray(states, dtype=dtype)
+    states = check_finite_array("states", states, dtype)
     if states.ndim != 2 or states.shape[1] != system.state_size or len(states) == 0:
         raise ValueError(shape_message("states", ("samples", system.state_size), states.shape))
     shape = (steps, len(states), system.control_size)
     if controls is None:
         controls = kick * np.random.default_rng(seed).standard_normal(shape)
-    controls = np.asarray(controls, dtype=dtype)
+    controls = check_finite_array("controls", controls, dtype)
     if controls.ndim != 3 or controls.shape[1:] != shape[1:] or len(controls) < steps:
         raise ValueError(shape_message("controls", shape, controls.shape))
-    for name, values in (("states", states), ("controls", controls)):
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} must be finite, entry {_first(~np.isfinite(values))} is not")
     return states, controls
 
 
 def _check_differences(differences: Any) -> np.ndarray:
     """Return the step sizes if they descend by a constant factor, else raise a ValueError."""
-    sweep = np.asarray(differences, dtype=np.float64)
+    sweep = numbers_of("differences", differences).astype(np.float64)
     ratios = sweep[:-1] / sweep[1:] if sweep.ndim == 1 and len(sweep) > 3 and (sweep > 0.0).all() else np.zeros(1)
     if not (ratios > 1.0).all() or not np.allclose(ratios, ratios[0]):
-        raise ValueError(f"differences must be four or more numbers that fall by a constant factor, got {differences}")
+        raise ValueError(
+            f"differences must be four or more numbers that fall by a constant factor, got {shown(differences)}"
+        )
     return sweep
 
 

@@ -18,6 +18,7 @@ import warp as wp
 
 from warp_phys.core import kernels
 from warp_phys.core.arrays import numpy_type, real_type
+from warp_phys.core.checks import check_device
 from warp_phys.diagnose import landscape_kernels, plane
 from warp_phys.engine.phases import flow_gates
 from warp_phys.errors import check_count
@@ -30,7 +31,7 @@ from warp_phys.flow import (
     parts_of,
     refuse_memory,
     refuse_whole,
-    resolve,
+    resolve_all,
 )
 from warp_phys.systems.losses import chosen_array
 from warp_phys.systems.polynomial import Polynomial
@@ -77,7 +78,7 @@ class Landscape:
             raise TypeError(f"system must be a Polynomial, got {self.system!r}")
         object.__setattr__(self, "steps", check_count("steps", self.steps))
         object.__setattr__(self, "dtype", numpy_type(real_type(self.dtype)))
-        object.__setattr__(self, "device", str(wp.get_device(self.device)))
+        object.__setattr__(self, "device", str(check_device(self.device)))
 
     def evaluate(
         self,
@@ -165,7 +166,7 @@ class Landscape:
 
 def _flows(flows: FlowLike | Sequence[FlowLike]) -> tuple[Flow | Combined, ...]:
     """Return the flows asked for as values."""
-    resolved = (resolve(flows),) if isinstance(flows, (str, Flow, Combined)) else tuple(map(resolve, flows))
+    resolved = resolve_all(flows)
     refuse_memory(*resolved)
     refuse_whole("a landscape has two numbers at each of its points", *resolved)
     return resolved

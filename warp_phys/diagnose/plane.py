@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from warp_phys.errors import check_count
+from warp_phys.core.checks import check_number, numbers_of
+from warp_phys.errors import check_count, shown
 
 Field = Callable[[np.ndarray], np.ndarray]
 """A function of points (N, 2): numbers (N,), or vectors (…, N, 2)."""
 
+MOST_CELLS = 20_000
+"""Most squares along an axis: of all corners at once the function is asked."""
 BISECTIONS = 53
 """Halvings that take an interval of floats to rounding."""
 
@@ -25,7 +28,7 @@ def check_points(name: str, value: Any, finite: bool = True) -> np.ndarray:
         ValueError: Another shape, no point at all, or a number that is not finite.
     """
     try:
-        points = np.asarray(value, dtype=np.float64)
+        points = numbers_of(name, value).astype(np.float64)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be numbers of shape (count, 2), got {type(value).__name__}") from None
     if points.ndim != 2 or points.shape[1] != 2 or len(points) == 0:
@@ -59,8 +62,7 @@ def jacobian(field: Field, points: Any, step: float = 1e-5, cut: Any = False) ->
             [3., 4.]]])
     """
     points = check_points("points", points)
-    if not (np.isfinite(step) and step > 0.0):
-        raise ValueError(f"step must be positive, got {step!r}")
+    check_number("step", step, positive=True)
     offsets = step * np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     around = points + offsets[:, None]
     # the distance that is left of 2 step after rounding
@@ -113,7 +115,7 @@ def zero_curves(function: Field, bounds: tuple[float, float] = (-4.0, 4.0), cell
     Args:
         function: Maps points (N, 2) to numbers (N,).
         bounds: Least and largest coordinate, for both axes.
-        cells: Squares along each axis.
+        cells: Squares along each axis, at most 20 000.
 
     Returns:
         Shape (segments, 2, 2): segment, end, coordinate.
@@ -126,7 +128,7 @@ def zero_curves(function: Field, bounds: tuple[float, float] = (-4.0, 4.0), cell
     True
     """
     low, high = check_bounds(bounds)
-    axis = np.linspace(low, high, check_count("cells", cells) + 1)
+    axis = np.linspace(low, high, check_count("cells", cells, most=MOST_CELLS) + 1)
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)
     positive = _positive(function, grid.reshape(-1, 2)).reshape(grid.shape[:2])
     along_x = np.argwhere(positive[1:] != positive[:-1])
@@ -145,11 +147,11 @@ def zero_curves(function: Field, bounds: tuple[float, float] = (-4.0, 4.0), cell
 def check_bounds(bounds: Any) -> tuple[float, float]:
     """Return the least and the largest coordinate, or raise a TypeError or ValueError that names them."""
     try:
-        low, high = (float(bound) for bound in bounds)
+        low, high = (float(bound) for bound in numbers_of("bounds", bounds))
     except (TypeError, ValueError):
-        raise TypeError(f"bounds must be two numbers, got {bounds!r}") from None
+        raise TypeError(f"bounds must be two numbers, got {shown(bounds)}") from None
     if not (np.isfinite([low, high]).all() and low < high):
-        raise ValueError(f"bounds must be finite and ascend, got {bounds!r}")
+        raise ValueError(f"bounds must be finite and ascend, got {shown(bounds)}")
     return low, high
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from warp_phys.core.checks import check_finite_array, check_function, check_number, check_seed
 from warp_phys.errors import check_count
 
 
@@ -65,6 +66,7 @@ def draw_probes(size: int, count: int, seed: int = 0) -> np.ndarray:
     array([[1., 0.],
            [0., 1.]])
     """
+    check_seed(seed)
     if check_count("probes", count, 3) >= check_count("size", size):
         return np.eye(size)
     return np.random.default_rng(seed).standard_normal((count, size))
@@ -127,7 +129,8 @@ def probe(
     >>> round(probe(lambda theta: matrix @ theta, [1.0, 0.5]).share, 9)
     1.0
     """
-    theta = np.asarray(point, dtype=np.float64)
+    check_function("field", field, "an array (P,)", optional=False)
+    theta = check_finite_array("point", point)
     if theta.ndim != 1 or theta.size == 0:
         raise ValueError(f"point must have shape (P,), got {theta.shape}")
     directions = draw_probes(theta.size, probes, seed)
@@ -144,12 +147,11 @@ def difference_step(theta: np.ndarray, step: float | None = None, rounding: floa
     """Return how far the differences go to either side of θ: `step`, or `rounding`^(1/3) max(1, |θ|).
 
     Raises:
-        ValueError: `step` is not positive.
+        TypeError, ValueError: `step` is no positive number.
     """
     if step is None:
         return float(np.cbrt(rounding)) * max(1.0, float(np.sqrt(np.sum(theta * theta))))
-    if not (np.isfinite(step) and step > 0.0):
-        raise ValueError(f"step must be positive, got {step!r}")
+    check_number("step", step, positive=True)
     return float(step)
 
 

@@ -1,15 +1,16 @@
 """Controllers as Warp kernels: dense layers, on a tape, linearised by hand, or fused with the physics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import aligned_zeros, check_array, numpy_type, real_type
+from warp_phys.core.checks import check_device, check_seed
 from warp_phys.core.gate import active_tape
 from warp_phys.engine import dense_kernels as kernels
-from warp_phys.errors import check_choice, check_count
+from warp_phys.errors import check_choice, check_count, shown
 from warp_phys.programs.activations import ACTIVATIONS
 from warp_phys.programs.block_network import BlockNetwork
 from warp_phys.programs.network import Network
@@ -58,12 +59,14 @@ class Dense:
         dtype: Any = np.float32,
         seed: int = 0,
     ):
+        if not isinstance(sizes, Iterable):
+            raise TypeError(f"sizes must be numbers of inputs, hidden units and outputs, got {shown(sizes)}")
         self.sizes = tuple(check_count("sizes", size) for size in sizes)
         if len(self.sizes) < 2:
             raise ValueError(f"sizes must name at least an input and an output, got {self.sizes}")
         self.activation = check_choice("activation", activation, ACTIVATIONS)
         if parameters is None:
-            parameters = _glorot(self.sizes, device, real_type(dtype), seed)
+            parameters = _glorot(self.sizes, check_device(device), real_type(dtype), check_seed(seed))
         self.parameters = self._check(parameters)
         self.real = self.parameters[0].dtype
         self.device = self.parameters[0].device
@@ -74,6 +77,8 @@ class Dense:
 
     def _check(self, parameters: Sequence[wp.array]) -> tuple[wp.array, ...]:
         shapes = _shapes(self.sizes)
+        if not isinstance(parameters, Sequence):
+            raise TypeError(f"parameters must be Warp arrays, weights and biases in turn, got {shown(parameters)}")
         if len(parameters) != len(shapes):
             raise ValueError(f"sizes {self.sizes} need {len(shapes)} parameters, got {len(parameters)}")
         first = parameters[0] if isinstance(parameters[0], wp.array) else None

@@ -12,13 +12,17 @@ import warp as wp
 
 from warp_phys.core import kernels
 from warp_phys.core.arrays import as_structs, check_array, for_all_streams, numpy_type, parameter_rows, real_type
-from warp_phys.core.checks import range_of
+from warp_phys.core.checks import check_device, check_flag, plain_number, range_of, within
 from warp_phys.core.rows import row_functions
+from warp_phys.errors import shown
 from warp_phys.systems import losses
 from warp_phys.systems.losses import When
 from warp_phys.systems.structure import structure_of
 
 Parameters = Mapping[str, Any]
+
+MOST_PARTS = 1024
+"""Most poles, agents or grid points of a system: a kernel holds them all in the memory of one thread, several times."""
 
 
 class Simulator(Protocol):
@@ -112,6 +116,12 @@ class System(ABC):
     inputs: ClassVar[tuple[str, ...]] = ()
     """Names, with units, of what is given to every step from outside: then the Warp functions are
     `step(x, c, w, p)` and `cost(x, p)`, or `cost(x, w, p)` with the inputs of the step that has led to x."""
+
+    positive: ClassVar[tuple[str, ...]] = ()
+    """Physical parameters that must be positive, as dt must be."""
+
+    not_negative: ClassVar[tuple[str, ...]] = ()
+    """Physical parameters that must not be negative."""
 
     time_average: ClassVar[bool] = True
     """Whether the loss averages the pointwise cost over the chosen times (else it sums over them)."""
@@ -222,24 +232,24 @@ class System(ABC):
         """Copy and pickle the fields alone: what is derived from them is found again."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def check_numbers(self, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
-        """Raise a TypeError or ValueError if a physical parameter is not a finite number, or dt not positive.
+    def range_of(self, name: str) -> str:
+        """Return what a physical parameter must be: "finite", "positive" or "not negative" too."""
+        if name == "dt" or name in self.positive:
+            return "positive"
+        return "not negative" if name in self.not_negative else "finite"
 
-        Args:
-            positive: Names of others that must be positive.
-            not_negative: Names of those that must not be negative.
-        """
+    def check_numbers(self) -> None:
+        """Raise a TypeError or ValueError if a physical parameter is not a finite number, or not in its range."""
         for name in self.parameter_names:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
                 raise TypeError(
-                    f"{name} must be a number, got {value!r}; numbers per sample go to parameter_array, or to a rollout"
+                    f"{name} must be a number, got {shown(value)}; numbers per sample go to a rollout or an array"
                 )
-            wanted = "positive" if name in positive else "not negative" if name in not_negative else range_of(name)
-            outside = {"positive": value <= 0.0, "not negative": value < 0.0}.get(wanted, False)
-            if not math.isfinite(value) or outside:
-                raise ValueError(f"{name} must be {wanted}, got {value}")
-            object.__setattr__(self, name, float(value))
+            number, wanted = plain_number(value), self.range_of(name)
+            if number is None or not (math.isfinite(number) and within(wanted, number)):
+                raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
+            object.__setattr__(self, name, number)
 
     def types(self, real: type) -> SystemTypes:
         """Return the types of the Warp functions in one precision."""
@@ -259,20 +269,23 @@ class System(ABC):
 
         Raises:
             TypeError, ValueError: Something else than numbers, an unknown name, lengths that differ, numbers that are
-                not finite, a negative dt.
+                not finite or not in their range; zeros for all are.
 
         >>> from warp_phys import CartPole
         >>> CartPole().parameter_array({"pole_mass": [0.1, 0.2]}, device="cpu").shape
         (2,)
         """
-        real = real_type(dtype)
+        real, place = real_type(dtype), check_device(device)
+        check_flag("requires_grad", requires_grad)
         names, values = self.parameter_names, {} if values is None else values
-        rows = parameter_rows(names, [getattr(self, name) for name in names], values).astype(numpy_type(real))
+        given = parameter_rows(names, [getattr(self, name) for name in names], values)
+        with np.errstate(over="ignore"):
+            rows = given.astype(numpy_type(real))
         for name, column in zip(names, rows.T, strict=True):
-            if range_of(name) == "positive" and (column < 0.0).any():  # zeros are for adjoints
-                raise ValueError(f"parameter {name} must be positive, got {values.get(name)}")
+            if not np.isfinite(column).all() or (rows.any() and not within(range_of(self, name), column).all()):
+                raise ValueError(f"parameter {name} must be {range_of(self, name)}, got {shown(values.get(name))}")
         return as_structs(
-            wp.array(rows, dtype=real, device=device, requires_grad=requires_grad), self.types(real).Parameters
+            wp.array(rows, dtype=real, device=place, requires_grad=requires_grad), self.types(real).Parameters
         )
 
     def step(self, x: wp.array, c: wp.array, y: wp.array, parameters: wp.array | None = None) -> None:
@@ -379,7 +392,8 @@ class System(ABC):
         Raises:
             ValueError, TypeError: Wrong shapes, times that are not there, a control cost without controls.
         """
-        return losses.loss(self, states, controls, when, control_cost, parameters or {}, inputs)
+        given = {} if parameters is None else parameters
+        return losses.loss(self, states, controls, when, control_cost, given, inputs)
 
     def draw(self, axes: Any, state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
         """Draw one state, shape (D,), on matplotlib `axes`; return the artists."""

@@ -3,14 +3,15 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
+from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_choice, check_count
-from warp_phys.systems.base import System, SystemFunctions
+from warp_phys.systems.base import MOST_PARTS, System, SystemFunctions
 from warp_phys.systems.integrators import INTEGRATORS, integrate
 
 WIDTH, HEIGHT = 0.4, 0.2
@@ -29,7 +30,8 @@ class CartPole(System):
     Pointwise cost: mean over the poles of 1 − cos θ.
 
     Raises:
-        TypeError, ValueError: A pole count below one, a parameter that is not a finite number, an unknown integrator.
+        TypeError, ValueError: A pole count below one or above 1024, a mass, length or time step that is not positive, a
+            parameter that is not a finite number, an unknown integrator.
 
     Source: Schnell & Thuerey, ICLR 2024, after Barto, Sutton & Anderson 1983 and Florian 2007.
 
@@ -37,8 +39,10 @@ class CartPole(System):
     6
     """
 
+    positive: ClassVar = ("pole_mass", "total_mass", "half_length")
+
     poles: int = 1
-    """Number P of poles."""
+    """Number P of poles, at most 1024."""
     dt: float = 0.01
     """Time step [s]."""
     gravity: float = 9.8
@@ -53,7 +57,7 @@ class CartPole(System):
     """Integrator: "semi-implicit" Euler as published (velocities first), "euler", or "rk4"."""
 
     def __post_init__(self):
-        object.__setattr__(self, "poles", check_count("poles", self.poles))
+        object.__setattr__(self, "poles", check_count("poles", self.poles, most=MOST_PARTS))
         check_choice("integrator", self.integrator, INTEGRATORS)
         self.check_numbers()
 
@@ -76,7 +80,7 @@ class CartPole(System):
     def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
         """Return hanging states: x, x' and θ' uniform in [−1, 1], θ = π + uniform(−π/6, π/6); shape (batch, D)."""
         batch, dtype = check_count("batch", batch), numpy_type(real_type(dtype))
-        states = np.random.default_rng(seed).uniform(-1.0, 1.0, (batch, self.state_size))
+        states = np.random.default_rng(check_seed(seed)).uniform(-1.0, 1.0, (batch, self.state_size))
         states[:, 2::2] = np.pi + states[:, 2::2] * (np.pi / 6.0)
         return states.astype(dtype)
 

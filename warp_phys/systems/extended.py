@@ -49,6 +49,10 @@ class Around(System):
             raise AttributeError(f"{type(self).__name__} has no {name}")
         return getattr(self.within, name)
 
+    def range_of(self, name: str) -> str:
+        """Return what a physical parameter must be, as the system within says."""
+        return self.within.range_of(name)
+
     def parameter_array(self, *arguments: Any, **options: Any) -> wp.array:
         """Return physical parameters, those of the system within."""
         return self.within.parameter_array(*arguments, **options)
@@ -139,7 +143,7 @@ class Extended(Around):
         """Return initial rows: states of the system within, normal numbers beside them."""
         own = self.wrapped.sample(batch, seed, dtype)
         size = self.state_size - self.own_size
-        more = np.random.default_rng(seed).standard_normal((batch, size)).astype(numpy_type(real_type(dtype)))
+        more = np.random.default_rng(seed).standard_normal((len(own), size)).astype(numpy_type(real_type(dtype)))
         return np.concatenate([own, more], axis=1)
 
     def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
+from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_choice, check_count
 from warp_phys.systems.base import System, SystemFunctions
 from warp_phys.systems.integrators import INTEGRATORS, integrate
@@ -40,6 +41,9 @@ class Hopper(System):
     >>> Hopper(stiffness=200.0).state_size
     6
     """
+
+    positive: ClassVar = ("stiffness", "softness", "slip_speed", "mass", "radius", "inertia")
+    not_negative: ClassVar = ("damping", "friction")
 
     dt: float = 0.005
     """Time step [s]."""
@@ -73,10 +77,7 @@ class Hopper(System):
 
     def __post_init__(self):
         check_choice("integrator", self.integrator, INTEGRATORS)
-        self.check_numbers(
-            positive=("stiffness", "softness", "slip_speed", "mass", "radius", "inertia"),
-            not_negative=("damping", "friction"),
-        )
+        self.check_numbers()
 
     def functions(self, real: type) -> SystemFunctions:
         """Return the Warp functions in one precision."""
@@ -88,7 +89,14 @@ class Hopper(System):
         x uniform in ±0.2, z in [r, r + 0.2], the angle in ±π, velocities in ±0.5, spin in ±5.
         """
         batch, dtype = check_count("batch", batch), numpy_type(real_type(dtype))
-        states = np.random.default_rng(seed).uniform(-1.0, 1.0, (batch, 6)) * [0.2, 0.1, np.pi, 0.5, 0.5, 5.0]
+        states = np.random.default_rng(check_seed(seed)).uniform(-1.0, 1.0, (batch, 6)) * [
+            0.2,
+            0.1,
+            np.pi,
+            0.5,
+            0.5,
+            5.0,
+        ]
         states[:, 1] += self.radius + 0.1
         return states.astype(dtype)
 

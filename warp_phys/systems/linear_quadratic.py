@@ -9,11 +9,15 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
-from warp_phys.errors import check_choice, check_count
+from warp_phys.core.checks import check_finite_array, check_seed
+from warp_phys.errors import check_choice, check_count, shown
 from warp_phys.systems.base import System, SystemFunctions
 from warp_phys.systems.integrators import integrate
 
 Rows = Sequence[Sequence[float]]
+
+LARGEST = 128
+"""Most rows and columns of a matrix: its numbers stand in the code of the kernels."""
 
 
 class Riccati(NamedTuple):
@@ -49,7 +53,7 @@ class LinearQuadratic(System):
     time_average: ClassVar[bool] = False
 
     A: Rows = ((0.0, 1.0), (0.0, 0.0))
-    """Matrix A, shape (N, N), numbers or an array; as given here, with B, a mass that is pushed."""
+    """Matrix A, shape (N, N), N at most 128, numbers or an array; as given here, with B, a mass that is pushed."""
     B: Rows = ((0.0,), (1.0,))
     """Matrix B, shape (N, K)."""
     Q: Rows = ((1.0, 0.0), (0.0, 1.0))
@@ -132,7 +136,7 @@ class LinearQuadratic(System):
         """Return states uniform in [−1, 1], no control before them; shape (batch, D)."""
         batch, dtype = check_count("batch", batch), numpy_type(real_type(dtype))
         states = np.zeros((batch, self.state_size))
-        states[:, : len(self.A)] = np.random.default_rng(seed).uniform(-1.0, 1.0, (batch, len(self.A)))
+        states[:, : len(self.A)] = np.random.default_rng(check_seed(seed)).uniform(-1.0, 1.0, (batch, len(self.A)))
         return states.astype(dtype)
 
     def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
@@ -142,14 +146,9 @@ class LinearQuadratic(System):
 
 def _matrix(name: str, value: Any) -> np.ndarray:
     """Return a field as a matrix of finite numbers."""
-    try:
-        out = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a matrix of numbers, got {value!r}") from None
-    if out.ndim != 2 or out.size == 0:
-        raise ValueError(f"{name} must be a matrix, rows of numbers, got shape {out.shape}")
-    if not np.isfinite(out).all():
-        raise ValueError(f"{name} must be finite, got {out.tolist()}")
+    out = check_finite_array(name, value)
+    if out.ndim != 2 or out.size == 0 or max(out.shape) > LARGEST:
+        raise ValueError(f"{name} must be a matrix of 1 to {LARGEST} rows and columns, got shape {out.shape}")
     return out
 
 
@@ -161,7 +160,7 @@ def _check_shape(name: str, value: np.ndarray, wanted: str, shape: tuple[int, in
 def _check_cost(name: str, value: np.ndarray, least: str) -> None:
     """Raise a ValueError where a matrix is not symmetric, or not positive "definite" or "semidefinite"."""
     if (value != value.T).any():
-        raise ValueError(f"{name} must be symmetric, got {value.tolist()}")
+        raise ValueError(f"{name} must be symmetric, got {shown(value.tolist())}")
     values = np.linalg.eigvalsh(value)
     rounding = 1e-12 * np.abs(values).max()
     if values[0] < -rounding or (least == "definite" and values[0] <= rounding):

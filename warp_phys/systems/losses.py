@@ -12,9 +12,10 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core import kernels
-from warp_phys.core.arrays import for_all_streams, real_type, shape_message
-from warp_phys.core.checks import check_number
-from warp_phys.errors import check_choice
+from warp_phys.core.arrays import for_all_streams, numpy_type, real_type, shape_message
+from warp_phys.core.checks import check_number, numbers_of
+from warp_phys.core.kernel_cache import start_warp
+from warp_phys.errors import check_choice, shown
 
 COSTS: dict[str, Callable[..., Any]] = {}
 """The pointwise cost of other frameworks' arrays; a bridge enters its own when it is imported, since a system imports
@@ -80,7 +81,7 @@ def _beside(system: Any, states: Any, inputs: Any) -> Any:
         )
     library = sys.modules["torch"] if _is_torch(states) else sys.modules["jax.numpy"] if _is_jax(states) else np
     if library is np:
-        w = np.asarray(inputs, states.dtype)
+        w = numbers_of("inputs", inputs).astype(states.dtype)
     elif _is_torch(states):
         w = library.as_tensor(inputs, dtype=states.dtype, device=states.device)
     else:
@@ -111,17 +112,44 @@ def check_trajectory(system: Any, states: Any, controls: Any, control_cost: floa
     """Raise a TypeError or ValueError that names what is wrong with the arrays of a trajectory."""
     if not hasattr(states, "shape") or not hasattr(states, "dtype"):
         raise TypeError(f"states must be an array, got {type(states).__name__}")
+    if not _is_real(states.dtype):
+        raise TypeError(f"states must hold float32 or float64, got {states.dtype}")
     shape = tuple(states.shape)
     if len(shape) != 3 or shape[2] != system.state_size or shape[0] < 2 or shape[1] < 1:
         message = shape_message("states", ("steps + 1", "batch", system.state_size), shape, ", ".join(system.states))
         raise ValueError(message)
     if _is_known(control_cost):
         check_number("control_cost", control_cost, least=0.0)
+    elif _framework(control_cost) != _framework(states):
+        raise TypeError(f"control_cost must be a number, or of the library of the states, got {shown(control_cost)}")
     if controls is None and not (_is_known(control_cost) and control_cost == 0.0):
         raise ValueError("control_cost needs the controls: pass controls, shape (steps, batch, K)")
+    if controls is not None:
+        _check_controls(controls, states)
     if controls is not None and tuple(controls.shape) != (shape[0] - 1, shape[1], system.control_size):
         expected = (shape[0] - 1, shape[1], system.control_size)
         raise ValueError(shape_message("controls", expected, controls.shape, ", ".join(system.controls)))
+
+
+def _is_real(dtype: Any) -> bool:
+    """Whether this is float32 or float64, of any library; of numpy in any byte order."""
+    if isinstance(dtype, np.dtype):
+        return dtype.kind == "f" and dtype.itemsize in (4, 8)
+    return any(kind in str(dtype) for kind in ("float32", "float64"))
+
+
+def _check_controls(controls: Any, states: Any) -> None:
+    """Raise a TypeError if controls are no array of numbers of the kind that states are."""
+    if not hasattr(controls, "shape") or not hasattr(controls, "dtype"):
+        raise TypeError(f"controls must be an array, got {shown(controls)}")
+    name = _framework(states) or ("warp" if isinstance(states, wp.array) else "")
+    own = _framework(controls) or ("warp" if isinstance(controls, wp.array) else "")
+    if own != name:
+        raise TypeError(
+            f"controls must be an array as states are, {type(states).__name__}, got {type(controls).__name__}"
+        )
+    if not _is_real(controls.dtype):
+        raise TypeError(f"controls must hold float32 or float64, got {controls.dtype}")
 
 
 def check_loss(system: Any, when: When, steps: int, control_cost: float) -> Literal["final", "every"] | tuple[int, ...]:
@@ -152,7 +180,7 @@ def chosen_times(when: When, steps: int) -> tuple[int, ...]:
     if isinstance(when, str):
         check_choice("when", when, ("final", "every"))
         return (steps,) if when == "final" else tuple(range(1, steps + 1))
-    wanted = f"when must be 'final', 'every' or distinct steps from 0 to {steps}, got {when!r}"
+    wanted = f"when must be 'final', 'every' or distinct steps from 0 to {steps}, got {shown(when)}"
     try:
         given = tuple(when)
         times = tuple(operator.index(n) for n in given)
@@ -173,8 +201,9 @@ def chosen_array(times: tuple[int, ...], device: str) -> wp.array:
 
 def _numpy_costs(system, states, times, parameters) -> np.ndarray:
     """Return the pointwise costs of numpy states, shape (times, batch)."""
+    start_warp()
     real = real_type(states.dtype)
-    x = wp.array(np.ascontiguousarray(states), dtype=real, device="cpu", copy=False)
+    x = wp.array(np.ascontiguousarray(states, numpy_type(real)), dtype=real, device="cpu", copy=False)
     p = system.check_parameters(system.parameter_array(parameters, device="cpu", dtype=real), x, x.shape[1])
     costs = wp.empty((len(times), x.shape[1]), dtype=real, device="cpu")
     chosen = chosen_array(times, "cpu")

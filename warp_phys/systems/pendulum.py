@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
+from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_choice, check_count
 from warp_phys.systems.base import System, SystemFunctions
 from warp_phys.systems.cartpole import WIDTH, sketch_cart, upright_cost
@@ -39,6 +40,8 @@ class Pendulum(System):
     8
     """
 
+    positive: ClassVar = ("cart_mass", "link_mass", "length")
+
     links: int = 2
     """Number N of links, at most 15."""
     dt: float = 0.01
@@ -55,11 +58,10 @@ class Pendulum(System):
     """Integrator: "rk4", "semi-implicit" Euler (velocities first), or "euler"."""
 
     def __post_init__(self):
-        object.__setattr__(self, "links", check_count("links", self.links))
-        if self.links >= LARGEST:  # and the cart is one unknown more
-            raise ValueError(f"links must be at most {LARGEST - 1}, got {self.links}")
+        # the cart is one unknown more
+        object.__setattr__(self, "links", check_count("links", self.links, most=LARGEST - 1))
         check_choice("integrator", self.integrator, INTEGRATORS)
-        self.check_numbers(positive=("cart_mass", "link_mass", "length"))
+        self.check_numbers()
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -80,7 +82,7 @@ class Pendulum(System):
     def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
         """Return hanging states: x, x' and θ' uniform in [−1, 1], θ = π + uniform(−π/6, π/6); shape (batch, D)."""
         batch, dtype = check_count("batch", batch), numpy_type(real_type(dtype))
-        states = np.random.default_rng(seed).uniform(-1.0, 1.0, (batch, self.state_size))
+        states = np.random.default_rng(check_seed(seed)).uniform(-1.0, 1.0, (batch, self.state_size))
         states[:, 2::2] = np.pi + states[:, 2::2] * (np.pi / 6.0)
         return states.astype(dtype)
 

@@ -9,6 +9,7 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
+from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_count
 from warp_phys.systems.base import System, SystemFunctions
 from warp_phys.systems.integrators import integrate
@@ -56,7 +57,7 @@ class Polynomial(System):
     def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
         """Return states uniform in [start − 0.1, start + 0.1], shape (batch, 1)."""
         batch, dtype = check_count("batch", batch), numpy_type(real_type(dtype))
-        offsets = np.random.default_rng(seed).uniform(-SPREAD, SPREAD, (batch, 1))
+        offsets = np.random.default_rng(check_seed(seed)).uniform(-SPREAD, SPREAD, (batch, 1))
         return (self.start + offsets).astype(dtype)
 
     def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
+from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_choice, check_count
 from warp_phys.systems.base import System, SystemFunctions
 from warp_phys.systems.integrators import INTEGRATORS, integrate
@@ -28,14 +29,17 @@ class Quadrotor(System):
     (x − t_x)² + (z − t_z)² + φ²/2 + 0.1 (x'² + z'²) + 0.02 φ'².
 
     Raises:
-        TypeError, ValueError: A mass, an inertia or a time step that is not positive, a negative drag, a parameter that
-            is not a finite number, an unknown integrator.
+        TypeError, ValueError: A mass, an arm, an inertia or a time step that is not positive, a negative drag, a
+            parameter that is not a finite number, an unknown integrator.
 
     Source: the textbook model of a planar quadrotor, with linear drag against a constant wind.
 
     >>> Quadrotor().state_size, Quadrotor().control_size
     (6, 2)
     """
+
+    positive: ClassVar = ("mass", "arm", "inertia")
+    not_negative: ClassVar = ("drag",)
 
     dt: float = 0.02
     """Time step [s]."""
@@ -67,7 +71,7 @@ class Quadrotor(System):
 
     def __post_init__(self):
         check_choice("integrator", self.integrator, INTEGRATORS)
-        self.check_numbers(positive=("mass", "inertia"), not_negative=("drag",))
+        self.check_numbers()
 
     def functions(self, real: type) -> SystemFunctions:
         """Return the Warp functions in one precision."""
@@ -80,7 +84,7 @@ class Quadrotor(System):
         """
         batch, dtype = check_count("batch", batch), numpy_type(real_type(dtype))
         reach = np.array([1.0, 1.0, 0.5, 0.5, 0.5, 0.5])
-        return (np.random.default_rng(seed).uniform(-1.0, 1.0, (batch, 6)) * reach).astype(dtype)
+        return (np.random.default_rng(check_seed(seed)).uniform(-1.0, 1.0, (batch, 6)) * reach).astype(dtype)
 
     def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
         """Put body, thrusts and target on matplotlib `axes`; return a function (state, control=None) that moves."""

@@ -9,10 +9,11 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
+from warp_phys.core.checks import check_seed
 from warp_phys.core.rows import scalar_name
 from warp_phys.errors import check_count
 from warp_phys.programs.native_physics import lanes_of
-from warp_phys.systems.base import System, SystemFunctions
+from warp_phys.systems.base import MOST_PARTS, System, SystemFunctions
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Quantum(System):
     1 − |⟨ψ, φ⟩|² with the eigenstate φ of number `target`; the loss SUMS it over the chosen times.
 
     Raises:
-        TypeError, ValueError: Fewer than two points, a target that the grid has not, a step that is not positive.
+        TypeError, ValueError: Fewer than two points or more than 1024, a target that the grid has not, a step that is
+            not positive.
 
     Source: Schnell & Thuerey, ICLR 2024, after Holl, Koltun & Thuerey 2020.
 
@@ -39,14 +41,14 @@ class Quantum(System):
     time_average: ClassVar[bool] = False
 
     points: int = 32
-    """Number N of inner grid points."""
+    """Number N of inner grid points, at most 1024."""
     target: int = 3
     """Number of the eigenstate to reach; 1 is the ground state."""
     dt: float = 1.0 / 16.0
     """Time step, in units in which ħ = m = 1."""
 
     def __post_init__(self):
-        object.__setattr__(self, "points", check_count("points", self.points, least=2))
+        object.__setattr__(self, "points", check_count("points", self.points, 2, MOST_PARTS))
         object.__setattr__(self, "target", check_count("target", self.target))
         if self.target > self.points:
             raise ValueError(f"target must be at most points ({self.points}), got {self.target}")
@@ -88,7 +90,7 @@ class Quantum(System):
         Their amplitudes have independent normal magnitudes and uniform phases, normalised together.
         """
         batch, dtype = check_count("batch", batch), numpy_type(real_type(dtype))
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(check_seed(seed))
         amplitudes = generator.standard_normal((batch, 2)) * np.exp(2j * np.pi * generator.random((batch, 2)))
         amplitudes /= np.linalg.norm(amplitudes, axis=1, keepdims=True)
         psi = amplitudes @ np.stack([self.eigenstate(1), self.eigenstate(2)])

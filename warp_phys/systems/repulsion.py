@@ -3,15 +3,16 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
+from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_choice, check_count
 from warp_phys.programs.native_physics import lanes_of
-from warp_phys.systems.base import System, SystemFunctions
+from warp_phys.systems.base import MOST_PARTS, System, SystemFunctions
 from warp_phys.systems.integrators import INTEGRATORS, integrate
 
 
@@ -29,7 +30,8 @@ class Repulsion(System):
     (p_e − target)². Agents that coincide exert no force on each other, and nothing divides by zero.
 
     Raises:
-        TypeError, ValueError: Counts below one, a parameter that is not a finite number, an unknown integrator.
+        TypeError, ValueError: Counts below one or above 1024, a time step, a regularisation or a flock distance that is
+            not positive, a negative friction, a parameter that is not a finite number, an unknown integrator.
 
     Source: Schnell & Thuerey, ICLR 2024, after Escobedo, Ibañez & Zuazua 2016 and Ko & Zuazua 2020.
 
@@ -37,10 +39,13 @@ class Repulsion(System):
     24
     """
 
+    positive: ClassVar = ("regularisation", "flock_distance")
+    not_negative: ClassVar = ("driver_friction", "evader_friction")
+
     drivers: int = 2
-    """Number A of drivers."""
+    """Number A of drivers, at most 1024."""
     evaders: int = 4
-    """Number E of evaders."""
+    """Number E of evaders, at most 1024."""
     dt: float = 4.0 / 60.0
     """Time step [s]."""
     regularisation: float = 0.1
@@ -66,7 +71,7 @@ class Repulsion(System):
 
     def __post_init__(self):
         for name in ("drivers", "evaders"):
-            object.__setattr__(self, name, check_count(name, getattr(self, name)))
+            object.__setattr__(self, name, check_count(name, getattr(self, name), most=MOST_PARTS))
         check_choice("integrator", self.integrator, INTEGRATORS)
         self.check_numbers()
 
@@ -98,7 +103,7 @@ class Repulsion(System):
         is at the centre plus uniform [−0.5, 0.5]².
         """
         batch, dtype = check_count("batch", batch), numpy_type(real_type(dtype))
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(check_seed(seed))
         states = np.zeros((batch, self.drivers + self.evaders, 4))
         states[:, : self.drivers, :2] = _annulus(generator, 3.0, (batch, self.drivers))
         offsets = generator.uniform(-0.5, 0.5, (batch, self.evaders, 2))

@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from warp_phys.core.checks import numbers_of
 from warp_phys.interop.gymnasium.base import (
     RENDER_MODES,
     BatchEnv,
@@ -91,7 +92,7 @@ class SystemEnv(gymnasium.Env):
         """Move one time step on; return observation, reward, terminated, truncated (always False), info."""
         if self._state is None:
             raise gymnasium.error.ResetNeeded("call reset before the first step")
-        controls = self.task.controls(np.asarray(action)[None], 1)
+        controls = self.task.controls(numbers_of("action", action)[None], 1)
         states, costs, rewards, diverged = self._stepper.step(self._state[None], controls)
         self._state, self._control = states[0], controls[0]
         return self._state.copy(), float(rewards[0]), bool(diverged[0]), False, {"cost": float(costs[0])}

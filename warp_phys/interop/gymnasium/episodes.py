@@ -1,6 +1,6 @@
 """What the Gymnasium environments share: the task that a system is given, its step on numpy rows, its episodes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ from gymnasium.vector import AutoresetMode
 
 from warp_phys.core import kernels
 from warp_phys.core.arrays import numpy_type, real_type, shape_message
-from warp_phys.core.checks import check_number
-from warp_phys.errors import check_choice, check_count
+from warp_phys.core.checks import check_device, check_number, check_seed, numbers_of
+from warp_phys.errors import check_choice, check_count, shown
 from warp_phys.systems import SYSTEMS, System
 from warp_phys.systems.losses import chosen_array
 
@@ -43,7 +43,7 @@ class Task:
         check_number("control_cost", self.control_cost, least=0.0)
         check_number("divergence_reward", self.divergence_reward)
         object.__setattr__(self, "dtype", numpy_type(real_type(self.dtype)))
-        object.__setattr__(self, "device", wp.get_device(str(self.device)).alias)
+        object.__setattr__(self, "device", check_device(self.device).alias)
 
     def spaces(self) -> tuple[Box, Box]:
         """Return the spaces of the observations, which have no bounds, and of the actions, [−1, 1]."""
@@ -54,9 +54,10 @@ class Task:
         """Return the controls that actions stand for, shape (count, K); they are not clipped.
 
         Raises:
-            ValueError: Another shape.
+            TypeError, ValueError: No numbers, or of another shape.
         """
-        actions = np.asarray(actions, self.dtype)
+        with np.errstate(over="ignore"):
+            actions = numbers_of("actions", actions).astype(self.dtype)
         if actions.shape != (count, self.system.control_size):
             raise ValueError(
                 shape_message(
@@ -159,16 +160,18 @@ class Episodes:
             TypeError, ValueError: Not one seed per environment; a mask that is none.
         """
         if seed is None or isinstance(seed, (int, np.integer)):
-            seeds = [None if seed is None else int(seed) + i for i in range(self.count)]
+            seeds = [None if seed is None else check_seed(seed) + i for i in range(self.count)]
+        elif isinstance(seed, (str, bytes)) or not isinstance(seed, Iterable):
+            raise TypeError(f"seed must be a number or {self.count} numbers, got {shown(seed)}")
         else:
-            seeds = list(seed)
+            seeds = [None if own is None else check_seed(own) for own in seed]
         if len(seeds) != self.count:
             raise ValueError(f"seed must be a number or {self.count} numbers, one per environment, got {len(seeds)}")
         mask = options.get("reset_mask")
         mask = np.ones(self.count, dtype=bool) if mask is None else _check_mask(mask, self.count)
         for i, own in enumerate(seeds):
             if mask[i] and own is not None:
-                self.generators[i], self.seeds[i] = seeding.np_random(int(own))
+                self.generators[i], self.seeds[i] = seeding.np_random(own)
         self.elapsed[mask], self.ended[mask], self.begun[mask] = 0, False, True
         return mask
 
@@ -236,11 +239,13 @@ def given_states(value: Any, task: Task, shape: Sequence[int], name: str) -> np.
     Raises:
         ValueError: Another shape, or numbers that are not finite.
     """
-    states = np.array(value, task.dtype)
+    name = f"options[{name!r}]"
+    with np.errstate(over="ignore"):
+        states = np.array(numbers_of(name, value), task.dtype)
     if states.shape != tuple(shape):
-        raise ValueError(shape_message(f"options[{name!r}]", tuple(shape), states.shape, ", ".join(task.system.states)))
+        raise ValueError(shape_message(name, tuple(shape), states.shape, ", ".join(task.system.states)))
     if not np.isfinite(states).all():
-        raise ValueError(f"options[{name!r}] must be finite")
+        raise ValueError(f"{name} must be finite")
     return states
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from warp_phys.core.checks import check_given
 from warp_phys.interop.jax import calls
-from warp_phys.interop.jax.arrays import key_of, real_of, rows_of_parameters
+from warp_phys.interop.jax.arrays import as_jax_array, key_of, real_of, rows_of_parameters
 from warp_phys.systems.losses import COSTS, When
 
 
@@ -29,8 +29,9 @@ def loss(
     Raises:
         ValueError, TypeError: As `System.loss` does.
     """
-    states, controls = jnp.asarray(states), None if controls is None else jnp.asarray(controls)
-    check_given(getattr(system, "parameter_names", ()), parameters or {})
+    states = as_jax_array("states", states)
+    controls = None if controls is None else as_jax_array("controls", controls)
+    check_given(getattr(system, "parameter_names", ()), {} if parameters is None else parameters)
     own: dict[str, Any] = {"parameters": parameters} if parameters else {}
     own |= {} if inputs is None else {"inputs": jnp.asarray(inputs)}
     return system.loss(states, controls, when=when, control_cost=control_cost, **own)

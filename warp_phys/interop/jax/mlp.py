@@ -1,6 +1,7 @@
 """A dense network as a JAX function that the engine can also run itself on CUDA, physics and all."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from warp_phys.errors import check_choice, check_count
+from warp_phys.core.arrays import numpy_type, real_type
+from warp_phys.core.checks import check_seed
+from warp_phys.errors import check_choice, check_count, shown
 from warp_phys.interop.jax.arrays import real_of
 from warp_phys.interop.jax.dense_calls import dense_unroll_call
 from warp_phys.interop.jax.program import WIDEST
@@ -40,6 +43,8 @@ class MLP:
     activation: str = "tanh"
 
     def __post_init__(self):
+        if not isinstance(self.sizes, Iterable):
+            raise TypeError(f"sizes must be numbers of inputs, hidden units and outputs, got {shown(self.sizes)}")
         object.__setattr__(self, "sizes", tuple(check_count("sizes", size) for size in self.sizes))
         if len(self.sizes) < 2:
             raise ValueError(
@@ -59,7 +64,7 @@ class MLP:
 
     def init(self, seed: int = 0, dtype: Any = np.float32) -> Params:
         """Return Glorot-uniform weights (out, in) and zero biases (out,), a pair per layer."""
-        generator, params = np.random.default_rng(seed), []
+        generator, params, dtype = np.random.default_rng(check_seed(seed)), [], numpy_type(real_type(dtype))
         for inputs, outputs in zip(self.sizes[:-1], self.sizes[1:], strict=True):
             bound = math.sqrt(6.0 / (inputs + outputs))
             weight = generator.uniform(-bound, bound, (outputs, inputs))

@@ -8,7 +8,7 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import check_array, numpy_type, real_type, shape_message
-from warp_phys.core.checks import check_number
+from warp_phys.core.checks import check_device, check_flag, check_number, check_seed
 from warp_phys.core.gate import active_tape, paused
 from warp_phys.engine import row_kernels
 from warp_phys.errors import NotRepeatable, check_choice, check_count
@@ -83,6 +83,7 @@ class NewtonSystem:
         _check_model(model)
         self.solver = _make_solver(solver, model)
         check_number("dt", dt, positive=True)
+        check_flag("contacts", contacts)
         self.model, self._dt, self._substeps = model, float(dt), check_count("substeps", substeps)
         self.device, self.worlds = model.device, world_count(model)
         check_choice("control", control, tuple(TARGETS))
@@ -94,7 +95,7 @@ class NewtonSystem:
         self._watch = Watch(model, self.solver, contacts)
         self._graphs: dict[str, tuple[Any, list[Any]]] = {}
         self._kept: list[Any] = []
-        self._use_graphs = graph
+        self._use_graphs = check_flag("graph", graph)
 
     @classmethod
     def from_builder(
@@ -109,11 +110,12 @@ class NewtonSystem:
             device: Warp device.
             **options: As for the constructor.
         """
+        check_flag("ground", ground)
         scene = newton.ModelBuilder(up_axis=builder.up_axis)
         scene.replicate(builder, check_count("worlds", worlds))
         if ground:
             scene.add_ground_plane(cfg=builder.default_shape_cfg)
-        return cls(scene.finalize(device=device, requires_grad=True), **options)
+        return cls(scene.finalize(device=check_device(device), requires_grad=True), **options)
 
     @property
     def dt(self) -> float:
@@ -246,6 +248,8 @@ class NewtonSystem:
             spread: Standard deviation of the noise, in each number's unit.
         """
         check_count("batch", batch)
+        check_seed(seed)
+        check_number("spread", spread, least=0.0)
         rows = [self._work.sample(np.random.default_rng([seed, n]), spread) for n in range(-(-batch // self.worlds))]
         return np.concatenate(rows)[:batch].astype(numpy_type(real_type(dtype)))
 

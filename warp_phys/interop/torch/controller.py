@@ -8,6 +8,7 @@ import warp as wp
 
 from warp_phys.engine.layers import Dense, Workspace
 from warp_phys.engine.phases import Linearisation
+from warp_phys.errors import shown
 from warp_phys.interop.torch.chain import (
     ACTIVATIONS,
     PRECISIONS,
@@ -387,6 +388,18 @@ def _is_plain_linear(layer: torch.nn.Module | None) -> TypeGuard[torch.nn.Linear
     return layer.weight.is_contiguous() and layer.weight.dtype in PRECISIONS
 
 
+def _device(device: Any) -> torch.device:
+    """Return a device of torch's, or raise a TypeError or ValueError that says what was given."""
+    if isinstance(device, torch.device):
+        return device
+    if not isinstance(device, str):
+        raise TypeError(f"device must be the name of a device or a torch.device, got {shown(device)}")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be one that torch knows, such as 'cpu' or 'cuda:0', got {device!r}") from None
+
+
 def precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[torch.dtype, torch.device]:
     """Return the one precision and device of a module's parameters, or raise; of its buffers if it has none."""
     refuse_lazy(controller)
@@ -397,10 +410,11 @@ def precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[torc
         raise ValueError(
             f"controller must have its parameters in one precision on one device, got {sorted(map(str, kinds))}"
         )
-    dtype, own = kinds.pop() if kinds else (torch.get_default_dtype(), torch.device(device or "cpu"))
+    place = _device("cpu" if device is None else device)
+    dtype, own = kinds.pop() if kinds else (torch.get_default_dtype(), place)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"controller must have float32 or float64 parameters, got {dtype}")
-    wanted = own if device is None else torch.device(device)
+    wanted = own if device is None else place
     if wanted.type == "cuda" and wanted.index is None:
         wanted = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
     if wanted != own:

@@ -11,6 +11,12 @@ from warp_phys.engine.dense_kernels import LANES, activate_kernel
 from warp_phys.interop.torch.combine import places_of
 
 
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    """Raise a TypeError for a sparse or quantised tensor."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}, {tensor.dtype}")
+
+
 class DenseLinearisation:
     """Dense layers at N rows: activations h, slopes, and the adjoints of unit seeds before each activation."""
 

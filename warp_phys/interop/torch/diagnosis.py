@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import warp as wp
 
+from warp_phys.core.checks import check_function, check_seed
 from warp_phys.diagnose.diagnostics import Diagnosis, Layer, path_norms, spectra
 from warp_phys.diagnose.feedback import StepJacobians, step_jacobians, trace
 from warp_phys.diagnose.rotation import Rotation, difference_step, draw_probes, estimate
@@ -31,18 +32,16 @@ from warp_phys.flow import (
     parts_of,
     refuse_memory,
     refuse_whole,
-    resolve,
+    resolve_all,
 )
 from warp_phys.interop.torch.combine import places_of, size_of, split
 from warp_phys.interop.torch.contract import PassCheck
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.interop.torch.hybrid import Hybrid
 from warp_phys.interop.torch.loss import rows_of_parameters, torch_stream
+from warp_phys.interop.torch.rollout import Rollout
 from warp_phys.systems.base import System
 from warp_phys.systems.losses import When
-
-if TYPE_CHECKING:
-    from warp_phys.interop.torch.rollout import Rollout
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PUBLISHED: tuple[FlowName, ...] = ("regular", "modified", "stopped", "combined")
@@ -89,6 +88,7 @@ def diagnose(
         TypeError, ValueError: Arguments that do not fit, as a call of the rollout and `System.loss` raise them.
         Diverged: A state is not finite, and the rollout's `on_divergence` is "raise".
     """
+    _check(rollout, loss, seed)
     _refuse_hybrid(rollout)
     wanted = _flows(flows)
     wanted += tuple(flow for flow in (REGULAR, MODIFIED) if flow not in wanted)
@@ -160,8 +160,11 @@ def rotation(
         TypeError, ValueError: As in `diagnose`; a controller without trained parameters.
         Diverged: As in `diagnose`.
     """
+    _check(rollout, loss, seed)
     _refuse_hybrid(rollout)
     wanted, plain = _flows(flows), parts_of(_flows(flows))
+    if not wanted:
+        raise ValueError("flows must name at least one flow, got none")
     rollout._given(rollout.initial_states(x0), inputs, memory)
     own = _apart(rollout)
     trained = own._adapter.trainable
@@ -217,6 +220,7 @@ def jacobians(
         TypeError, ValueError: As a call of the rollout does.
         Diverged: A state is not finite, and the rollout's `on_divergence` is "raise".
     """
+    _check(rollout, None, 0)
     _refuse_hybrid(rollout)
     count = None if samples is None else check_count("samples", samples)
     trajectory = _unroll(rollout, x0, None, parameters, (inputs, memory)).trajectory
@@ -232,9 +236,16 @@ class _Unrolled(NamedTuple):
     loss: float
 
 
+def _check(rollout: Any, loss: Any, seed: Any) -> None:
+    """Raise a TypeError or ValueError for arguments that are no rollout, no loss, no seed."""
+    if not isinstance(rollout, Rollout):
+        raise TypeError(f"rollout must be a warp_phys.interop.torch.Rollout, got {type(rollout).__name__}")
+    check_function("loss", loss, "states and controls")
+    check_seed(seed)
+
+
 def _flows(flows: FlowLike | Sequence[FlowLike]) -> tuple[Flow | Combined, ...]:
-    given = (flows,) if isinstance(flows, (str, Flow, Combined)) else flows
-    resolved = tuple(dict.fromkeys(map(resolve, given)))
+    resolved = tuple(dict.fromkeys(resolve_all(flows)))
     refuse_memory(*resolved)
     refuse_whole("a diagnosis says what each component and each step gives to an update", *resolved)
     return resolved
@@ -275,7 +286,7 @@ def _unroll(
 ) -> _Unrolled:
     """Unroll, and differentiate the loss by the trajectory; without a loss those derivatives are 0."""
     x0 = rollout.initial_states(x0)
-    rows = rows_of_parameters(rollout.system, parameters or {}, x0)
+    rows = rows_of_parameters(rollout.system, parameters, x0)
     given = rollout._given(x0, *beside)
     found, _ = rollout._look(x0, None, beside=given)
     if found is not None and found.whole:

@@ -9,7 +9,7 @@ import warp as wp
 
 from warp_phys.core import kernels
 from warp_phys.core.arrays import as_structs
-from warp_phys.core.checks import check_given, check_lengths, range_of
+from warp_phys.core.checks import check_given, check_lengths, range_of, within
 from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import Trajectory, all_gates
 from warp_phys.flow import Combined, Flow, combine, linear_parts
@@ -120,7 +120,8 @@ class DirectPass:
             announce(self, self.grads)
         own = [getattr(getattr(system, "wrapped", system), name) for name in system.parameter_names]
         self._rows = None if given is None else torch.tensor([own] * given.rows, dtype=dtype)
-        self._positive = [i for i, name in enumerate(system.parameter_names) if range_of(name) == "positive"]
+        ranges = [range_of(system, name) for name in system.parameter_names]
+        self._ranges = [(i, range_) for i, range_ in enumerate(ranges) if range_ != "finite"]
         # of each flow, and of the cost itself
         self._adj_p = torch.zeros((len(flows) + 1, batch, len(own)), dtype=dtype) if self._leaves else None
         self.per_sample, self.control_weight = weights(system, self.costs, self.controls, control_cost)
@@ -168,9 +169,9 @@ class DirectPass:
         self._held += [network, adapter, x, c, lam, own, workspace, gates, sources, targets, adj_p]
 
     def take_parameters(self, given: Given) -> bool:
-        """Take up physical parameters; return whether they are finite, and a time step positive."""
+        """Take up physical parameters; return whether they are finite and in their ranges."""
         rows = self._rows.numpy()  # type: ignore[union-attr]
-        return given.write(rows) and bool((rows[:, self._positive] > 0.0).all())
+        return given.write(rows) and all(within(range_, rows[:, i]).all() for i, range_ in self._ranges)
 
     def _start(self, x0: torch.Tensor, beside: Beside) -> None:
         if self._inner.state_size == x0.shape[1]:

@@ -183,6 +183,10 @@ class Hybrid:
         """Draw the system, see `System.sketch`."""
         return self.system.sketch(axes)
 
+    def range_of(self, name: str) -> str:
+        """Return what a physical parameter must be, see `System.range_of`."""
+        return self.system.range_of(name)
+
     def with_parameters(self, values: Mapping[str, float]) -> "Hybrid":
         """Return the same with other physical parameters, and this very module."""
         return Hybrid(self.system.with_parameters(values), self.module, self.gives)

@@ -156,7 +156,7 @@ def identify(
         states: Recorded states, shape (steps + 1, batch, D): torch, numpy or nested lists.
         controls: Recorded controls, shape (steps, batch, K) or (steps, 1, K).
         parameters: What is sought, by name, with start values.
-        bounds: Least and largest values by name; those without have none, but a dt, which stays positive.
+        bounds: Least and largest values by name; those without have none, but what must be positive stays so.
         shooting: Steps of a segment; all of them if None: single shooting.
         noise: Standard deviation of the noise, a number or one for each component, shape (D,); estimated if None, which
             takes two fits more.
@@ -247,9 +247,10 @@ def _checked(
     if unknown:
         raise ValueError(f"bounds of {', '.join(unknown)} are given, which are not among the parameters sought")
     starts, lows, highs = [], [], []
+    lowest = {"positive": np.finfo(float).tiny, "not negative": 0.0}
     for name, value in parameters.items():
         check_number(f"parameter {name}", value)
-        least = np.finfo(float).tiny if range_of(name) == "positive" else -math.inf
+        least = lowest.get(range_of(system, name), -math.inf)
         try:
             low, high = (float(end) for end in bounds.get(name, (-math.inf, math.inf)))
         except (TypeError, ValueError):

@@ -15,10 +15,15 @@ def controls_of(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
     Raises:
         TypeError: The module returns something else than a tensor, or other numbers than x holds.
-        ValueError: The module has changed x, or returns no row for each row.
+        ValueError: The module does not take rows of this length, has changed x, or returns no row for each row.
     """
     before = None if x.is_inference() else x._version  # an inference tensor counts no versions
-    output = module(x)
+    try:
+        output = module(x)
+    except RuntimeError as error:
+        if any(word in str(error) for word in ("shape", "size", "dimension")):
+            raise ValueError(f"controller does not take states of shape {tuple(x.shape)}: {error}") from error
+        raise
     if not isinstance(output, torch.Tensor):
         raise TypeError(f"controller must return the controls alone, a torch.Tensor, got {type(output).__name__}")
     if before is not None and x._version != before:

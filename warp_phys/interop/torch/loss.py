@@ -4,12 +4,15 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import warp as wp
 
 from warp_phys.core import kernels
 from warp_phys.core.arrays import as_structs
-from warp_phys.core.checks import check_given, check_lengths, range_of
+from warp_phys.core.checks import check_given, check_lengths, numbers_of, range_of, within
+from warp_phys.core.kernel_cache import start_warp
+from warp_phys.errors import shown
 from warp_phys.interop.torch.dense import as_array
 from warp_phys.systems.base import System
 from warp_phys.systems.losses import COSTS, chosen_array
@@ -35,7 +38,7 @@ def pointwise_cost(
     if torch.compiler.is_compiling() and getattr(system, "_torch_name", None) is not None:
         return torch.ops.warp_phys.cost(states, rows, list(times), system._torch_name)  # type: ignore[attr-defined]
     refuse_transforms("a loss")
-    wp.init()
+    start_warp()
     return _PointwiseCost.apply(states, system, tuple(times), rows)
 
 
@@ -109,24 +112,26 @@ def structs_of(system: System, rows: torch.Tensor | None, like: wp.array) -> wp.
     return as_structs(as_array(rows.detach().contiguous()), system.types(like.dtype).Parameters)
 
 
-def rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor | None:
+def rows_of_parameters(system: Any, values: Mapping[str, Any] | None, like: torch.Tensor) -> torch.Tensor | None:
     """Return physical parameters as rows (1 or batch, number of parameters) for states `like`, (batch, D).
 
     None stands for the system's own.
 
     Raises:
         TypeError, ValueError: Something else than numbers, an unknown name, lengths that differ, numbers that are not
-            finite, a dt that is not positive.
+            finite, or not in their range.
     """
-    if not values:
+    if values is None:
         return None
     names = getattr(system, "parameter_names", ())
     check_given(names, values)
-    given = {name: torch.as_tensor(value, dtype=like.dtype) for name, value in values.items()}
+    if not values:
+        return None
+    given = {name: _as_tensor(name, value, like.dtype) for name, value in values.items()}
     for name, column in given.items():
         check_lengths(name, column.shape, len(like))
     if not torch.compiler.is_compiling() and not in_transform():
-        _check_ranges(given, values)
+        _check_ranges(system, given, values)
     kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
     columns = []
     for name in names:
@@ -135,17 +140,24 @@ def rows_of_parameters(system: Any, values: Mapping[str, Any], like: torch.Tenso
     return torch.stack(torch.broadcast_tensors(*columns), dim=1)
 
 
-def _check_ranges(given: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+def _as_tensor(name: str, value: Any, dtype: torch.dtype) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError):  # strides below zero, another byte order, lists of tensors
+        return torch.as_tensor(np.array(numbers_of(f"parameter {name}", value), np.float64), dtype=dtype)
+
+
+def _check_ranges(system: Any, given: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
     """Raise a ValueError if a physical parameter is not in its range.
 
     Numbers on a CUDA device are waited for once, those on the host not at all.
     """
-    fine = [torch.isfinite(c) & (c > 0.0) if range_of(n) == "positive" else torch.isfinite(c) for n, c in given.items()]
+    fine = [torch.isfinite(c) & within(range_of(system, n), c) for n, c in given.items()]
     place = next((flags.device for flags in fine if not flags.is_cpu), torch.device("cpu"))
     if torch.stack([flags.all().to(place, non_blocking=True) for flags in fine]).all():
         return
     name = next(name for name, flags in zip(given, fine, strict=True) if not flags.all())
-    raise ValueError(f"parameter {name} must be {range_of(name)}, got {values[name]}")
+    raise ValueError(f"parameter {name} must be {range_of(system, name)}, got {shown(values[name])}")
 
 
 def torch_stream(device: torch.device) -> contextlib.AbstractContextManager:

@@ -5,16 +5,19 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import warp as wp
 
 from warp_phys.core import kernels
 from warp_phys.core.arrays import as_structs, for_all_streams, shape_message
-from warp_phys.core.checks import check_instance
+from warp_phys.core.checks import check_instance, numbers_of
 from warp_phys.core.flow_gates import are_single
+from warp_phys.core.kernel_cache import start_warp
 from warp_phys.engine.phases import all_gates, check_gates
+from warp_phys.errors import shown
 from warp_phys.flow import Combined, Flow, resolve
-from warp_phys.interop.torch.dense import as_array, is_finite
+from warp_phys.interop.torch.dense import as_array, check_dense, is_finite
 from warp_phys.interop.torch.hybrid import Hybrid
 from warp_phys.interop.torch.loss import (
     refuse_second_derivative,
@@ -80,11 +83,12 @@ def trajectory(
     refuse_transforms("a trajectory")
     _check(system, x0, controls)
     check_gates([resolved], len(controls))
-    wp.init()
-    rows = rows_of_parameters(system, parameters or {}, x0)
+    start_warp()
+    rows = rows_of_parameters(system, parameters, x0)
     if inputs is not None and not isinstance(inputs, torch.Tensor):
         raise TypeError(f"inputs must be a torch.Tensor, got {type(inputs).__name__}")
     if inputs is not None:
+        check_dense("inputs", inputs)
         inputs = check_inputs("inputs", inputs, x0, len(controls), system.input_size or None)
     if (inputs is None) != (not system.inputs):
         names = ", ".join(system.inputs)
@@ -103,10 +107,15 @@ def finite_numbers(name: str, value: Any) -> torch.Tensor:
     Raises:
         TypeError, ValueError: Something else than real, finite numbers.
     """
-    try:
-        tensor = torch.as_tensor(value).detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be an array of numbers, got {type(value).__name__}") from None
+    if not isinstance(value, torch.Tensor):
+        try:
+            value = torch.as_tensor(np.array(numbers_of(name, value), np.float64))
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be an array of numbers, got {shown(value)}") from None
+    check_dense(name, value)
+    if value.is_meta:
+        raise TypeError(f"{name} must hold numbers, got a tensor on the device meta")
+    tensor = value.detach()
     if tensor.dtype == torch.bool or tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
     if not tensor.isfinite().all():
@@ -118,6 +127,7 @@ def _check(system: System | Hybrid, x0: Any, controls: Any) -> None:
     for name, value in (("x0", x0), ("controls", controls)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        check_dense(name, value)
         if value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name} must hold torch.float32 or torch.float64, got {value.dtype}")
         if value.dtype != x0.dtype or value.device != x0.device:

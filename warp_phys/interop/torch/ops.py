@@ -12,7 +12,8 @@ import torch
 import warp as wp
 
 from warp_phys.core.arrays import as_structs, shape_message
-from warp_phys.interop.torch.dense import as_array
+from warp_phys.core.kernel_cache import start_warp
+from warp_phys.interop.torch.dense import as_array, check_dense
 from warp_phys.interop.torch.loss import in_transform, rows_of_parameters, structs_of, torch_stream
 from warp_phys.rollout import check_sizes
 from warp_phys.systems.base import Simulator, System
@@ -41,7 +42,7 @@ class Step:
 
     def __init__(self, system: Simulator):
         check_sizes(system, object())
-        wp.init()
+        start_warp()
         self.system = system
         self._name = name_of(system)
 
@@ -66,7 +67,7 @@ class Step:
         """
         _check("x", x, (-1, self.system.state_size), x)
         _check("c", c, (len(x), self.system.control_size), x)
-        rows = rows_of_parameters(self.system, parameters or {}, x)
+        rows = rows_of_parameters(self.system, parameters, x)
         if torch.compiler.is_compiling() or not in_transform():
             return torch.ops.warp_phys.step(x, c, rows, self._name)
         return _StepInTransform.apply(x, c, rows, self._name)
@@ -75,6 +76,7 @@ class Step:
 def _check(name: str, tensor: Any, shape: Sequence[int], like: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
     if tensor.ndim != 2 or tensor.shape[1] != shape[1] or shape[0] not in (-1, tensor.shape[0]):
         raise ValueError(shape_message(name, shape, tensor.shape))
     if tensor.dtype not in (torch.float32, torch.float64):

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from warp_phys.core.arrays import shape_message
-from warp_phys.core.checks import check_instance, check_number
-from warp_phys.errors import Diverged, check_choice, check_count
+from warp_phys.core.checks import check_function, check_instance, check_number, check_seed, numbers_of
+from warp_phys.errors import Diverged, check_choice, check_count, shown
 from warp_phys.interop.extras import require
 from warp_phys.interop.torch.open_loop import finite_numbers, trajectory
 from warp_phys.systems.base import System
@@ -203,12 +203,11 @@ class _Problem:
         self.x0 = finite_numbers("x0", x0)
         if self.x0.ndim != 2 or self.x0.shape[1] != system.state_size or len(self.x0) == 0:
             raise ValueError(shape_message("x0", (-1, system.state_size), self.x0.shape, ", ".join(system.states)))
-        if cost is not None and not callable(cost):
-            raise TypeError(f"cost must be a function of states and controls, got {cost!r}")
-        if cost is not None and (when != "every" or control_cost != 0.0):
+        check_function("cost", cost, "states and controls")
+        if cost is not None and (not isinstance(when, str) or when != "every" or control_cost != 0.0):
             raise ValueError("when and control_cost belong to the system's own loss: give them, or a cost")
         check_loss(system, when, self.steps, control_cost)
-        self.parameters = parameters or {}
+        self.parameters = {} if parameters is None else parameters
         self.inputs = None if inputs is None else finite_numbers("inputs", inputs).to(self.x0.device)
         self.shape = (self.steps, len(self.x0), system.control_size)
         self.low, self.high = _bounds(system, bounds)
@@ -223,7 +222,7 @@ class _Problem:
     def first(self, controls: Any, seed: int) -> torch.Tensor:
         """Return the controls to begin with, within the bounds, shape (steps, batch, K)."""
         if controls is None:
-            generator = torch.Generator().manual_seed(check_count("seed", seed, 0))
+            generator = torch.Generator().manual_seed(check_seed(seed))
             start = NUDGE * torch.randn((self.steps, 1, self.shape[2]), dtype=torch.float64, generator=generator)
         else:
             start = finite_numbers("controls", controls)
@@ -267,14 +266,15 @@ class _Problem:
 def _bounds(system: System, bounds: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return least and largest controls, shape (K,) each."""
     try:
-        low, high = (np.asarray(end, dtype=np.float64) for end in ((-np.inf, np.inf) if bounds is None else bounds))
+        ends = (-np.inf, np.inf) if bounds is None else bounds
+        low, high = (numbers_of("bounds", end).astype(np.float64) for end in ends)
     except (TypeError, ValueError):
-        raise TypeError(f"bounds must be least and largest controls, got {bounds!r}") from None
+        raise TypeError(f"bounds must be least and largest controls, got {shown(bounds)}") from None
     for end in (low, high):
         if end.shape not in ((), (1,), (system.control_size,)):
             raise ValueError(shape_message("bounds", (system.control_size,), end.shape, ", ".join(system.controls)))
     if not (low < high).all():
-        raise ValueError(f"bounds must be smaller and larger controls, got {bounds!r}")
+        raise ValueError(f"bounds must be smaller and larger controls, got {shown(bounds)}")
     size = (system.control_size,)
     return np.broadcast_to(low, size).copy(), np.broadcast_to(high, size).copy()
 

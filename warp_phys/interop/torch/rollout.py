@@ -8,6 +8,8 @@ import torch
 import warp as wp
 
 from warp_phys.core.arrays import for_all_streams, shape_message
+from warp_phys.core.checks import check_function
+from warp_phys.core.kernel_cache import start_warp
 from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import (
     Adjoints,
@@ -43,7 +45,7 @@ from warp_phys.interop.torch.contract import (
     refuse_averaging,
 )
 from warp_phys.interop.torch.controller import TorchController, precision_and_device
-from warp_phys.interop.torch.dense import as_array, is_finite
+from warp_phys.interop.torch.dense import as_array, check_dense, is_finite
 from warp_phys.interop.torch.direct import DirectPass, Given
 from warp_phys.interop.torch.hybrid import Hybrid
 from warp_phys.interop.torch.leaves import Cuts, leaves_of
@@ -146,7 +148,7 @@ class Rollout:
     ):
         if not isinstance(controller, torch.nn.Module):
             raise TypeError(f"controller must be a torch.nn.Module, got {type(controller).__name__}")
-        wp.init()
+        start_warp()
         self._system, self._controller = system, controller
         # what kernels know of the system, and all that is trained
         self._physics: Any = system.rows if isinstance(system, Hybrid) else system
@@ -161,6 +163,7 @@ class Rollout:
         self.report = Report()
         """Numbers of the last backward pass."""
         self.on_divergence = check_choice("on_divergence", on_divergence, ("raise", "mask"))
+        check_function("reduce", reduce, "the updates, shape (flows, parameters)")
         self.reduce = reduce
         self.check = check_choice("check", check, ("auto", "always"))
         self._passes = 0
@@ -327,7 +330,7 @@ class Rollout:
         refuse_transforms("a rollout")
         x0 = self.initial_states(x0)
         beside = self._given(x0, inputs, memory)
-        rows = rows_of_parameters(self.system, parameters or {}, x0)
+        rows = rows_of_parameters(self.system, parameters, x0)
         return self._own_parts(*self._unroll(x0, rows, beside)[0])
 
     def _own_parts(self, states: torch.Tensor, controls: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -455,7 +458,7 @@ class Rollout:
         if inputs is not None and inputs.ndim == 2:
             inputs = inputs[:, None]
         _ = self._inner  # or an error that says what is not known yet
-        rows = rows_of_parameters(self.system, parameters or {}, x0)
+        rows = rows_of_parameters(self.system, parameters, x0)
         refuse_averaging(self.trained, self._flow, self.reduce)
         if torch.is_grad_enabled() and isinstance(self._flow, Combined):
             if any(value is not None and value.requires_grad for value in (x0, rows, inputs, memory)):
@@ -589,7 +592,7 @@ class Rollout:
         _clear_gradients(self.trained.parameters())
         own = {"parameters": parameters} if parameters else {}  # a foreign system's loss takes none
         with torch.enable_grad():
-            rows = rows_of_parameters(self.system, parameters or {}, x0)
+            rows = rows_of_parameters(self.system, parameters, x0)
             unrolled, leaves = self._unroll(x0.detach(), rows, beside, flow)
             states, controls, *_ = self._own_parts(*unrolled)
             for tensor in (rows, *beside):
@@ -604,8 +607,7 @@ class Rollout:
 
     def initial_states(self, x0: Any, check_finite: bool = True) -> torch.Tensor:
         """Return x0 as a tensor that fits, or raise; without `check_finite` whatever its numbers are."""
-        if not isinstance(x0, torch.Tensor):
-            x0 = self.as_tensor(x0)
+        x0 = self.as_tensor(x0)
         if x0.ndim != 2 or x0.shape[1] != self.system.state_size or len(x0) == 0:
             columns = ", ".join(getattr(self.system, "states", ()))
             message = shape_message("x0", (-1, self.system.state_size), x0.shape)
@@ -622,11 +624,12 @@ class Rollout:
     def as_tensor(self, x0: Any, name: str = "x0") -> torch.Tensor:
         """Return numpy or DLPack data as a tensor: numpy in the controller's precision and on its device."""
         if isinstance(x0, torch.Tensor):
+            check_dense(name, x0)
             return x0
         if isinstance(x0, (np.ndarray, list, tuple)):
             try:
                 array = np.asarray(x0)
-            except ValueError as error:
+            except (ValueError, TypeError, RuntimeError) as error:
                 raise ValueError(f"{name} must be rows of one length: {error}") from None
             if array.dtype.kind != "f":
                 raise TypeError(f"{name} must hold floating-point numbers, got {array.dtype}")
@@ -634,7 +637,10 @@ class Rollout:
             array = np.ascontiguousarray(array, np.float64 if self.dtype == torch.float64 else np.float32)
             return torch.as_tensor(array).to(self.device)
         if hasattr(x0, "__dlpack__"):
-            return torch.from_dlpack(x0)
+            try:
+                return torch.from_dlpack(x0)
+            except (BufferError, RuntimeError, TypeError, ValueError) as error:
+                raise TypeError(f"{name} must be an array of numbers that torch can take: {error}") from None
         raise TypeError(f"{name} must be a torch, numpy or DLPack array, got {type(x0).__name__}")
 
     def _structs(self, rows: torch.Tensor | None, like: wp.array) -> wp.array | None:

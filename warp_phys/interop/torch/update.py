@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from warp_phys.core.arrays import shape_message
-from warp_phys.core.checks import check_number
+from warp_phys.core.checks import check_flag, check_function, check_given, check_number
 from warp_phys.errors import check_choice
 from warp_phys.flow import Combined
 from warp_phys.interop.torch.dense import is_finite
@@ -99,12 +99,14 @@ class Update:
                 raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
         when = check_loss(rollout.system, when, rollout.steps, control_cost)
         check_number("clip_at", clip_at, positive=True)
+        if parameters is not None:
+            check_given(getattr(rollout.system, "parameter_names", ()), parameters)
         self.parameters = dict(parameters or {})
         check_trains(optimiser, [*rollout.trained.parameters(), *self.parameters.values()])
         self.rollout, self.optimiser = rollout, optimiser
         self._loss = when, float(control_cost)
         self._clipping = check_choice("clip", clip, tuple(CLIPPING)), float(clip_at)
-        self._graph, self._memory = bool(graph), Memory()
+        self._graph, self._memory = check_flag("graph", graph), Memory()
         self.is_recorded = False
         """Whether the last call ran as recorded launches, or replayed a graph."""
         if self._graph_of_torchs:
@@ -216,8 +218,8 @@ class Update:
             Diverged: As a call; the steps before are taken.
         """
         refuse_inference("an update")
-        if not isinstance(x0, torch.Tensor):
-            x0 = self.rollout.as_tensor(x0)
+        check_function("stop", stop, "no arguments")
+        x0 = self.rollout.as_tensor(x0)
         size = self.rollout.system.state_size
         if x0.ndim != 3 or 0 in x0.shape or x0.shape[2] != size:
             raise ValueError(shape_message("x0", ("minibatches", -1, size), x0.shape))
