@@ -2,6 +2,7 @@
 
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -98,7 +99,7 @@ class Training:
             raise ValueError(f"betas must be two numbers, got {self.betas!r}")
         for beta in self.betas:
             check_setting("betas", beta, float, at_least=0, below=1)
-        for name, values in choices().items():
+        for name, values in choices(Training).items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
         check_network(self.hidden, self.activation, self.init)
@@ -114,10 +115,7 @@ class Training:
         set_field(self, "hidden", tuple(self.hidden))
         set_field(self, "betas", tuple(self.betas))
         set_field(self, "flow", resolve(self.flow).name)
-        # Plain Python numbers: a checkpoint is loaded without running code, which excludes numpy's.
-        parameters = asdict(self.make_system())
-        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
-        set_field(self, "parameters", plain)
+        set_field(self, "parameters", parameters_of(self.make_system()))
 
     def rate_at(self, epoch: int) -> float:
         """The learning rate of an epoch, the first one being 0.
@@ -131,14 +129,26 @@ class Training:
 
     def make_system(self) -> Any:
         """The system with its parameters."""
-        if self.system not in SYSTEMS:
-            raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {self.system!r}")
-        kind = SYSTEMS[self.system]
-        known = [entry.name for entry in fields(kind)]
-        for name in self.parameters:
-            if name not in known:
-                raise ValueError(f"{self.system} has no parameter {name!r}; its parameters are {', '.join(known)}")
-        return kind(**self.parameters)
+        return make_system(self.system, self.parameters)
+
+
+def make_system(name: str, parameters: Mapping[str, Any]) -> Any:
+    """Return a system by name, with some of its parameters; raise a ValueError for an unknown name."""
+    if name not in SYSTEMS:
+        raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {name!r}")
+    kind = SYSTEMS[name]
+    known = [entry.name for entry in fields(kind)]
+    for parameter in parameters:
+        if parameter not in known:
+            raise ValueError(f"{name} has no parameter {parameter!r}; its parameters are {', '.join(known)}")
+    return kind(**parameters)
+
+
+def parameters_of(system: Any) -> dict[str, Any]:
+    """Return a system's parameters by name, as plain Python numbers: a checkpoint is loaded without running code."""
+    return {
+        name: value.item() if isinstance(value, np.generic) else value for name, value in asdict(system).items()
+    }
 
 
 class Seeds(typing.NamedTuple):
@@ -159,9 +169,9 @@ def derive_seeds(seed: int) -> Seeds:
     return Seeds(*map(int, np.random.SeedSequence(seed).generate_state(4)))
 
 
-def choices() -> dict[str, tuple[str, ...]]:
+def choices(kind: type) -> dict[str, tuple[str, ...]]:
     """Settings that are one of a few words, and the words."""
-    hints = typing.get_type_hints(Training)
+    hints = typing.get_type_hints(kind)
     return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
 
 
