@@ -96,6 +96,9 @@ class Settings:
     """Time steps of a window."""
     episode: int = 500
     """Time steps after which an environment begins anew, at the end of a window."""
+    limits: tuple[float, ...] = ()
+    """Largest magnitudes of the state's components, one for each: an environment beyond them begins anew at the end of
+    the window; none given: no limits."""
     discount: float = 0.99
     """Discount γ of a step."""
     trace: float = 0.95
@@ -174,7 +177,7 @@ class Settings:
             )
         check_device(self.device)
         set_field = object.__setattr__  # a frozen dataclass sets its own fields this way
-        for name in ("hidden", "betas", "randomise", "observe", "state_cost"):
+        for name in ("hidden", "betas", "randomise", "observe", "state_cost", "limits"):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise TypeError(f"{name} must be a sequence, got {value!r}; write ({value!r},)")
@@ -185,11 +188,12 @@ class Settings:
         check_system(system)
         self.ranges(system)
         columns_of(system.states, self.observe)
-        if len(self.state_cost) not in (0, system.state_size):
-            names = ", ".join(system.states)
-            raise ValueError(f"state_cost must have a weight for each of {names}, got {self.state_cost!r}")
-        for weight in self.state_cost:
-            check_setting("state_cost", weight, float, at_least=0)
+        for name, least in (("state_cost", {"at_least": 0}), ("limits", {"above": 0})):
+            numbers = getattr(self, name)
+            if len(numbers) not in (0, system.state_size):
+                raise ValueError(f"{name} must have a number for each of {', '.join(system.states)}, got {numbers!r}")
+            for number in numbers:
+                check_setting(name, number, float, **least)
 
     def make_system(self) -> System:
         """The system with its parameters."""
@@ -431,11 +435,13 @@ def td_lambda(costs: torch.Tensor, values: torch.Tensor, discount: float, trace:
     return weights @ own
 
 
-def begin_anew(system: System, episode: int) -> Reset:
-    """Return the usual reset: environments of this age, and those that diverged, start from a sample of the system."""
+def begin_anew(system: System, episode: int, limits: Sequence[float] = ()) -> Reset:
+    """Return the usual reset: what is of this age, beyond the limits or diverged starts from a sample of the system."""
 
     def reset(states: torch.Tensor, ages: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         anew = (ages >= episode) | ~states.isfinite().all(dim=1)
+        if limits:
+            anew |= (states.abs() > states.new_tensor(limits)).any(dim=1)
         if anew.any():
             fresh = system.sample(len(states), seed=seed, dtype=np.dtype(str(states.dtype).removeprefix("torch.")))
             states = torch.where(anew[:, None], torch.as_tensor(fresh).to(states), states)
@@ -475,7 +481,7 @@ class ActorCritic:
         check_system(self.system)
         self.dtype, self.device = getattr(torch, settings.precision), torch.device(settings.device)
         self.ranges = settings.ranges(self.system)
-        self.cost, self.reset = cost, reset or begin_anew(self.system, settings.episode)
+        self.cost, self.reset = cost, reset or begin_anew(self.system, settings.episode, settings.limits)
         seeds = np.random.SeedSequence(settings.seed).generate_state(3).tolist()
         # On the CPU whatever the device is: a seed then means the same numbers everywhere.
         self.generator = torch.Generator().manual_seed(seeds[2])
