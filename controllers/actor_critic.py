@@ -109,7 +109,7 @@ class Settings:
     """Widths of the hidden layers, of actor and critic."""
     activation: str = "silu"
     """Activation of the hidden layers: tanh, relu, elu, silu, sigmoid."""
-    rate: float = 2e-3
+    rate: float = 1e-2
     """Learning rate of the actor at first."""
     critic_rate: float = 1e-3
     """Learning rate of the critic at first."""
@@ -144,6 +144,34 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every setting; store names in full and the system's parameters complete."""
+        self._check_numbers()
+        for name, values in choices(Settings).items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        check_network(self.hidden, self.activation, "glorot")
+        check_device(self.device)
+        if self.entropy and self.actor != "stochastic":
+            raise ValueError(f"entropy must be 0 for a deterministic actor, got {self.entropy!r}")
+        if self.episode < self.horizon:
+            raise ValueError(f"episode must be at least horizon ({self.horizon}), got {self.episode}")
+        rows = self.environments * self.horizon
+        if rows % self.critic_minibatches:
+            raise ValueError(
+                f"critic_minibatches must divide environments × horizon ({rows}), got {self.critic_minibatches}"
+            )
+        set_field = object.__setattr__  # a frozen dataclass sets its own fields this way
+        for name in ("hidden", "betas", "randomise", "observe", "state_cost", "limits"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise TypeError(f"{name} must be a sequence, got {value!r}; write ({value!r},)")
+            set_field(self, name, tuple(value))
+        set_field(self, "flow", resolve(self.flow).name)
+        system = self.make_system()
+        set_field(self, "parameters", parameters_of(system))
+        self.check_system(system)
+
+    def _check_numbers(self) -> None:
+        """Raise a TypeError or ValueError where a number is out of its bounds."""
         counts = ("environments", "horizon", "episode", "updates", "critic_epochs", "critic_minibatches")
         for name in (*counts, "checkpoint_every"):
             check_setting(name, getattr(self, name), int, at_least=1)
@@ -155,37 +183,25 @@ class Settings:
             check_setting(name, getattr(self, name), float, at_least=0)
         check_setting("discount", self.discount, float, above=0, below=1)
         for name in ("trace", "target_rate"):
-            check_setting(name, getattr(self, name), float, at_least=0, below=1 + 1e-12)
+            check_setting(name, getattr(self, name), float, at_least=0)
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)!r}")
         if self.target_rate == 0:
             raise ValueError("target_rate must be above 0, or the target network would never move, got 0")
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {self.betas!r}")
         for beta in self.betas:
             check_setting("betas", beta, float, at_least=0, below=1)
-        for name, values in choices(Settings).items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
-        check_network(self.hidden, self.activation, "glorot")
-        if self.entropy and self.actor != "stochastic":
-            raise ValueError(f"entropy must be 0 for a deterministic actor, got {self.entropy!r}")
-        if self.episode < self.horizon:
-            raise ValueError(f"episode must be at least horizon ({self.horizon}), got {self.episode}")
-        rows = self.environments * self.horizon
-        if rows % self.critic_minibatches:
-            raise ValueError(
-                f"critic_minibatches must divide environments × horizon ({rows}), got {self.critic_minibatches}"
+
+    def check_system(self, system: Any) -> None:
+        """Raise a TypeError or ValueError where an actor-critic with these settings cannot be trained on a system."""
+        if not isinstance(system, System):
+            raise TypeError(f"system must be a System, got {type(system).__name__}")
+        if system.inputs:
+            raise TypeError(
+                f"system must have no inputs of its own, {type(system).__name__} has {', '.join(system.inputs)}: what "
+                "differs from episode to episode can be a physical parameter that is randomised"
             )
-        check_device(self.device)
-        set_field = object.__setattr__  # a frozen dataclass sets its own fields this way
-        for name in ("hidden", "betas", "randomise", "observe", "state_cost", "limits"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise TypeError(f"{name} must be a sequence, got {value!r}; write ({value!r},)")
-            set_field(self, name, tuple(value))
-        set_field(self, "flow", resolve(self.flow).name)
-        system = self.make_system()
-        set_field(self, "parameters", parameters_of(system))
-        check_system(system)
         self.ranges(system)
         columns_of(system.states, self.observe)
         for name, least in (("state_cost", {"at_least": 0}), ("limits", {"above": 0})):
@@ -228,17 +244,6 @@ class Settings:
 
 FREE_ON_RESUME = ("device", "out", "checkpoint_every", "threads")
 """What a resumed run may change without becoming another one; updates, too, where the learning rates are constant."""
-
-
-def check_system(system: Any) -> None:
-    """Raise a TypeError if an actor-critic cannot be trained on a system."""
-    if not isinstance(system, System):
-        raise TypeError(f"system must be a System, got {type(system).__name__}")
-    if system.inputs:
-        raise TypeError(
-            f"system must have no inputs of its own, {type(system).__name__} has {', '.join(system.inputs)}: what "
-            "differs from episode to episode can be a physical parameter that is randomised"
-        )
 
 
 class Record(NamedTuple):
@@ -290,6 +295,7 @@ class Observer(torch.nn.Module):
     """
 
     mean: torch.Tensor
+    variance: torch.Tensor
     deviation: torch.Tensor
     count: torch.Tensor
 
@@ -298,6 +304,7 @@ class Observer(torch.nn.Module):
         self.plain, self.angles = columns_of(names, chosen)
         self.size = len(self.plain) + 2 * len(self.angles)
         self.register_buffer("mean", torch.zeros(self.size))
+        self.register_buffer("variance", torch.zeros(self.size))
         self.register_buffer("deviation", torch.ones(self.size))
         self.register_buffer("count", torch.zeros(()))  # a whole number would be taken for a constant of the program
 
@@ -319,11 +326,10 @@ class Observer(torch.nn.Module):
         seen = self.raw(rows).double()
         variance, mean = torch.var_mean(seen, dim=0, correction=0)
         share = len(seen) / (float(self.count) + len(seen))
-        before = self.deviation.double().square() if self.count > 0 else torch.zeros_like(variance)
         shift = mean - self.mean
-        total = (1 - share) * before + share * (variance + (1 - share) * shift.square())
+        self.variance.mul_(1 - share).add_(share * (variance + (1 - share) * shift.square()))
         self.mean += share * shift
-        self.deviation.copy_(torch.where(total > 1e-12, total.sqrt(), 1.0))
+        self.deviation.copy_(torch.where(self.variance > 1e-12, self.variance.sqrt(), 1.0))
         self.count += len(seen)
 
 
@@ -478,7 +484,7 @@ class ActorCritic:
     ) -> None:
         self.settings = settings
         self.system = settings.make_system() if system is None else system
-        check_system(self.system)
+        settings.check_system(self.system)
         self.dtype, self.device = getattr(torch, settings.precision), torch.device(settings.device)
         self.ranges = settings.ranges(self.system)
         self.cost, self.reset = cost, reset or begin_anew(self.system, settings.episode, settings.limits)
@@ -513,7 +519,9 @@ class ActorCritic:
             self.critic.parameters(), lr=settings.critic_rate, betas=settings.betas
         )
         features = Regression(features=self.observer.size)
-        self.fit = Update(Rollout(features, self.critic, 1, "regular", backend=backend, inputs=1), self.critic_optimiser)
+        self.fit = Update(
+            Rollout(features, self.critic, 1, "regular", backend=backend, inputs=1), self.critic_optimiser
+        )
 
         self.states, self.ages = self.environments(settings.environments)
         self.randomised = self.draw(settings.environments)
@@ -574,7 +582,7 @@ class ActorCritic:
 
     def unroll(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Unroll a window: states (T + 1, B, D), controls (T, B, K), memories (T + 1, B, H) if there are some."""
-        given = {"parameters": self.randomised or None, "inputs": self.noise(self.settings.horizon, len(self.states))}
+        given: Any = {"parameters": self.randomised or None, "inputs": self.noise(self.settings.horizon, len(self.states))}
         if not self.actor.memory:
             return (*self.rollout(self.states, **given), None)
         return self.rollout(self.states, **given, memory=self.memory)
@@ -627,7 +635,7 @@ class ActorCritic:
             self.go_on(states[-1], None if memories is None else memories[-1], diverged)
         self.updates += 1
         self.seconds += time.perf_counter() - start
-        entropy = math.nan if not self.inputs or memories is None else -float(memories[1:, :, -1].mean())
+        entropy = math.nan if not self.inputs or memories is None else -float(memories[1:, :, -1].detach().mean())
         means = float(plain.detach().mean()), float(values[-1].mean())
         return Record(self.updates, *means, critic_loss, entropy, norm, round(self.seconds, 3))
 

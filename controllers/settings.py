@@ -146,9 +146,7 @@ def make_system(name: str, parameters: Mapping[str, Any]) -> Any:
 
 def parameters_of(system: Any) -> dict[str, Any]:
     """Return a system's parameters by name, as plain Python numbers: a checkpoint is loaded without running code."""
-    return {
-        name: value.item() if isinstance(value, np.generic) else value for name, value in asdict(system).items()
-    }
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in asdict(system).items()}
 
 
 class Seeds(typing.NamedTuple):
