@@ -286,8 +286,8 @@ def columns_of(names: Sequence[str], chosen: Sequence[str] = ()) -> tuple[list[i
 class Observer(torch.nn.Module):
     """What a network sees of rows: chosen columns, angles as sine and cosine, less their mean, by their deviation.
 
-    Mean and deviation are buffers, running over all rows that `take_up` was given, so they are a part of the network:
-    in its program, its copies, its checkpoints.
+    Mean and deviation are buffers, running over the rows that `take_up` is given, so they are a part of the network: in
+    its program, its copies, its checkpoints.
 
     Args:
         names: Names of the columns, with units.
@@ -297,7 +297,6 @@ class Observer(torch.nn.Module):
     mean: torch.Tensor
     variance: torch.Tensor
     deviation: torch.Tensor
-    count: torch.Tensor
 
     def __init__(self, names: Sequence[str], chosen: Sequence[str] = ()) -> None:
         super().__init__()
@@ -306,7 +305,6 @@ class Observer(torch.nn.Module):
         self.register_buffer("mean", torch.zeros(self.size))
         self.register_buffer("variance", torch.zeros(self.size))
         self.register_buffer("deviation", torch.ones(self.size))
-        self.register_buffer("count", torch.zeros(()))  # a whole number would be taken for a constant of the program
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Observations (N, E) of rows (N, D)."""
@@ -321,16 +319,13 @@ class Observer(torch.nn.Module):
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
-    def take_up(self, rows: torch.Tensor) -> None:
-        """Have rows (N, D) count in mean and deviation; those that are constant so far keep the deviation 1."""
-        seen = self.raw(rows).double()
-        variance, mean = torch.var_mean(seen, dim=0, correction=0)
-        share = len(seen) / (float(self.count) + len(seen))
+    def take_up(self, rows: torch.Tensor, share: float) -> None:
+        """Have rows (N, D) make up this share of mean and deviation; what is constant keeps the deviation 1."""
+        variance, mean = torch.var_mean(self.raw(rows).double(), dim=0, correction=0)
         shift = mean - self.mean
         self.variance.mul_(1 - share).add_(share * (variance + (1 - share) * shift.square()))
-        self.mean += share * shift
+        self.mean.add_(share * shift)
         self.deviation.copy_(torch.where(self.variance > 1e-12, self.variance.sqrt(), 1.0))
-        self.count += len(seen)
 
 
 class Actor(torch.nn.Module):
@@ -526,8 +521,8 @@ class ActorCritic:
         self.states, self.ages = self.environments(settings.environments)
         self.randomised = self.draw(settings.environments)
         self.memory = self.states.new_zeros((settings.environments, self.actor.memory))
-        self.take_up(self.states[None])
         self.updates, self.seconds = 0, 0.0
+        self.take_up(self.states[None])  # until the first window takes its place
 
     def environments(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return fresh states and ages; ages anywhere in an episode, so that not all begin anew at once."""
@@ -576,13 +571,17 @@ class ActorCritic:
         return states.flatten(0, -2)
 
     def take_up(self, states: torch.Tensor) -> None:
-        """Have states (…, B, D) count in what normalises observations."""
-        self.actor.observer.take_up(states.flatten(0, -2))
-        self.observer.take_up(self.rows(states))
+        """Have states (…, B, D) count in what normalises observations, as much as those of each window before."""
+        share = 1.0 / (self.updates + 1)
+        self.actor.observer.take_up(states.flatten(0, -2), share)
+        self.observer.take_up(self.rows(states), share)
 
     def unroll(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Unroll a window: states (T + 1, B, D), controls (T, B, K), memories (T + 1, B, H) if there are some."""
-        given: Any = {"parameters": self.randomised or None, "inputs": self.noise(self.settings.horizon, len(self.states))}
+        given: Any = {
+            "parameters": self.randomised or None,
+            "inputs": self.noise(self.settings.horizon, len(self.states)),
+        }
         if not self.actor.memory:
             return (*self.rollout(self.states, **given), None)
         return self.rollout(self.states, **given, memory=self.memory)

@@ -1,6 +1,6 @@
-"""A quadrotor that holds its place in wind it cannot see: drag the target, turn the wind, compare it with and without.
+"""A quadrotor that holds its place in wind that it does not see: drag the target, turn the wind, let gusts come.
 
-Its controllers were trained by the short-horizon actor-critic, in winds that differed from episode to episode.
+Its controller was trained by the short-horizon actor-critic, in winds that differed from episode to episode.
 """
 
 from demos.interrupt import end_on_interrupt
@@ -11,36 +11,33 @@ if __name__ == "__main__":
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from controllers.actor_critic import Actor, make_actor
 from controllers.actor_critic import Settings as Learning
+from controllers.actor_critic import make_actor
 from controllers.settings import check_setting
 from demos.colours import colour
 from demos.frame import Demo
 from demos.simulation import Simulation
 from demos.views import run
 from demos.weights import load_weights
-from demos.widgets import button, choice, slider
+from demos.widgets import button, slider
 from warp_phys.systems import Quadrotor
 
 LEARNING = Learning(
     system="quadrotor",
     randomise=("wind_x:-8:8", "wind_z:-4:4"),
-    memory=16,
     bound=2.0,
     limits=(4.0, 4.0, 3.0, 10.0, 10.0, 20.0),
     rate=2e-3,
-    updates=1000,
+    updates=500,
 )
-"""How the controller with a memory was trained; the other one likewise, without."""
-KINDS = {"memory": LEARNING, "no memory": replace(LEARNING, memory=0)}
-"""The controllers, by the keys of their weights."""
+"""How the controller was trained."""
 REACH = 2.2
 """Metres to either side of the middle that are drawn."""
 FARTHEST = 1.5
@@ -65,8 +62,6 @@ class Settings:
     """Speed of the wind upwards at the start [m/s], at most 4."""
     gusts: bool = True
     """Whether there are gusts."""
-    controller: str = "memory"
-    """Controller at the start: memory, or no memory."""
     seed: int = 0
     """Seed of the gusts."""
 
@@ -74,43 +69,24 @@ class Settings:
         """Check every setting."""
         for name, most in (("wind_x", 8.0), ("wind_z", 4.0)):
             check_setting(name, getattr(self, name), float, at_least=-most, below=most + 1e-9)
-        if self.controller not in KINDS:
-            raise ValueError(f"controller must be one of {', '.join(KINDS)}, got {self.controller!r}")
         check_setting("seed", self.seed, int, at_least=0)
 
 
-class Pilot:
-    """A trained actor that steers, and remembers, one step after the other."""
-
-    def __init__(self, kind: str) -> None:
-        self.actor: Actor = load_weights("quadrotor", kind, make_actor(Quadrotor(), KINDS[kind]))  # type: ignore[assignment]
-        self.memory = torch.zeros(1, self.actor.memory)
-
-    @torch.no_grad()
-    def __call__(self, state: np.ndarray) -> np.ndarray:
-        """Thrusts over hovering (2,) at a state (6,)."""
-        x = torch.from_numpy(np.asarray(state, np.float32)[None])
-        if not self.actor.memory:
-            return self.actor(x)[0].numpy()
-        control, self.memory = self.actor(x, self.memory)
-        return control[0].numpy()
-
-
-class Gusty(Simulation):
+class Windy(Simulation):
     """The quadrotor in wind that changes from step to step."""
 
-    def __init__(self, state: np.ndarray) -> None:
-        super().__init__(Quadrotor(), torch.nn.Identity(), state)
+    system: Quadrotor
+
+    def __init__(self, controller: torch.nn.Module, state: np.ndarray) -> None:
+        super().__init__(Quadrotor(), controller, state)
         self.wind = np.zeros(2)
 
     def step(self, control: np.ndarray | None = None) -> None:
-        """One time step in the wind of the moment."""
+        """One time step in the wind of the moment: drag is linear in it, so what it adds to the speed is known."""
         super().step(control)
-        system = self.system
-        assert isinstance(system, Quadrotor)
-        # drag is linear in the wind, and the wind the same all through a step
-        self.state[3:5] += system.dt * system.drag / system.mass * self.wind
-        self.state[0:2] += system.dt**2 * system.drag / system.mass * self.wind
+        push = self.system.dt * self.system.drag / self.system.mass * self.wind
+        self.state[3:5] += push
+        self.state[0:2] += self.system.dt * push
 
 
 class QuadrotorDemo(Demo):
@@ -122,14 +98,14 @@ class QuadrotorDemo(Demo):
     def __init__(self, figure: Figure, settings: Settings) -> None:
         super().__init__(figure)
         self.generator = np.random.default_rng(settings.seed)
-        self.gusts, self.kind = settings.gusts, settings.controller
+        self.gusts = settings.gusts
         self.mean, self.gust = np.array([settings.wind_x, settings.wind_z]), np.zeros(2)
         self.target, self.held = np.zeros(2), False
         self.world = figure.add_axes((0.05, 0.08, 0.56, 0.85))
         self.distances = figure.add_axes((0.7, 0.62, 0.28, 0.29))
         self.distances.set(xlim=(-TRACE, 0), ylim=(0, 1.5), xlabel="time [s]", ylabel="distance to the target [m]")
-        self.simulation = Gusty(np.zeros(6))
-        self.pilot = Pilot(self.kind)
+        actor = load_weights("quadrotor", "wind", make_actor(Quadrotor(), LEARNING))
+        self.simulation = Windy(actor, np.zeros(6))
         self.streaks = self.generator.uniform(-REACH, REACH, (STREAKS, 2))
         (self.air,) = self.world.plot([], [], color="0.75", linewidth=1, zorder=0)
         self.sketch = self.simulation.system.sketch(self.world)
@@ -137,22 +113,17 @@ class QuadrotorDemo(Demo):
         self.cross = self.world.lines[1]
         self.cross.set(markersize=14, color="0.15")
         (self.path,) = self.world.plot([], [], color="0.6", linewidth=0.8, zorder=2)
-        (self.line,) = self.distances.plot([], [], linewidth=1.5)
+        (self.line,) = self.distances.plot([], [], color=colour("R"), linewidth=1.5)
         self.moving = [self.air, self.path, self.cross, self.body, *self.thrusts, self.line]
         self.widgets = self.make_widgets(figure)
-        self.trace: deque[np.ndarray] = deque(maxlen=round(TRACE / LEARNING.make_system().dt) + 1)  # type: ignore[attr-defined]
-        self.dress()
+        self.trace: deque[np.ndarray] = deque(maxlen=round(TRACE / Quadrotor.dt) + 1)
+        self.world.set_title("In wind that it does not see: drag the target")
 
     def make_widgets(self, figure: Figure) -> list[Any]:
-        """Choice of the controller, wind and gusts."""
-        kinds = list(KINDS)
+        """Buttons, and sliders for the wind."""
         return [
-            choice(
-                figure, (0.7, 0.38, 0.14, 0.11), "controller with", kinds, kinds.index(self.kind),
-                lambda number: self.choose(kinds[number]), [colour("C"), colour("R")],
-            ),
-            button(figure, (0.86, 0.44, 0.12, 0.05), "gusts on / off", self.switch),
-            button(figure, (0.86, 0.38, 0.12, 0.05), "pause", self.pause),
+            button(figure, (0.7, 0.4, 0.13, 0.06), "gusts on / off", self.switch),
+            button(figure, (0.85, 0.4, 0.13, 0.06), "pause", self.pause),
             slider(
                 figure, (0.76, 0.28, 0.17, 0.03), "wind →", (-8.0, 8.0), self.mean[0],
                 lambda value: self.blow(0, value), "%.1f m/s",
@@ -162,19 +133,6 @@ class QuadrotorDemo(Demo):
                 lambda value: self.blow(1, value), "%.1f m/s",
             ),
         ]  # fmt: skip
-
-    def choose(self, kind: str) -> None:
-        """Take another controller."""
-        self.kind, self.pilot = kind, Pilot(kind)
-        self.dress()
-
-    def dress(self) -> None:
-        """Give lines and title the colour of the controller."""
-        ink = colour("C") if self.kind == "memory" else colour("R")
-        for artist in (self.line, *self.thrusts):
-            artist.set_color(ink)
-        self.world.set_title(f"In wind that it does not see, with {self.kind}: drag ×", color=ink, weight="bold")
-        self.refresh()
 
     def switch(self) -> None:
         """Turn gusts on or off."""
@@ -193,17 +151,16 @@ class QuadrotorDemo(Demo):
 
         The wind goes on, too: a mean, and gusts that die away as new ones come.
         """
-        system = self.simulation.system
-        assert isinstance(system, Quadrotor)
         state = self.simulation.state.copy()
         offset = state[:2] - self.target
         self.trace.append(np.array([*state[:2], np.hypot(*offset)]))
         state[:2] = offset * min(1.0, FARTHEST / max(float(np.hypot(*offset)), 1e-9))
-        keep = np.exp(-system.dt / CALM)
+        keep = np.exp(-Quadrotor.dt / CALM)
         fresh = self.generator.standard_normal(2) * GUST * self.gusts
         self.gust = keep * self.gust + np.sqrt(1.0 - keep**2) * fresh
         self.simulation.wind = self.mean + self.gust
-        return self.pilot(state)
+        with torch.no_grad():
+            return self.simulation.controller(torch.from_numpy(state[None]))[0].numpy()
 
     def advance(self, dt: float) -> None:
         """Step physics and wind."""
@@ -246,7 +203,7 @@ class QuadrotorDemo(Demo):
         """In a file: the target moves, and the wind turns."""
         return [
             (3.0, lambda: self.move_target(1.0, 0.8)),
-            (6.0, lambda: self.widgets[3].set_val(-6.0)),
+            (6.0, lambda: self.widgets[2].set_val(-6.0)),
             (9.0, lambda: self.move_target(-1.0, 0.0)),
         ]
 

@@ -137,13 +137,15 @@ def test_running_statistics_are_those_of_all_rows():
     rows = torch.randn(3, 10, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 5 + 2
     rows[..., 0] = 1.5  # a constant keeps the deviation 1
     observer = Observer(("a [m]", "b [rad]", "c [m]"), ("a", "c", "b")).double()
-    for part in rows:
-        observer.take_up(part)
+    for i, part in enumerate(rows):
+        observer.take_up(part, 1 / (i + 1))
     seen = observer.raw(rows.flatten(0, 1))
     torch.testing.assert_close(observer.mean, seen.mean(dim=0))
     torch.testing.assert_close(observer.deviation[1:], seen.std(dim=0, correction=0)[1:])
     assert observer.deviation[0] == 1.0
-    torch.testing.assert_close(seen[:, 2:], torch.cat([rows[..., 1].sin().view(-1, 1), rows[..., 1].cos().view(-1, 1)], 1))
+    torch.testing.assert_close(
+        seen[:, 2:], torch.cat([rows[..., 1].sin().view(-1, 1), rows[..., 1].cos().view(-1, 1)], 1)
+    )
 
 
 def test_the_critic_is_fitted_to_its_targets():
