@@ -103,7 +103,7 @@ class QuadrotorDemo(Demo):
         self.target, self.held = np.zeros(2), False
         self.world = figure.add_axes((0.05, 0.08, 0.56, 0.85))
         self.distances = figure.add_axes((0.7, 0.62, 0.28, 0.29))
-        self.distances.set(xlim=(-TRACE, 0), ylim=(0, 1.5), xlabel="time [s]", ylabel="distance to the target [m]")
+        self.distances.set(xlim=(-TRACE, 0), ylim=(0, 2.5), xlabel="time [s]", ylabel="distance to the target [m]")
         actor = load_weights("quadrotor", "wind", make_actor(Quadrotor(), LEARNING))
         self.simulation = Windy(actor, np.zeros(6))
         self.streaks = self.generator.uniform(-REACH, REACH, (STREAKS, 2))

@@ -297,9 +297,3 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             main(wrong)
         assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_it_learns():
-    settings = small(hidden=(16,), environments=16, horizon=16, updates=60, episode=100, limits=(3, 3, 3, 9, 9, 20))
-    before = ActorCritic(settings).evaluate(32)[1].mean()
-    assert learn(settings).evaluate(32)[1].mean() < 0.5 * before
