@@ -101,7 +101,7 @@ class Training:
             raise ValueError(f"betas must be two numbers, got {shown(self.betas)}")
         for beta in self.betas:
             check_setting("betas", beta, float, at_least=0, below=1)
-        for name, values in choices().items():
+        for name, values in choices(Training).items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {shown(value)}")
@@ -121,10 +121,7 @@ class Training:
         set_field(self, "hidden", tuple(self.hidden))
         set_field(self, "betas", tuple(self.betas))
         set_field(self, "flow", resolve(self.flow).name)
-        # Plain Python numbers: a checkpoint is loaded without running code, which excludes numpy's.
-        parameters = asdict(self.make_system())
-        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
-        set_field(self, "parameters", plain)
+        set_field(self, "parameters", parameters_of(self.make_system()))
 
     def rate_at(self, epoch: int) -> float:
         """The learning rate of an epoch, the first one being 0.
@@ -138,16 +135,26 @@ class Training:
 
     def make_system(self) -> Any:
         """The system with its parameters."""
-        if not isinstance(self.system, str) or self.system not in SYSTEMS:
-            raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {shown(self.system)}")
-        if not isinstance(self.parameters, Mapping):
-            raise TypeError(f"parameters must be a mapping of names to values, got {shown(self.parameters)}")
-        kind = SYSTEMS[self.system]
-        known = [entry.name for entry in fields(kind)]
-        for name in self.parameters:
-            if name not in known:
-                raise ValueError(f"{self.system} has no parameter {shown(name)}; its parameters are {', '.join(known)}")
-        return kind(**self.parameters)
+        return make_system(self.system, self.parameters)
+
+
+def make_system(name: str, parameters: Mapping[str, Any]) -> Any:
+    """Return a system by name, with some of its parameters; raise an error for an unknown name."""
+    if not isinstance(name, str) or name not in SYSTEMS:
+        raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {shown(name)}")
+    if not isinstance(parameters, Mapping):
+        raise TypeError(f"parameters must be a mapping of names to values, got {shown(parameters)}")
+    kind = SYSTEMS[name]
+    known = [entry.name for entry in fields(kind)]
+    for parameter in parameters:
+        if parameter not in known:
+            raise ValueError(f"{name} has no parameter {shown(parameter)}; its parameters are {', '.join(known)}")
+    return kind(**parameters)
+
+
+def parameters_of(system: Any) -> dict[str, Any]:
+    """Return a system's parameters by name, as plain Python numbers: a checkpoint is loaded without running code."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in asdict(system).items()}
 
 
 class Seeds(typing.NamedTuple):
@@ -168,9 +175,9 @@ def derive_seeds(seed: int) -> Seeds:
     return Seeds(*map(int, np.random.SeedSequence(seed).generate_state(4)))
 
 
-def choices() -> dict[str, tuple[str, ...]]:
+def choices(kind: type) -> dict[str, tuple[str, ...]]:
     """Settings that are one of a few words, and the words."""
-    hints = typing.get_type_hints(Training)
+    hints = typing.get_type_hints(kind)
     return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
 
 

@@ -27,12 +27,14 @@ import numpy as np
 import torch
 import warp
 
+from controllers.actor_critic import Settings as Learning
+from controllers.actor_critic import learn
 from controllers.checkpoint import CONTROLLER, load_tensors
 from controllers.commandline import Parser
 from controllers.networks import make_network
 from controllers.settings import Training, check_setting
 from controllers.training import train
-from demos import cartpole, herd, quantum
+from demos import cartpole, herd, quadrotor, quantum
 from demos.experiments.plan import find_runs
 from demos.experiments.published import EXPERIMENTS
 from demos.outputs import check_folder
@@ -85,8 +87,8 @@ class Task:
     """Name of the controller in that file."""
     flow: str
     """Flow to train with."""
-    training: Training | Lasting
-    """How: as published, or so that it lasts."""
+    training: Training | Lasting | Learning
+    """How: as published, so that it lasts, or by the actor-critic."""
 
 
 def fresh_carts(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -165,6 +167,7 @@ def tasks() -> list[Task]:
             rate=2e-3,
         )
         found.append(Task("herd", flow, flow, look))
+    found.append(Task("quadrotor", "wind", quadrotor.LEARNING.flow, quadrotor.LEARNING))
     for target in quantum.TARGETS:
         well = quantum.make_system(target)
         look = Lasting(
@@ -196,6 +199,9 @@ def make_controller(
     """
     if isinstance(task.training, Lasting):
         return train_lasting(task.training, task.flow, updates, tell)
+    if isinstance(task.training, Learning):
+        learning = replace(task.training, updates=updates or task.training.updates)
+        return learn(learning, progress=lambda record: tell(f"update {record.update}", record.cost)).actor
     settings = replace(task.training, epochs=epochs or task.training.epochs)
     taken = finished_run(settings, runs) if runs and not epochs else None
     if taken is not None:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from controllers.actor_critic import make_actor
 from controllers.training import train
-from demos import cartpole, herd, quantum, train_weights
+from demos import cartpole, herd, quadrotor, quantum, train_weights
 from demos.experiments.plan import make_plan
 from demos.weights import FOLDER, load_weights, save_weights
+from warp_phys import Quadrotor
 
 
 def test_the_command_trains(tmp_path, capsys):
@@ -53,6 +55,7 @@ def test_every_controller_of_the_command_comes_along():
     makers = {
         "cartpole": lambda key: cartpole.make_controller(int(key[0])),
         "herd": lambda key: herd.Policy(),
+        "quadrotor": lambda key: make_actor(Quadrotor(), quadrotor.LEARNING),
         "quantum": lambda key: quantum.make_controller(),
     }
     for task in train_weights.tasks():

@@ -1,0 +1,42 @@
+"""The quadrotor in wind, on a figure without a window."""
+
+import numpy as np
+import pytest
+import torch
+
+from demos.quadrotor import QuadrotorDemo, Settings, Windy
+from tests.demos.touch import mouse, play, press_button, staged
+from warp_phys import Quadrotor
+from warp_phys.interop.torch import Step
+
+
+def test_it_holds_its_place_in_wind_and_follows_the_target():
+    with staged(QuadrotorDemo, Settings(wind_x=6.0)) as (demo, stage):
+        play(stage, 3.0)
+        assert demo.trace[-1][2] < 0.3, "at the target, in gusts"
+        mouse(demo, "button_press_event", demo.world, 1.2, 0.9)
+        mouse(demo, "button_release_event", demo.world, 1.2, 0.9)
+        assert demo.target == pytest.approx([1.2, 0.9], abs=0.02)
+        demo.widgets[2].set_val(-5.0)
+        press_button(demo, "gusts on / off")
+        assert demo.mean[0] == -5.0 and not demo.gusts
+        play(stage, 4.0)
+        assert demo.simulation.wind == pytest.approx([-5.0, 0.0], abs=0.1), "the last gust has died away"
+        assert np.hypot(*(demo.simulation.state[:2] - demo.target)) < Quadrotor.arm
+        assert demo.line.get_ydata()[-1] == pytest.approx(demo.trace[-1][2])
+
+
+def test_the_wind_is_that_of_the_system():
+    state, control, wind = np.array([0.1, -0.2, 0.3, 1.0, 2.0, -1.0], np.float32), np.array([0.5, 0.7]), [3.0, -2.0]
+    simulation = Windy(torch.nn.Identity(), state)
+    simulation.wind = np.array(wind)
+    simulation.step(control)
+    system = Quadrotor(wind_x=wind[0], wind_z=wind[1])
+    expected = Step(system)(torch.from_numpy(state[None]), torch.tensor(control[None], dtype=torch.float32))
+    np.testing.assert_allclose(simulation.state, expected[0].numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"wind_x": 9.0}, {"wind_z": -5.0}, {"seed": -1}])
+def test_settings_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Settings(**wrong)
