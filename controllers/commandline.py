@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-import warp
 
 from controllers.checkpoint import CHECKPOINT, CONFIG, load_checkpoint
 from controllers.config import field_help, read_config
@@ -22,7 +21,7 @@ from controllers.progress import Progress
 from controllers.ranks import Ranks, launched_ranks
 from controllers.settings import Training
 from controllers.training import train
-from warp_phys import Diverged
+from warp_phys import Diverged, quiet
 from warp_phys.systems import SYSTEMS
 
 
@@ -172,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done, 1 diverged, 2 a mistake in the arguments, 130 and 143 stopped by SIGINT and SIGTERM, with all saved.
     """
     command = parse(sys.argv[1:] if arguments is None else arguments)
-    warp.config.log_level = warp.LOG_WARNING
+    quiet()
     if command.settings.threads:
         torch.set_num_threads(command.settings.threads)
     with stop_on_signals() as (stop, received), launched_ranks(command.settings.device) as device:

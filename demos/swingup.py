@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import warp
 from matplotlib.figure import Figure
 
 from controllers.checkpoint import atomic_write
@@ -36,7 +35,7 @@ from controllers.training import train
 from demos.animation import Scene, has_display, write_gif
 from demos.colours import colour
 from demos.outputs import check_folder
-from warp_phys import Diverged
+from warp_phys import Diverged, quiet
 from warp_phys.interop.torch import Rollout
 
 FLOWS = ("regular", "combined")
@@ -81,7 +80,7 @@ class Outcome(NamedTuple):
 def train_apart(settings: Training, start: np.ndarray, stop: Any, home: Connection) -> None:
     """Body of a training process: sends every record home, then an `Outcome`, or the message of what went wrong."""
     torch.set_num_threads(1)
-    warp.config.log_level = warp.LOG_WARNING
+    quiet()
     parent = os.getppid()
 
     def asked() -> bool:

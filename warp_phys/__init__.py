@@ -1,6 +1,7 @@
 """warp_phys: a differentiable physics engine on NVIDIA Warp whose backward pass stays usable over long horizons."""
 
 from warp_phys.core.gate import gate
+from warp_phys.core.quiet import quiet
 from warp_phys.diagnose.audit import audit
 from warp_phys.engine.layers import Dense
 from warp_phys.errors import Diverged
@@ -51,4 +52,5 @@ __all__ = [
     "gate",
     "geometric",
     "minmod",
+    "quiet",
 ]

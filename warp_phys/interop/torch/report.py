@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,12 +20,24 @@ class Report:
 
     flows: tuple[Flow, ...] = ()
     """The flows that ran."""
-    updates: torch.Tensor | None = None
+    updates: torch.Tensor | None = field(default=None, repr=False)
     """Their updates of the controller's parameters, shape (flows, parameters), of this pass alone."""
-    changes: tuple[torch.Tensor, ...] = ()
+    changes: tuple[torch.Tensor, ...] = field(default=(), repr=False)
     """What this pass added to the gradients of the trained parameters, in one tensor or several."""
     diverged: tuple[int, ...] = ()
     """Samples that left the finite numbers and were masked."""
+
+    def __str__(self) -> str:
+        """The numbers in one line."""
+        if not self.flows:
+            return "no backward pass yet"
+        parts = [f"|{flow.letter or flow.name}| {self.norms[flow.name]:.3g}" for flow in self.flows]
+        parts.append(f"|update| {self.norm:.3g}")
+        if self._both:
+            parts.append(f"cosine of M and R {self.cosine:.3g}, signs that agree {self.agreement:.0%}")
+        if self.diverged:
+            parts.append(f"{len(self.diverged)} samples diverged")
+        return ", ".join(parts)
 
     @functools.cached_property
     def norms(self) -> dict[str, float]:
