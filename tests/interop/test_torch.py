@@ -222,7 +222,9 @@ def test_report(device):
     assert rollout.report.norm == pytest.approx(float(combined.norm()), rel=1e-9)
     assert rollout.report.cosine == pytest.approx(float(base @ other / base.norm() / other.norm()), rel=1e-9)
     assert rollout.report.agreement == pytest.approx(float((base.sign() == other.sign()).double().mean()))
-    norms = "|M| {:.3g}, |R| {:.3g}, |update| {:.3g}, cosine".format(*(float(v.norm()) for v in (base, other, combined)))
+    norms = "|M| {:.3g}, |R| {:.3g}, |update| {:.3g}, cosine".format(
+        *(float(v.norm()) for v in (base, other, combined))
+    )
     assert str(rollout.report).startswith(norms) and "tensor" not in repr(rollout.report)
 
 
