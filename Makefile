@@ -9,7 +9,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint dist bench bench-quick clean
+.PHONY: demo test lint dist site pictures bench bench-quick clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m demos.swingup
@@ -26,6 +26,14 @@ lint: $(VENV)/.installed
 dist: $(VENV)/.installed
 	$(BIN)/python -m build --no-isolation
 
+# All of docs/ as a site, in build/site.
+site: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Pictures and printed output of README and docs anew; one page's: make pictures PAGES=tutorial.
+pictures: $(VENV)/.installed
+	$(BIN)/python -m tests.docs.remake $(PAGES)
+
 # Against JAX and torch, see docs/benchmarks.md; flags: make bench BENCH="--system cartpole --batch 8".
 bench: $(VENV)/.bench-installed
 	$(BIN)/python -m tests.benchmarks $(BENCH)
@@ -41,7 +49,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "warp_phys needs Python 3.11 or newer, got " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,gymnasium,jax,newton,mujoco]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,gymnasium,jax,newton,mujoco,docs,export,tensorboard]"
 	touch $@
 
 clean:

@@ -13,17 +13,19 @@ if find_spec("torch") is None:
     require("torch", "torch")  # it raises; where torch is there, Warp is not loaded yet
 
 if TYPE_CHECKING:
+    from controllers.exporting import export
     from controllers.networks import MLP, GridCNN, Linear
     from controllers.settings import Training
     from controllers.training import train
 
-__all__ = ["MLP", "GridCNN", "Linear", "Training", "train"]
+__all__ = ["MLP", "GridCNN", "Linear", "Training", "export", "train"]
 
 _HOMES = {
     "MLP": "networks",
     "GridCNN": "networks",
     "Linear": "networks",
     "Training": "settings",
+    "export": "exporting",
     "train": "training",
 }
 

@@ -17,6 +17,7 @@ import torch
 
 from controllers.checkpoint import CHECKPOINT, CONFIG, load_checkpoint
 from controllers.config import field_help, read_config
+from controllers.log import Log, TensorBoard, make_log
 from controllers.progress import Progress
 from controllers.ranks import Ranks, launched_ranks
 from controllers.settings import Training
@@ -50,6 +51,7 @@ class Command:
     settings: Training
     resume: bool
     overwrite: bool
+    log: Log | None = None
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -77,14 +79,18 @@ def parse(arguments: Sequence[str]) -> Command:
     files.add_argument("--config", metavar="FILE", help=text)
     files.add_argument("--resume", action="store_true", help="Continue the run in out, as its run.toml describes it.")
     files.add_argument("--overwrite", action="store_true", help="Replace the run in out.")
+    text = "Send each epoch's numbers to TensorBoard (files in out), or to a function, as module:name."
+    files.add_argument("--log", metavar="{tensorboard,MODULE:NAME}", help=text)
     given = vars(parser.parse_args(arguments))
     resume, overwrite, _ = given.pop("resume"), given.pop("overwrite"), given.pop("config")
+    log = given.pop("log")
     if resume and overwrite:
         parser.error("resume and overwrite exclude each other")
     given["parameters"] = {own: given.pop(flag) for flag, own in own_flags.items() if flag in given}
     try:
-        return Command(Training(**_merged(saved, described, given)), resume, overwrite)
-    except (ValueError, TypeError) as error:
+        settings = Training(**_merged(saved, described, given))
+        return Command(settings, resume, overwrite, make_log(log, settings.out) if log else None)
+    except (ImportError, ValueError, TypeError) as error:
         parser.error(str(error))
 
 
@@ -103,7 +109,7 @@ def _merged(*layers: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-FLAGS = frozenset(entry.name for entry in fields(Training)) | {"config", "resume", "overwrite", "help"}
+FLAGS = frozenset(entry.name for entry in fields(Training)) | {"config", "resume", "overwrite", "log", "help"}
 
 
 def add_flags(group: Any, kind: type, taken: Container[str] = ()) -> dict[str, str]:
@@ -187,7 +193,13 @@ def run(command: Command, stop: threading.Event, received: list[int]) -> int:
     say("Preparing; the first run of a system compiles its kernels …")
     try:
         trained = train(
-            settings, resume=command.resume, overwrite=command.overwrite, stop=stop, progress=progress, graph=True
+            settings,
+            resume=command.resume,
+            overwrite=command.overwrite,
+            stop=stop,
+            progress=progress,
+            log=command.log,
+            graph=True,
         )
     except (ImportError, OSError, ValueError) as error:
         say(f"python -m controllers: error: {error}")
@@ -200,8 +212,9 @@ def run(command: Command, stop: threading.Event, received: list[int]) -> int:
         )
         return 1
     finally:
-        if progress:
-            progress.close()
+        for tell in (progress, command.log):
+            if isinstance(tell, (Progress, TensorBoard)):
+                tell.close()
     if trained.finished:
         say(f"Done: {len(trained.records)} epochs, files in {settings.out or 'no folder'}.")
         return 0

@@ -1,10 +1,15 @@
 """Progress of a training on standard error: a bar in a terminal, a line now and then elsewhere."""
 
+import io
 import sys
 import time
 from typing import TextIO
 
+from tqdm import tqdm
+
 from controllers.record import Record
+
+LINE = "{desc}epoch {n_fmt}/{total_fmt}{postfix}, {rate_fmt}, {remaining} left"
 
 
 class Progress:
@@ -14,46 +19,37 @@ class Progress:
         epochs: Epochs of the whole training.
         stream: Where to write; standard error by default.
         every: Seconds between two lines where the stream is no terminal.
+        name: Stands before the numbers.
+        position: Line of the bar, where several trainings share a terminal.
     """
 
-    def __init__(self, epochs: int, stream: TextIO | None = None, every: float = 10.0) -> None:
-        self.epochs, self.stream, self.every = epochs, stream or sys.stderr, every
+    def __init__(
+        self, epochs: int, stream: TextIO | None = None, every: float = 10.0, name: str = "", position: int = 0
+    ) -> None:
+        self.stream, self.every, self.shown = stream or sys.stderr, every, float("-inf")
         self.terminal = self.stream.isatty()
-        self.first: tuple[int, float] | None = None
-        self.shown = float("-inf")
+        self.bar = tqdm(
+            total=epochs,
+            desc=name if self.terminal or not name else f"{name}: ",
+            unit=" epochs",
+            # Elsewhere than in a terminal it counts, and its line is written below.
+            file=self.stream if self.terminal else io.StringIO(),
+            bar_format=None if self.terminal else LINE,
+            position=position,
+            dynamic_ncols=self.terminal,
+        )
 
     def __call__(self, record: Record) -> None:
         """Show a record, unless one was shown a moment ago."""
+        if self.bar.n == 0:  # a resumed training does not begin at the first epoch
+            self.bar.n = self.bar.initial = record.epoch - 1
+        self.bar.set_postfix_str(f"loss {record.train_loss:.3e}, test {record.test_loss:.3e}", refresh=False)
+        self.bar.update(record.epoch - self.bar.n)
         now = time.perf_counter()
-        self.first = self.first or (record.epoch, now)
-        last = record.epoch >= self.epochs
-        if now - self.shown < (0.1 if self.terminal else self.every) and not last:
-            return
-        self.shown = now
-        epochs, seconds = record.epoch - self.first[0], now - self.first[1]
-        line = describe(record, self.epochs, epochs / seconds if epochs else None)
-        if self.terminal:
-            filled = 20 * record.epoch // self.epochs
-            # Erase to the end of the line (ESC [K) instead of padding: the terminal may be narrow.
-            self.stream.write(f"\r{'█' * filled}{'░' * (20 - filled)} {line}\x1b[K" + ("\n" if last else ""))
-        else:
-            self.stream.write(line + "\n")
-        self.stream.flush()
+        if not self.terminal and (now - self.shown >= self.every or record.epoch >= self.bar.total):
+            self.shown = now
+            print(self.bar, file=self.stream, flush=True)
 
     def close(self) -> None:
-        """End the line of an unfinished bar."""
-        if self.terminal and self.first:
-            self.stream.write("\n")
-
-
-def describe(record: Record, epochs: int, rate: float | None) -> str:
-    """One line about a record; `rate` is the speed [epochs/s] where it is known.
-
-    >>> describe(Record(250, 0.2, 0.1, 0.125, 1.0, 0.5, 0.7, 1e-3, 20.0), 1000, 12.5)
-    'epoch 250/1000  loss 1.000e-01  test 1.250e-01  12.5 epochs/s  1:00 left'
-    """
-    line = f"epoch {record.epoch}/{epochs}  loss {record.train_loss:.3e}  test {record.test_loss:.3e}"
-    if rate:
-        minutes, seconds = divmod(round((epochs - record.epoch) / rate), 60)
-        line += f"  {rate:.1f} epochs/s  {minutes}:{seconds:02d} left"
-    return line
+        """End the line of the bar."""
+        self.bar.close()

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from controllers import checkpoint as files
 from controllers.config import read_config, write_config
+from controllers.log import Log
 from controllers.networks import make_network
 from controllers.ranks import Ranks
 from controllers.record import Record, plot_record, write_record
@@ -46,6 +47,7 @@ def train(
     overwrite: bool = False,
     stop: Stop | None = None,
     progress: Callable[[Record], None] | None = None,
+    log: Log | None = None,
     graph: bool = False,
 ) -> Trained:
     """Train a controller; on the CPU the same settings give the same bits, stopped and resumed or in one go.
@@ -59,7 +61,8 @@ def train(
         overwrite: Replace the run in `settings.out`.
         stop: Asked before every minibatch, as an Event or a function; when it says yes, the state is saved, within the
             epoch if need be, and the training returns.
-        progress: Called with every new record.
+        progress: Called with every new record, such as `Progress(settings.epochs)`.
+        log: Likewise, such as `TensorBoard(folder)`.
         graph: On a CPU, replay updates as graphs, for speed: the same bits. No other thread may launch Warp kernels
             during the first epoch that runs, or Warp would take them for a part of a graph.
 
@@ -89,13 +92,13 @@ def train(
     loop.ranks.wait()
     asked = stop.is_set if isinstance(stop, threading.Event) else stop or (lambda: False)
     if not loop.ranks.leads:
-        folder, progress = None, None
+        folder, progress, log = None, None, None
     if folder:
         path = folder / files.CONFIG
         if not (resume and path.exists() and Training(**read_config(path)) == settings):  # its owner's words stay
             write_config(path, settings)
     try:
-        finished = loop.run(asked, progress, folder)
+        finished = loop.run(asked, [tell for tell in (progress, log) if tell], folder)
     except Diverged as error:
         if folder:
             write_record(folder / files.RECORD, loop.records)
@@ -168,7 +171,7 @@ class Loop:
         self.losses = torch.zeros(settings.train_states // settings.batch, device=self.device, dtype=dtype)
         self.seconds = 0.0
 
-    def run(self, stop: Callable[[], bool], progress: Callable[[Record], None] | None, folder: Path | None) -> bool:
+    def run(self, stop: Callable[[], bool], told: Sequence[Log] | None, folder: Path | None) -> bool:
         """Train to the last epoch, or until asked to stop; returns whether the last epoch was reached."""
         start = time.perf_counter() - self.seconds
         while len(self.records) < self.settings.epochs:
@@ -180,8 +183,8 @@ class Loop:
             self.seconds = time.perf_counter() - start
             self.records.append(self.make_record(train_loss, test_loss))
             self.minibatch = 0
-            if progress:
-                progress(self.records[-1])
+            for tell in told or ():
+                tell(self.records[-1])
             if folder and len(self.records) % self.settings.checkpoint_every == 0:
                 self.save(folder)
         return True

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from small_training import small, without_seconds
@@ -21,6 +22,9 @@ from controllers.training import Loop
 from warp_phys import Diverged
 
 FLAGS = "--poles 1 --dt 0.02 --steps 20 --hidden 16 16 --batch 8 --train-states 32 --test-states 16".split()
+
+
+SHORT = [*FLAGS, "--epochs", "2"]
 
 
 @contextlib.contextmanager
@@ -157,12 +161,57 @@ def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere():
     record = Record(1, 0.5, 0.25, 0.125, 1.0, 0.5, 0.5, 1e-3, 1.0)
     streams = Terminal(), io.StringIO()
     for stream in streams:
-        progress = Progress(2, stream)
-        progress(record)
-        progress(record._replace(epoch=2))
+        progress = Progress(4, stream, every=0.0, name="R")
+        for epoch in (3, 4):  # resumed after the second
+            progress(record._replace(epoch=epoch))
+        progress.close()
     bar, lines = (stream.getvalue() for stream in streams)
-    assert bar.startswith("\r██████████░░░░░░░░░░ epoch 1/2  loss 2.500e-01  test 1.250e-01")
+    assert bar.startswith("\rR: ") and "4/4" in bar and "loss 2.500e-01, test 1.250e-01" in bar
     assert bar.count("\n") == 1
     assert "\r" not in lines
-    assert [line[:9] for line in lines.splitlines()] == ["epoch 1/2", "epoch 2/2"]
-    assert lines.endswith("0:00 left\n")
+    assert [line[:12] for line in lines.splitlines()] == ["R: epoch 3/4", "R: epoch 4/4"]
+    assert lines.endswith("00:00 left\n")
+
+
+LOGGED = []
+
+
+def test_numbers_go_to_a_function(tmp_path):
+    LOGGED.clear()
+    assert main([*SHORT, "--out", "", "--log", f"{__name__}:remember"]) == 0
+    assert [record.epoch for record in LOGGED] == [1, 2]
+
+
+def remember(record):
+    LOGGED.append(record)
+
+
+def test_numbers_go_to_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason='needs pip install "warp_phys[tensorboard]"')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = str(tmp_path / "run")
+    assert main([*SHORT, "--out", out, "--log", "tensorboard"]) == 0
+    assert main(["--resume", "--out", out, "--epochs", "3", "--log", "tensorboard"]) == 0
+    found = EventAccumulator(out)
+    found.Reload()
+    losses = found.Scalars("test_loss")
+    assert [event.step for event in losses] == [1, 2, 3]
+    values = read_record(f"{out}/record.csv")["test_loss"]
+    np.testing.assert_allclose([event.value for event in losses], values, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("wandb", "log must be tensorboard, or a function as module:name, got 'wandb'"),
+        ("nowhere:f", "log: nowhere:f cannot be had: No module named 'nowhere'"),
+        ("math:pi", "log must be a function, got math:pi, which is of type float"),
+        ("tensorboard", "log tensorboard needs the folder of a run in out, got an empty out"),
+    ],
+)
+def test_logs_that_cannot_be_had(log, message, capsys):
+    with pytest.raises(SystemExit) as status:
+        main([*SHORT, "--out", "", "--log", log])
+    error = capsys.readouterr().err
+    assert status.value.code == 2 and message in error and error.count("\n") == 1
