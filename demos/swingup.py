@@ -2,7 +2,8 @@
 
     python -m demos.swingup
 
-Leaves in `out`: curves.png, swingup.gif, summary.txt, and the record of each training as regular.csv and combined.csv.
+C is the form of the combined update that fails least, "either"; see docs/results.md. Leaves in `out`: curves.png,
+swingup.gif, summary.txt, and the record of each training as regular.csv and either.csv.
 """
 
 from demos.interrupt import end_on_interrupt
@@ -29,6 +30,7 @@ from matplotlib.figure import Figure
 
 from controllers.checkpoint import atomic_write
 from controllers.commandline import Parser, add_flags, stop_on_signals
+from controllers.progress import Progress
 from controllers.record import Record, write_record
 from controllers.settings import Training, check_setting
 from controllers.training import train
@@ -38,16 +40,20 @@ from demos.outputs import check_folder
 from warp_phys import Diverged, quiet
 from warp_phys.interop.torch import Rollout
 
-FLOWS = ("regular", "combined")
+FLOWS = ("regular", "either")
+"""The gradient, R, and C where M may agree with R or with a running average of it."""
+
+STARTS = 64
+"""Starts of which the film shows the hardest."""
 
 
 @dataclass(frozen=True)
 class Swingup:
     """Settings of the demo."""
 
-    poles: int = 2
+    poles: int = 4
     """Poles on the cart."""
-    epochs: int = 400
+    epochs: int = 300
     """Epochs of each training."""
     seed: int = 0
     """Seed of the weights and of the states, the same for both trainings."""
@@ -60,7 +66,7 @@ class Swingup:
 
     def __post_init__(self) -> None:
         """Check the settings of the demo; those of the trainings are checked by `Training`."""
-        check_setting("frames", self.frames, int, at_least=2, below=self.training("combined").steps + 2)
+        check_setting("frames", self.frames, int, at_least=2, below=self.training(FLOWS[0]).steps + 2)
         check_folder("out", self.out)
 
     def training(self, flow: str) -> Training:
@@ -74,10 +80,12 @@ class Outcome(NamedTuple):
 
     records: list[Record]
     states: np.ndarray
+    """From all starts, shape (steps + 1, starts, D)."""
     controls: np.ndarray
+    """Likewise, shape (steps, starts, K)."""
 
 
-def train_apart(settings: Training, start: np.ndarray, stop: Any, home: Connection) -> None:
+def train_apart(settings: Training, starts: np.ndarray, stop: Any, home: Connection) -> None:
     """Body of a training process: sends every record home, then an `Outcome`, or the message of what went wrong."""
     torch.set_num_threads(1)
     quiet()
@@ -92,8 +100,8 @@ def train_apart(settings: Training, start: np.ndarray, stop: Any, home: Connecti
         if trained.finished:
             with torch.no_grad():
                 rollout = Rollout(settings.make_system(), trained.controller, settings.steps, device=settings.device)
-                states, controls = rollout(start[None])
-            home.send(Outcome(trained.records, states[:, 0].cpu().numpy(), controls[:, 0].cpu().numpy()))
+                states, controls = rollout(starts)
+            home.send(Outcome(trained.records, states.cpu().numpy(), controls.cpu().numpy()))
     except Diverged as error:
         home.send(f"the training with flow {settings.flow} diverged: {error}")
     except BrokenPipeError:
@@ -103,7 +111,7 @@ def train_apart(settings: Training, start: np.ndarray, stop: Any, home: Connecti
 def train_both(settings: Swingup) -> dict[str, Outcome] | int:
     """Train with both flows at once, in a process each; returns an exit status where that came to nothing."""
     context = multiprocessing.get_context("spawn")
-    start = settings.training("combined").make_system().sample(1, seed=settings.seed)[0]
+    starts = settings.training(FLOWS[0]).make_system().sample(STARTS, seed=settings.seed)
     stopping, homes, processes = context.Event(), {}, []
     with stop_on_signals() as (stop, received):
         # Children inherit an ignored Ctrl-C, which a terminal sends to them as well; they listen to `stopping` instead.
@@ -111,7 +119,7 @@ def train_both(settings: Swingup) -> dict[str, Outcome] | int:
         for flow in FLOWS:
             home, away = context.Pipe(duplex=False)
             process = context.Process(
-                target=train_apart, args=(settings.training(flow), start, stopping, away), daemon=True
+                target=train_apart, args=(settings.training(flow), starts, stopping, away), daemon=True
             )
             process.start()
             away.close()
@@ -119,7 +127,7 @@ def train_both(settings: Swingup) -> dict[str, Outcome] | int:
             processes.append(process)
         signal.signal(signal.SIGINT, handler)
         try:
-            outcome = collect(homes, stop, Display(settings.epochs))
+            outcome = collect(homes, stop, settings.epochs)
         finally:
             stopping.set()
             for process in processes:
@@ -134,10 +142,12 @@ def train_both(settings: Swingup) -> dict[str, Outcome] | int:
     return outcome
 
 
-def collect(homes: Mapping[Connection, str], stop: Any, display: "Display") -> dict[str, Outcome] | str:
+def collect(homes: Mapping[Connection, str], stop: Any, epochs: int) -> dict[str, Outcome] | str:
     """Gather what the trainings send until both are done, one fails (its message is returned) or `stop` is set."""
     outcomes: dict[str, Outcome] = {}
     open_homes = dict(homes)
+    print("Training with R and with C; the first start compiles for some seconds …", file=sys.stderr, flush=True)
+    shown = {flow: Progress(epochs, name=flow, position=line) for line, flow in enumerate(homes.values())}
     try:
         while open_homes and not stop.is_set():
             for home in cast(list[Connection], wait(list(open_homes), timeout=0.2)):
@@ -154,43 +164,11 @@ def collect(homes: Mapping[Connection, str], stop: Any, display: "Display") -> d
                 if isinstance(message, Outcome):
                     outcomes[flow] = message
                 else:
-                    display.show(flow, message)
+                    shown[flow](message)
     finally:
-        display.close()
+        for progress in reversed(shown.values()):
+            progress.close()
     return outcomes
-
-
-class Display:
-    """Progress of both trainings on standard error: one line that changes in a terminal, one now and then elsewhere."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs, self.terminal = epochs, sys.stderr.isatty()
-        self.latest: dict[str, Record] = {}
-        self.start, self.shown = time.perf_counter(), float("-inf")
-        print("Training with R and with C; the first start compiles for some seconds …", file=sys.stderr, flush=True)
-
-    def show(self, flow: str, record: Record) -> None:
-        """Take notice of a record."""
-        self.latest[flow] = record
-        now = time.perf_counter()
-        done = all(latest.epoch == self.epochs for latest in self.latest.values()) and len(self.latest) == len(FLOWS)
-        if now - self.shown < (0.2 if self.terminal else 10) and not done:
-            return
-        self.shown = now
-        parts = []
-        for name, latest in sorted(self.latest.items(), key=lambda item: FLOWS.index(item[0])):
-            filled = 10 * latest.epoch // self.epochs
-            bar = "█" * filled + "░" * (10 - filled) + " " if self.terminal else ""
-            parts.append(f"{name} {bar}{latest.epoch}/{self.epochs} test loss {latest.test_loss:.1e}")
-        line = "  ".join(parts) + f"  {now - self.start:.0f} s"
-        print(
-            f"\r{line}\x1b[K" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True
-        )
-
-    def close(self) -> None:
-        """End the line."""
-        if self.terminal:
-            print(file=sys.stderr)
 
 
 def final_loss(records: Sequence[Record]) -> float:
@@ -210,12 +188,22 @@ def summarise(settings: Swingup, outcomes: Mapping[str, Outcome], seconds: float
         verdict = f"{winner} ends {high / low:.1f} times lower than {loser}"
     text = (
         f"Swing-up of {settings.poles} pole{'s' if settings.poles > 1 else ''} on a cart, trained through "
-        f"{settings.training('combined').steps} simulated steps from the same initial weights, once with the gradient "
-        f"(R) and once with the combined update (C): seed {settings.seed}, {settings.epochs} epochs each, "
+        f"{settings.training(FLOWS[0]).steps} simulated steps from the same initial weights, once with the gradient "
+        f"(R) and once with the combined update (C, either): seed {settings.seed}, {settings.epochs} epochs each, "
         f"{seconds:.0f} s in all. Final test loss, the median of the last {last} epochs (0: all poles upright, 2: all "
-        f"hanging): R {regular:.6g}, C {combined:.6g}. {verdict}. This is one seed; other seeds end elsewhere."
+        f"hanging): R {regular:.6g}, C {combined:.6g}. {verdict}. This is one seed; other seeds end elsewhere. The "
+        f"film shows, of {STARTS} starts, the one from which one of the two ends worst."
     )
     return textwrap.fill(text, 100) + "\n"
+
+
+def hardest(system: Any, outcomes: Mapping[str, Outcome]) -> int:
+    """The start from which one of the two ends worst, whichever it is."""
+    costs = [
+        [float(system.loss(o.states[:, [b]], o.controls[:, [b]], when="final")) for b in range(o.states.shape[1])]
+        for o in outcomes.values()
+    ]
+    return int(np.max(costs, axis=0).argmax())
 
 
 def plot_curves(path: Path, settings: Swingup, outcomes: Mapping[str, Outcome]) -> None:
@@ -235,14 +223,15 @@ def plot_curves(path: Path, settings: Swingup, outcomes: Mapping[str, Outcome]) 
 def write_results(settings: Swingup, outcomes: Mapping[str, Outcome], seconds: float) -> str:
     """Write all files of the demo; returns the summary."""
     out = Path(settings.out)
-    scenes = []
+    system, scenes = settings.training(FLOWS[0]).make_system(), []
+    start = hardest(system, outcomes)
     for flow, letter in zip(FLOWS, "RC", strict=True):
         outcome = outcomes[flow]
         write_record(out / f"{flow}.csv", outcome.records)
         title = f"{letter} {flow}, test loss {final_loss(outcome.records):.2g}"
-        scenes.append(Scene(title, colour(flow), outcome.states, outcome.controls))
+        scenes.append(Scene(title, colour(flow), outcome.states[:, start], outcome.controls[:, start]))
     plot_curves(out / "curves.png", settings, outcomes)
-    write_gif(out / "swingup.gif", settings.training("combined").make_system(), scenes, settings.frames)
+    write_gif(out / "swingup.gif", system, scenes, settings.frames)
     summary = summarise(settings, outcomes, seconds)
     with atomic_write(out / "summary.txt") as file:
         file.write(summary.encode())
@@ -257,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Swingup(**vars(parser.parse_args(arguments)))
     except (ValueError, TypeError) as error:
         parser.error(str(error))
+    quiet()
     start = time.perf_counter()
     outcomes = train_both(settings)
     if isinstance(outcomes, int):
