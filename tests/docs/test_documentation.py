@@ -2,7 +2,6 @@
 
 import doctest
 import importlib
-import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -11,25 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-WIDTH = 120
+from tests.docs.pages import PAGES, ROOT, WIDTH, blocks, code, difference, outputs, run_blocks, run_command
+from tests.docs.remake import pictures
 
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 
 page_of = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-
-
-def code(page: Path) -> str:
-    """Return a page's Python blocks as one program, each line at its line number in the page."""
-    text, lines = page.read_text(encoding="utf-8"), []
-    for match in BLOCK.finditer(text):
-        first = text.count("\n", 0, match.start(1))
-        lines += [""] * (first - len(lines)) + match[1].splitlines()
-    return "\n".join(lines) + "\n" if lines else ""
 
 
 def prose(page: Path) -> str:
@@ -72,21 +60,46 @@ def skip_without_jax(needed: bool) -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if code(p)], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_code_blocks_run(page, tmp_path):
-    """A page's blocks run in order, in a module on disk: Warp reads the source of kernels from their file."""
+    """A page's blocks run in order, and print what the page says."""
     skip_without_jax("import jax" in code(page))
     if "import mujoco" in code(page):
         pytest.importorskip("mujoco", reason='needs MuJoCo: pip install "warp_phys[mujoco]"')
-    name = "documented_" + page.stem.lower()
-    file = tmp_path / f"{name}.py"
-    file.write_text(code(page), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    if "import onnxruntime" in code(page):
+        pytest.importorskip("onnxruntime", reason='needs pip install "warp_phys[export]"')
+    printed = run_blocks(page, tmp_path)
+    for output in outputs(page):
+        if not output.command:
+            assert difference(output.text, printed[output.block], output.factor) is None
+
+
+COMMANDS = [(page.stem, output) for page in PAGES for output in outputs(page) if output.command]
+
+
+@pytest.mark.parametrize("output", [o for _, o in COMMANDS], ids=[f"{page}: {o.command}" for page, o in COMMANDS])
+def test_programs_print_what_pages_say(output, tmp_path):
+    assert difference(output.text, run_command(output.command, tmp_path), output.factor) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "printed"), [("a 1.0", "b 1.0"), ("a 1.00", "a 1.02"), ("a 2", "a 3"), ("a 1", "a 1 2"), ("1e-3", "-1e-3")]
+)
+def test_what_differs_is_seen(said, printed):
+    assert difference(said, said) is None
+    assert difference(said, printed) is not None
+
+
+def test_every_picture_has_a_line_that_makes_it():
+    """`make pictures` finds them by these lines; those of docs/results are the outcome of hours of runs."""
+    made = {word for page in PAGES for line in pictures(page) for word in line.split() if word.startswith("docs/")}
+    made |= {word for _, output in COMMANDS for word in output.command.split() if word.startswith("docs/")}
+    made.add("docs/swingup.gif")
+    found = [path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".gif")]
+    assert {p.relative_to(ROOT).as_posix() for p in found if p.parent.name != "results"} == made
 
 
 def test_readme_example_trains():
     """The example of the README has few lines, and leaves an update in every parameter."""
-    example = BLOCK.search((ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    example = blocks(ROOT / "README.md")[0][2]
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     names = {}
     torch.manual_seed(0)  # of some weights the combined update leaves nothing for the last bias, a single number
@@ -130,8 +143,3 @@ def test_lines_are_short(page):
 def test_pages_name_no_path_of_a_machine(page):
     """A page speaks of the project, with paths relative to its root."""
     assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users)/", page.read_text(encoding="utf-8"))
-
-
-def test_every_page_is_in_the_index():
-    linked = LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
-    assert {page.name for page in PAGES if page.parent.name == "docs"} - {"index.md"} <= set(linked)

@@ -131,7 +131,7 @@ def table(diagnosis: Any) -> str:
 
 
 def _flows(diagnosis: Any) -> str:
-    header = ["feedback of", "growth per step", "over the horizon", "worst sample", "batch", "largest/smallest"]
+    header = ["feedback of", "per step", "over horizon", "worst sample", "batch", "largest/smallest"]
     header += ["effective steps", "by controller"] + ["update"] * bool(diagnosis.layers)
     rows = []
     growth, horizon = diagnosis.growth, diagnosis.horizon_growth
