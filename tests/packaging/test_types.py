@@ -9,7 +9,7 @@ import typing
 
 import pytest
 
-from tests.docs.test_documentation import BLOCK
+from tests.docs.pages import blocks
 from tests.packaging.installing import LIBRARIES, ROOT
 from warp_phys.flow import NAMED, FlowName
 
@@ -41,8 +41,8 @@ MISTAKES = [number for number, line in enumerate(WRONG.splitlines(), 1) if line.
 def programs(tmp_path_factory):
     """A folder with the README's example as it stands, and with a program of mistakes."""
     folder = tmp_path_factory.mktemp("programs")
-    blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    (folder / "example.py").write_text("\n".join(blocks), encoding="utf-8")
+    program = "\n".join(block[2] for block in blocks(ROOT / "README.md"))
+    (folder / "example.py").write_text(program, encoding="utf-8")
     (folder / "wrong.py").write_text(WRONG, encoding="utf-8")
     return folder
 

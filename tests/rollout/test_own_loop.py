@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.docs.test_documentation import BLOCK, ROOT, code
+from tests.docs.pages import ROOT, blocks, code
 from tests.rollout.reference import gated, gradient
 from warp_phys import Flow, agree
 from warp_phys.flow import resolve
@@ -71,8 +71,8 @@ def test_training_with_c_equals_torch(program):
 
 def test_three_lines_are_added(tmp_path):
     """Without the lines that are marked the program is what it was: same loss, same gradient."""
-    blocks = [match[1] for match in BLOCK.finditer(PAGE.read_text(encoding="utf-8"))]
-    lines = "".join(blocks[:2]).splitlines(keepends=True)
+    written = [block[2] for block in blocks(PAGE)]
+    lines = "".join(written[:2]).splitlines(keepends=True)
     kept = [line for line in lines if not line.rstrip().endswith("# added")]
     assert len(lines) - len(kept) == 3
     programs = [load("".join(text), tmp_path / f"own_loop_{i}.py") for i, text in enumerate((lines, kept))]
