@@ -18,7 +18,8 @@ WIDTH, HEIGHT = 0.4, 0.2
 """Of the cart in pictures [m]."""
 POLE_GAP = 0.07
 """From one pole to the next in pictures [m]."""
-POLE_COLOURS = ("#1f77b4", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+POLE_COLOURS = ("#332288", "#AA4499", "#999933", "#88CCEE", "#661100", "#44AA99")
+"""Of Paul Tol's palette; they repeat."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def cart_parts(x: float, control: np.ndarray | None, reach: float) -> dict[str, 
     middle = round(x)
     marks = [[[i, 0, under - 0.05], [i, 0, under + 0.05], gap] for i in range(middle - 12, middle + 13)]
     return {
-        "rail": Line(np.array([[-1e3, 0.0, under], [1e3, 0.0, under]]), PALE, 2.0),
+        "rail": Line(np.array([[middle - 12.5, 0.0, under], [middle + 12.5, 0.0, under]]), PALE, 2.0),
         "marks": Line(np.array(marks, dtype=float).reshape(-1, 3), PALE, 2.0),
         "force": Rod((x, 0.0, 0.0), (x + push, 0.0, 0.0), 0.03, INK),
         "cart": Block((x, 0.0, 0.0), (WIDTH, WIDTH, HEIGHT), "#404040"),

@@ -146,7 +146,7 @@ def _picture(system: Hopper, state: np.ndarray, control: np.ndarray | None) -> P
     reach = max(1.0, 1.2 * abs(system.target), 1.2 * abs(x), z)
     spoke = (x + r * np.cos(angle), -2.0 * deep, z + r * np.sin(angle))
     parts = {
-        "floor": Line(np.array([[-100.0, 0.0, 0.0], [100.0, 0.0, 0.0]]), PALE, 1.0),
+        "floor": Line(np.array([[-20.0, 0.0, 0.0], [20.0, 0.0, 0.0]]), PALE, 1.0),
         "target": cross((system.target, 0.0, 0.0), 0.06),
         "lift": Rod((x, 0.0, z), (x, 0.0, z + push), 0.03, BLUE),
         "disc": Line(

@@ -89,7 +89,7 @@ def _picture(system: Polynomial, state: np.ndarray, control: np.ndarray | None) 
     reach = max(1.25 * max(1.0, abs(system.target), abs(system.start)), 1.1 * abs(x))
     size = 0.05 * reach
     parts = {
-        "axis": Line(np.array([[-100.0, 0.0, 0.0], [100.0, 0.0, 0.0]]), PALE, 1.0),
+        "axis": Line(np.array([[-20.0, 0.0, 0.0], [20.0, 0.0, 0.0]]), PALE, 1.0),
         "target": cross((system.target, 0.0, 0.0), size, ABOVE),
         "push": Rod((x, 0.0, 0.0), (led, 0.0, 0.0), 0.2 * size, BLUE),
         "point": Ball((x, 0.0, 0.0), size),
