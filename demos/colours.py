@@ -30,12 +30,12 @@ def colour(flow: Any) -> str:
 
 
 def flow_names(letters: Iterable[str]) -> list[str]:
-    """Names of flows as choices show them.
+    """Names of flows as choices show them; one without a letter has its name alone.
 
-    >>> flow_names("RC")
-    ['R regular', 'C combined']
+    >>> flow_names(["R", "C", "either"])
+    ['R regular', 'C combined', 'either']
     """
-    return [f"{letter} {resolve(letter).name}" for letter in letters]
+    return [f"{letter} {resolve(letter).name}" if len(letter) == 1 else letter for letter in letters]
 
 
 def letter_of(name: str) -> str:

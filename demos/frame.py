@@ -92,6 +92,10 @@ class Grip:
     """It was pressed and let go on the spot."""
 
 
+ANYWHERE = ""
+"""In place of a part's name: the grip of the whole picture, which can be clicked."""
+
+
 class Demo:
     """Something that moves by itself and can be touched; shown on a page or in a file.
 

@@ -14,7 +14,7 @@ import numpy as np
 import viser
 import websockets.asyncio.server
 
-from demos.frame import Button, Choice, Control, Demo, Grip, Plot, Ray
+from demos.frame import ANYWHERE, Button, Choice, Control, Demo, Grip, Plot, Ray
 from warp_phys.systems.drawing import ABOVE, Ball, Block, Cone, Line, Picture, Rod, Shape, Surface, Text, corners
 
 LONGEST_STEP = 0.1
@@ -218,6 +218,8 @@ class Stage:
         self.first = demo.picture()
         self.middle = corners(self.first).mean(axis=0)
         self.show()
+        if later is not None and ANYWHERE in demo.grips():
+            self.attach(scene, demo.grips()[ANYWHERE])
 
     def show(self) -> None:
         """Show the demo as it is now."""
@@ -266,7 +268,7 @@ class Stage:
                 seen = ray(event.ray_origin, event.ray_direction)
                 later(lambda: click(seen))
 
-            handle.on_click(clicked)
+            handle.on_click()(clicked)
 
 
 def direction_of(picture: Picture) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What runs behind the race: four trainings in turns, in a thread that the picture never waits for."""
+"""What runs behind the race: several trainings in turns, in a thread that the picture never waits for."""
 
 import threading
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ from controllers.training import Loop
 from warp_phys import Diverged
 from warp_phys.interop.torch import Rollout
 
-FLOWS = ("R", "M", "S", "C")
+FLOWS = ("R", "M", "S", "C", "either")
 PREPARING, RUNNING, DONE = "preparing", "running", "done"
 
 
@@ -38,7 +38,7 @@ class Lane:
 
 
 class Race(threading.Thread):
-    """Trains the same initial weights with R, M, S and C, an epoch each in turns; ends when `stop` is called.
+    """Trains the same initial weights with several flows, an epoch each in turns; ends when `stop` is called.
 
     Args:
         poles: Poles on the cart.

@@ -1,7 +1,7 @@
 """What a system looks like, in shapes of space that any front end can draw; here also on matplotlib's axes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,20 @@ class Picture:
     """Whether a metre is as long in both."""
     still: frozenset[str] = field(default=frozenset(), repr=False)
     """Names of parts that never change."""
+
+
+def moved(parts: Mapping[str, Shape], by: Point) -> dict[str, Shape]:
+    """Return the parts of a picture somewhere else.
+
+    >>> moved({"ball": Ball((1.0, 0.0, 0.0), 0.1)}, (0.0, 2.0, 0.0))["ball"].centre
+    array([1., 2., 0.])
+    """
+    places = ("points", "start", "end", "centre", "place")
+    found = {}
+    for name, shape in parts.items():
+        at: Any = {place: np.add(getattr(shape, place), by) for place in places if hasattr(shape, place)}
+        found[name] = replace(shape, **at)
+    return found
 
 
 def cross(place: Point, size: float, plane: Sequence[Sequence[float]] = FRONT, colour: str = GREY) -> Line:
