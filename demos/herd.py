@@ -31,8 +31,9 @@ REACH = 6.5
 """Metres to either side of the middle that are seen."""
 TRACE = 20.0
 """Seconds of the trace."""
-RANGE = 6.5
-"""How far from the target the network may send a dog, in each coordinate [m]."""
+RANGE, BEHIND, NEAR = 4.0, 1.5, 0.3
+"""How far the network may send a dog, in either direction, from the place behind the flock, which is so far from its
+middle; and how near the target the flock's direction from it counts less [m]."""
 LEAST = 0.01
 """Added to |ρ|² in the denominator of a dog's controls [m²]."""
 LOST = 40.0
@@ -62,29 +63,42 @@ class Settings:
 class Policy(torch.nn.Module):
     """Controls of the dogs: a dense network says where each dog shall run, and a spring with damping brings it there.
 
-    Places are at most `RANGE` from the target, so that no dog runs away for good.
+    The network sees and says everything from the middle of the flock, in directions along and across its way from the
+    target: so it does the same wherever the flock is. Where it says 0 a dog is `BEHIND` the flock.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = SimpleNamespace(state_size=SYSTEM.state_size, control_size=SYSTEM.control_size)
+        agents = SYSTEM.drivers + SYSTEM.evaders
+        sizes = SimpleNamespace(state_size=4 * agents + 1, control_size=SYSTEM.control_size)
         self.network = MLP(sizes, hidden=(64, 64), seed=0)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Controls (B, K) at states (B, D)."""
-        places = RANGE * torch.tanh(self.network(0.25 * states))
-        first, flock = 4 * SYSTEM.drivers, []
-        for axis in (0, 1):
-            flock.append(sum(states[:, first + 4 * i + axis : first + 4 * i + axis + 1] for i in range(SYSTEM.evaders)))
+        parts = [states[:, i : i + 1] for i in range(SYSTEM.state_size)]
+        x, y, vx, vy = (parts[i::4] for i in range(4))
+        sheep = range(SYSTEM.drivers, SYSTEM.drivers + SYSTEM.evaders)
+        sum_x, sum_y = (sum(axis[i] for i in sheep) for axis in (x, y))
+        middle_x, middle_y = sum_x / SYSTEM.evaders, sum_y / SYSTEM.evaders
+        far = torch.sqrt(middle_x * middle_x + middle_y * middle_y + NEAR * NEAR)
+        along_x, along_y = middle_x / far, middle_y / far
+        seen = [0.25 * far]
+        for i in range(SYSTEM.drivers + SYSTEM.evaders):
+            dx, dy = x[i] - middle_x, y[i] - middle_y
+            seen += [0.5 * (dx * along_x + dy * along_y), 0.5 * (dy * along_x - dx * along_y)]
+            seen += [0.25 * (vx[i] * along_x + vy[i] * along_y), 0.25 * (vy[i] * along_x - vx[i] * along_y)]
+        said = RANGE * torch.tanh(self.network(torch.cat(seen, dim=1)))
         controls = []
         for dog in range(SYSTEM.drivers):
-            x, y, vx, vy = (states[:, 4 * dog + i : 4 * dog + i + 1] for i in range(4))
-            ax = STRONGEST * torch.tanh((PULL * (places[:, 2 * dog : 2 * dog + 1] - x) - BRAKE * vx) / STRONGEST)
-            ay = STRONGEST * torch.tanh((PULL * (places[:, 2 * dog + 1 : 2 * dog + 2] - y) - BRAKE * vy) / STRONGEST)
+            away, aside = BEHIND + said[:, 2 * dog : 2 * dog + 1], said[:, 2 * dog + 1 : 2 * dog + 2]
+            to_x = middle_x + away * along_x - aside * along_y - x[dog]
+            to_y = middle_y + away * along_y + aside * along_x - y[dog]
+            ax = STRONGEST * torch.tanh((PULL * to_x - BRAKE * vx[dog]) / STRONGEST)
+            ay = STRONGEST * torch.tanh((PULL * to_y - BRAKE * vy[dog]) / STRONGEST)
             # c_radial ρ + c_turn ρ^⊥ is this acceleration, but where ρ is nearly 0
-            across, up = x - flock[0], y - flock[1]
-            square = across * across + up * up + LEAST
-            controls += [(ax * across + ay * up) / square, (ay * across - ax * up) / square]
+            rho_x, rho_y = x[dog] - sum_x, y[dog] - sum_y
+            square = rho_x * rho_x + rho_y * rho_y + LEAST
+            controls += [(ax * rho_x + ay * rho_y) / square, (ay * rho_x - ax * rho_y) / square]
         return torch.cat(controls, dim=1)
 
 

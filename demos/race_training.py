@@ -1,6 +1,7 @@
 """What runs behind the race: several trainings in turns, in a thread that the picture never waits for."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -53,6 +54,8 @@ class Race(threading.Thread):
         self.lanes = {flow: Lane(flow) for flow in FLOWS}
         self.state = PREPARING
         self.error: Exception | None = None
+        self.over: Callable[[dict[str, Lane]], bool] = lambda lanes: False
+        """Asked after every epoch whether the race has been decided."""
         self._stopping, self._going = threading.Event(), threading.Event()
         self._going.set()
 
@@ -106,6 +109,8 @@ class Race(threading.Thread):
                 if not self.lanes[flow].diverged:
                     self.turn(self.lanes[flow], loop, epoch)
             self.state = RUNNING
+            if self.over(self.lanes):
+                break
         self.state = DONE
 
     def turn(self, lane: Lane, loop: Loop, epoch: int) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import time
 import webbrowser
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -64,10 +64,12 @@ class View:
     fps: bool = False
     """Print how many pictures per second were shown."""
 
-    def __post_init__(self) -> None:
+    kinds: InitVar[Sequence[str]] = tuple(KINDS)
+
+    def __post_init__(self, kinds: Sequence[str]) -> None:
         """Check every setting."""
         if self.save:
-            check_file("save", self.save, tuple(KINDS))
+            check_file("save", self.save, kinds)
         check_setting("seconds", self.seconds, float, at_least=0)
         check_setting("rate", self.rate, float, above=0)
         check_setting("port", self.port, int, at_least=1, below=65536)
@@ -174,7 +176,10 @@ def save(make: Callable[[], Demo], view: View, _name: str, stop: Event) -> None:
             for _ in steps:
                 if stop.is_set():
                     return
-                pictures = [*pictures, film.show()] if kind != ".png" else [film.show()]
+                if kind != ".png":
+                    pictures.append(film.show())
+            if kind == ".png":
+                pictures = [film.show()]
     finally:
         demo.close()
     if view.fps and kind != ".png":
