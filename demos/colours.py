@@ -45,4 +45,5 @@ def letter_of(name: str) -> str:
 
 def tinted(parts: Mapping[str, Shape], ink: str, names: Collection[str]) -> dict[str, Shape]:
     """The parts of a picture, those of these names in another colour."""
-    return {name: replace(part, colour=ink) if name in names else part for name, part in parts.items()}
+    ink_for: dict[str, Any] = {name: {"colour": ink} for name in names}
+    return {name: replace(part, **ink_for.get(name, {})) for name, part in parts.items()}

@@ -34,12 +34,13 @@ class Film:
             width_ratios=(1.9, 1.0) if plots else (1.0,),
             left=0.05,
             right=0.98,
-            top=0.87,
+            top=0.84,
             bottom=0.09,
             hspace=0.55,
             wspace=0.16,
         )
         self.world = self.figure.add_subplot(grid[:, 0])
+        self.world.set_facecolor("#1A1A1A" if self.demo.dark else "white")
         self.show_world = sketch(self.world, self.demo.picture)
         self.curves = [(plot, *draw_plot(self.figure.add_subplot(grid[i, 1]), plot)) for i, plot in enumerate(plots)]
         self.figure.suptitle("\n".join(textwrap.wrap(self.demo.says, 110)), fontsize=10, y=0.985)
@@ -51,7 +52,7 @@ class Film:
             self.figure.clear()
             self.lay_out()
         self.show_world()
-        self.world.set_title(self.demo.words().replace("  \n", " · "), fontsize=9)
+        self.world.set_title("\n".join(textwrap.wrap(self.demo.words(), 85)), fontsize=8)
         for plot, axes, lines in self.curves:
             x, curves = plot.read()
             for line, values in zip(lines, curves, strict=True):

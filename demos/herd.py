@@ -31,13 +31,15 @@ REACH = 6.5
 """Metres to either side of the middle that are seen."""
 TRACE = 20.0
 """Seconds of the trace."""
-RANGE, BEHIND, NEAR = 4.0, 1.5, 0.3
+RANGE, BEHIND, NEAR = 5.0, 1.5, 0.3
 """How far the network may send a dog, in either direction, from the place behind the flock, which is so far from its
 middle; and how near the target the flock's direction from it counts less [m]."""
 LEAST = 0.01
 """Added to |ρ|² in the denominator of a dog's controls [m²]."""
 LOST = 40.0
 """Distance from the target at which a dog counts as lost [m]."""
+DRAG = 4.0
+"""How far the target may be dragged at once so that the dogs are trained for it [m]."""
 JUMP = 3.0
 """By how much the target moves at the press of a button [m]."""
 PULL, BRAKE, STRONGEST = 12.0, 5.0, 60.0
@@ -71,11 +73,11 @@ class Policy(torch.nn.Module):
         super().__init__()
         agents = SYSTEM.drivers + SYSTEM.evaders
         sizes = SimpleNamespace(state_size=4 * agents + 1, control_size=SYSTEM.control_size)
-        self.network = MLP(sizes, hidden=(64, 64), seed=0)
+        self.network = MLP(sizes, hidden=(96, 96), seed=0)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Controls (B, K) at states (B, D)."""
-        parts = [states[:, i : i + 1] for i in range(SYSTEM.state_size)]
+        parts: Any = [states[:, i : i + 1] for i in range(SYSTEM.state_size)]
         x, y, vx, vy = (parts[i::4] for i in range(4))
         sheep = range(SYSTEM.drivers, SYSTEM.drivers + SYSTEM.evaders)
         sum_x, sum_y = (sum(axis[i] for i in sheep) for axis in (x, y))

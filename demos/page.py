@@ -86,7 +86,7 @@ def open_server(host: str, port: int, title: str) -> Iterator[viser.ViserServer]
 
             super().__init__(*arguments, process_request=check, **options)
 
-    websockets.asyncio.server.serve = Guarded  # type: ignore[misc]
+    websockets.asyncio.server.serve = Guarded  # type: ignore[assignment, misc]
     silent = contextlib.redirect_stdout(io.StringIO())  # viser tells where it is, and that it has ended
     try:
         with silent:
@@ -161,7 +161,7 @@ class Node:
         self.handle = self._make(scene, name, shape)
         self.show(shape)
 
-    def _make(self, scene: Any, name: str, shape: Shape) -> Any:
+    def _make(self, scene: Any, name: str, shape: Any) -> Any:
         makers: dict[type, Callable[[], Any]] = {
             Line: lambda: scene.add_line_segments(
                 name, np.zeros((1, 2, 3)), np.zeros(3, np.uint8), thickness=shape.width, thickness_units="screen"
@@ -356,8 +356,10 @@ class Page:
             made = gui.add_dropdown(control.label, tuple(control.options), initial_value=control.read())
             act: Callable[[Any], Any] = control.choose
         else:
-            limits = {"min": control.least, "max": control.most, "step": control.step}
-            made, act = gui.add_slider(control.label, **limits, initial_value=control.read()), control.move
+            made = gui.add_slider(
+                control.label, min=control.least, max=control.most, step=control.step, initial_value=control.read()
+            )
+            act = control.move
 
         def changed(event: Any) -> None:
             if event.client is not None:  # else it is ourselves, see `tick`

@@ -162,38 +162,41 @@ def save(make: Callable[[], Demo], view: View, _name: str, stop: Event) -> None:
         raise CannotShow(f"a .gif shows at most {GIF_RATE} pictures a second; take a lower --rate, or save a .mp4")
     if kind == ".html":
         need_viewer("save a .gif")
-    demo, begun, pictures = make(), time.perf_counter(), []
+    demo = make()
     try:
-        steps = play(demo, view.seconds or demo.clip, view.rate)
-        if kind == ".html":
-            from demos import page  # noqa: PLC0415, needs an extra
-
-            text = page.record(demo, steps, view.rate)
-            with atomic_write(path) as file:
-                file.write(text.encode())
-        else:
-            film = Film(demo)
-            for _ in steps:
-                if stop.is_set():
-                    return
-                if kind != ".png":
-                    pictures.append(film.show())
-            if kind == ".png":
-                pictures = [film.show()]
+        (write_scene if kind == ".html" else write_pictures_of)(demo, view, path, stop)
     finally:
         demo.close()
-    if view.fps and kind != ".png":
-        print(f"{len(pictures)} pictures in {time.perf_counter() - begun:.1f} s")
+    if not stop.is_set():
+        print(f"{KINDS[kind]}: {path.resolve()}")
+
+
+def write_scene(demo: Demo, view: View, path: Path, _stop: Event) -> None:
+    """Write a page that plays what a demo does, to be turned and zoomed without a server."""
+    from demos import page  # noqa: PLC0415, needs an extra
+
+    text = page.record(demo, play(demo, view.seconds or demo.clip, view.rate), view.rate)
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def write_pictures_of(demo: Demo, view: View, path: Path, stop: Event) -> None:
+    """Write a picture or a film of a demo."""
+    film, kind, pictures = Film(demo), path.suffix.lower(), []
+    for _ in play(demo, view.seconds or demo.clip, view.rate):
+        if stop.is_set():
+            return
+        if kind != ".png":
+            pictures.append(film.show())
     if kind == ".png":
         with atomic_write(path) as file:
-            pictures[-1].save(file, "PNG", optimize=True)
+            film.show().save(file, "PNG", optimize=True)
     elif kind == ".gif":
         # a GIF holds hundredths of a second
         ends = np.round(np.arange(len(pictures) + 1) * 100.0 / view.rate).astype(int)
         write_pictures(path, pictures, (10 * np.diff(ends)).tolist(), colours=96, keep=INKS)
-    elif kind == ".mp4":
+    else:
         write_film(path, pictures, view.rate)
-    print(f"{KINDS[kind]}: {path.resolve()}")
 
 
 def write_film(path: Path, pictures: Sequence[Image.Image], rate: float) -> None:

@@ -41,8 +41,8 @@ class WeatherDemo(Demo):
     """A line of light per flow: its height is the feedback at each step; a pulse runs along it, backward in time."""
 
     says = (
-        "How strongly does an error at the end reach back to earlier steps? Height is the strength of that message, light "
-        "runs back in time: move the horizon and watch R explode while M stays level."
+        "How strongly does an error at the end reach back to earlier steps? Height is that strength, light runs back "
+        "in time: move the horizon and watch R explode while M stays level."
     )
     clip = 8.0
     dark = True
@@ -143,16 +143,17 @@ class WeatherDemo(Demo):
             parts[f"number {power}"] = Text((-0.35, APART * len(FLOWS), z), f"{10.0**power:g}×", "#AAAAAA")
         for row, flow in enumerate(FLOWS):
             y = APART * (len(FLOWS) - 1 - row)
-            values = np.clip(self.together[row], LEAST, MOST)
+            # no light where nothing arrives
+            values = np.where(self.together[row] > 0.0, np.clip(self.together[row], LEAST, MOST), np.nan)
             points = np.stack([LONG * steps / longest, np.full(horizon, y), TALL * np.log10(values)], axis=1)
             ink = np.array([int(colour(flow)[i : i + 2], 16) / 255.0 for i in (1, 3, 5)])
             near = np.exp(-(((steps - at) / (GLOW * longest)) ** 2))[:, None]
             bright = ink * (DIM + (1.0 - DIM) * near) + 0.6 * near * (1.0 - ink)
             parts[f"floor {flow}"] = Line(np.array([[0.0, y, 0.0], [LONG, y, 0.0]]), "#3A3A3A", 1.0)
             parts[f"light {flow}"] = Line(points, bright, 5.0)
-            # no light where nothing arrives
-            size = 0.0 if self.together[row, at - 1] <= 0.0 else 0.05 + 0.03 * np.log10(values[at - 1] / LEAST)
-            parts[f"pulse {flow}"] = Ball(points[at - 1], size, colour(flow))
+            arrives = np.isfinite(values[at - 1])
+            size = 0.05 + 0.03 * np.log10(values[at - 1] / LEAST) if arrives else 0.0
+            parts[f"pulse {flow}"] = Ball(points[at - 1] if arrives else points[-1], size, colour(flow))
             parts[f"name {flow}"] = Text((LONG + 0.3, y, 0.0), flow, colour(flow))
         parts["time"] = Text((0.5 * LONG, -0.6, TALL * np.log10(LEAST)), "time →, light runs ←", "#AAAAAA")
         low = (-0.6, -0.7, TALL * np.log10(LEAST))
