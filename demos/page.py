@@ -24,8 +24,11 @@ CURVES_EVERY, WORDS_EVERY = 0.1, 0.25
 ROOT = "/scene"
 FOV = 0.7
 """Vertical angle of the camera [rad]."""
-PHONE, SEEN_OF_PHONE = 577, 0.4
-"""Width in pixels below which viser has its controls over the lower part of the page, and what they leave free."""
+PHONE, SEEN_OF_PHONE, MARGIN = 577, 0.4, 1.15
+"""Width in pixels below which viser has its controls over the lower part of the page, what they leave free, and by how
+much farther away the camera stands then."""
+PANEL = 320
+"""Width in pixels of the controls elsewhere."""
 PLAIN = ("127.0.0.1", "localhost", "::1")
 
 
@@ -294,8 +297,9 @@ def look_at(picture: Picture, fov: float, aspect: float, seen: float = 1.0) -> t
     offsets, tangent = corners(picture) - middle, np.tan(0.5 * fov)
     across, up = np.abs(offsets @ right) / (tangent * aspect), np.abs(offsets @ upwards) / (tangent * seen)
     away = float((np.maximum(across, up) + offsets @ towards).max())
-    lower = -(1.0 - seen) * tangent * away * upwards
-    return middle + lower + away * towards, middle + lower
+    if seen < 1.0:  # what is not in the middle is seen aslant
+        away *= MARGIN
+    return middle + away * towards, middle - (1.0 - seen) * tangent * away * upwards
 
 
 def place_first(server: viser.ViserServer, picture: Picture) -> None:
@@ -339,8 +343,9 @@ class Page:
         """Show a newcomer the whole picture, whatever the shape of the window."""
         width, height = client.camera.image_width, max(1, client.camera.image_height)
         # on a phone the controls cover what is below
-        seen = SEEN_OF_PHONE if width < PHONE else 1.0
-        place, target = look_at(self.stage.first, client.camera.fov, width / height, seen)
+        free, seen = (width, SEEN_OF_PHONE) if width < PHONE else (width - PANEL, 1.0)
+        place, target = look_at(self.stage.first, FOV, free / height, seen)
+        client.camera.fov = FOV
         # in this order: a camera that is moved looks past what it looked at
         client.camera.position = place
         client.camera.look_at = target
@@ -434,9 +439,10 @@ def add_plot(gui: Any, plot: Plot, dark: bool) -> Any:
         ({"label": plot.x_label}, *({"label": name, "stroke": colour, "width": 2} for name, colour in curves)),
         title=plot.title,
         scales={"x": {"time": False}, "y": y},
-        axes=(axis, axis),
-        legend={"show": len(plot.names) > 1},
-        aspect=1.8,
+        axes=(axis, axis | {"size": 62}),
+        legend={"show": len(plot.names) > 1, "live": False},
+        padding=(12, 24, 0, 0),
+        aspect=1.6,
     )
 
 

@@ -194,7 +194,7 @@ def test_the_camera_sees_the_whole_box(aspect, seen):
     x = offsets @ right / depth / (np.tan(0.35) * aspect)
     y = offsets @ np.cross(right, ahead) / depth / np.tan(0.35)
     assert (np.abs(x) < 1.001).all() and y.max() < 1.001 and y.min() > 1.0 - 2.0 * seen - 0.001
-    assert max(np.abs(x).max(), y.max()) > 0.9, "and not much more than the box"
+    assert max(np.abs(x).max(), y.max()) > 0.8, "and not much more than the box"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -273,7 +273,7 @@ def test_in_a_browser(tmp_path):
             options = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
             options += ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
             browser = driver.chromium.launch(executable_path=CHROMIUM, args=options)
-            opened = browser.new_page(viewport={"width": 900, "height": 500})
+            opened = browser.new_page(viewport={"width": 640, "height": 300})
             opened.goto(f"http://127.0.0.1:{port}")
             opened.wait_for_selector("canvas", timeout=60000)
             opened.get_by_text("controller on / off").click(timeout=60000)
