@@ -17,21 +17,22 @@ import torch
 
 from controllers import MLP
 from controllers.settings import check_setting
-from demos.colours import colour, flow_names, letter_of, tinted
-from demos.frame import Button, Choice, Control, Demo, Grip, Plot, Ray
+from demos.colours import colour, tinted
+from demos.frame import Button, Control, Demo, Grip, Plot, Ray
 from demos.simulation import Simulation
 from demos.views import run
 from demos.weights import load_weights
 from warp_phys.systems import Repulsion
 from warp_phys.systems.drawing import Ball, Line, Picture, moved
 
-FLOWS = ("R", "M", "S", "C")
+FLOW = "C"
+"""With which the dogs were trained."""
 SYSTEM = Repulsion(drivers=2, evaders=4, dt=4.0 / 60.0)
 REACH = 6.5
 """Metres to either side of the middle that are seen."""
 TRACE = 20.0
 """Seconds of the trace."""
-RANGE, BEHIND, NEAR = 5.0, 1.5, 0.3
+RANGE, BEHIND, NEAR = 4.0, 1.5, 0.3
 """How far the network may send a dog, in either direction, from the place behind the flock, which is so far from its
 middle; and how near the target the flock's direction from it counts less [m]."""
 LEAST = 0.01
@@ -50,15 +51,11 @@ PULL, BRAKE, STRONGEST = 12.0, 5.0, 60.0
 class Settings:
     """Settings of the demo."""
 
-    flow: str = "C"
-    """Flow with which the first controller was trained: R, M, S or C."""
     seed: int = 0
     """Seed of the initial states."""
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        if self.flow not in FLOWS:
-            raise ValueError(f"flow must be one of {', '.join(FLOWS)}, got {self.flow!r}")
         check_setting("seed", self.seed, int, at_least=0)
 
 
@@ -73,7 +70,7 @@ class Policy(torch.nn.Module):
         super().__init__()
         agents = SYSTEM.drivers + SYSTEM.evaders
         sizes = SimpleNamespace(state_size=4 * agents + 1, control_size=SYSTEM.control_size)
-        self.network = MLP(sizes, hidden=(96, 96), seed=0)
+        self.network = MLP(sizes, hidden=(64, 64), seed=0)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Controls (B, K) at states (B, D)."""
@@ -133,25 +130,21 @@ class HerdDemo(Demo):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.flow, self.draws = settings.flow, np.random.SeedSequence(settings.seed)
+        self.draws = np.random.SeedSequence(settings.seed)
         self.led: int | None = None
         """The dog that is led by hand."""
         self.hand = np.zeros(2)
         """Where it is led to in the world [m]."""
         self.target = np.zeros(2)
         """Where the target is in the world [m]."""
-        self.simulation = Simulation(SYSTEM, self.load(), np.zeros(SYSTEM.state_size))
+        controller = load_weights("herd", FLOW, Policy())
+        self.simulation = Simulation(SYSTEM, controller, np.zeros(SYSTEM.state_size))
         self.begin()
-
-    def load(self) -> Any:
-        """The controller of the chosen flow."""
-        return load_weights("herd", self.flow, Policy())
 
     def controls(self) -> Sequence[Control]:
         """What can be chosen."""
         return [
             Button("move the target", self.jump),
-            Choice("trained with", flow_names(FLOWS), lambda: flow_names(self.flow)[0], self.take),
             Button("new start", self.begin),
             Button("pause / go on", self.pause),
         ]
@@ -159,7 +152,7 @@ class HerdDemo(Demo):
     def plots(self) -> Sequence[Plot]:
         """Distances of the sheep."""
         names = [*(f"sheep {i + 1}" for i in range(SYSTEM.evaders)), "mean"]
-        inks = [*["#AAAAAA"] * SYSTEM.evaders, colour(self.flow)]
+        inks = [*["#AAAAAA"] * SYSTEM.evaders, colour(FLOW)]
         return [Plot("distance to the target [m]", names, inks, self.distances, y_range=(0.0, 8.0))]
 
     def grips(self) -> Mapping[str, Grip]:
@@ -173,12 +166,7 @@ class HerdDemo(Demo):
     def words(self) -> str:
         """Who steers, and how well."""
         far = f"; the sheep are {self.trace[-1].mean():.1f} m away" if self.trace else ""
-        return f"dogs trained with {self.flow}{far}"
-
-    def take(self, name: str) -> None:
-        """Take the dogs that were trained with another flow."""
-        self.flow = letter_of(name)
-        self.simulation.controller = self.load()
+        return f"dogs trained with {FLOW}{far}"
 
     def begin(self) -> None:
         """Start anew, at the place where the target is."""
@@ -246,7 +234,7 @@ class HerdDemo(Demo):
         state = self.simulation.between()
         shown = SYSTEM.picture(state, self.simulation.control)
         dogs = [f"driver {dog + 1}" for dog in range(SYSTEM.drivers)]
-        parts = tinted(shown.parts, colour(self.flow), [*dogs, *(name.replace("driver", "push") for name in dogs)])
+        parts = tinted(shown.parts, colour(FLOW), [*dogs, *(name.replace("driver", "push") for name in dogs)])
         parts = moved(parts, (*self.target, 0.0)) | {"goal": Ball((*self.target, 0.25), 0.3, "#CC3311")}
         dog = self.positions()[self.led or 0]
         leash = np.array([[*dog, 0.2], [*self.hand, 0.2]])

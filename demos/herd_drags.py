@@ -35,8 +35,6 @@ NEAR = 1.0
 class Settings:
     """Settings of the measurement."""
 
-    flow: str = herd.Settings.flow
-    """Flow with which the dogs were trained: R, M, S or C."""
     drags: int = 100
     """Drags, each of another herd."""
     seed: int = 0
@@ -44,7 +42,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        herd.Settings(self.flow, self.seed)
+        herd.Settings(self.seed)
         check_setting("drags", self.drags, int, at_least=1)
 
 
@@ -88,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings(**vars(parser.parse_args(arguments)))
     except (ValueError, TypeError) as error:
         parser.error(str(error))
-    controller = load_weights("herd", settings.flow, herd.Policy())
+    controller = load_weights("herd", herd.FLOW, herd.Policy())
     print(summarise(run_drags(controller, settings.drags, settings.seed)))
     return 0
 

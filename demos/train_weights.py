@@ -163,16 +163,16 @@ def tasks() -> list[Task]:
         for poles in range(2, cartpole.MOST_POLES + 1):
             published = EXPERIMENTS["cartpole"].training(poles, flow=flow, out="")
             found.append(Task("cartpole", f"{poles}-{flow}", flow, published))
-        look = Lasting(
-            herd.SYSTEM,
-            herd.Policy,
-            fresh_herds,
-            tame_herds,
-            steps=120,
-            updates=8000,
-            rate=2e-3,
-        )
-        found.append(Task("herd", flow, flow, look))
+    look = Lasting(
+        herd.SYSTEM,
+        herd.Policy,
+        fresh_herds,
+        tame_herds,
+        steps=120,
+        updates=4000,
+        rate=2e-3,
+    )
+    found.append(Task("herd", herd.FLOW, herd.FLOW, look))
     found.append(Task("quadrotor", "wind", quadrotor.LEARNING.flow, quadrotor.LEARNING))
     for target in quantum.TARGETS:
         well = quantum.make_system(target)

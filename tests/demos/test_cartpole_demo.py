@@ -83,9 +83,6 @@ def test_the_cart_follows_the_hand():
 def test_a_pole_follows_the_hand():
     with made(CartPoleDemo, Settings(poles=1)) as demo:
         demo.steering = False
-        drag(demo, "pole 1", from_front(demo.simulation.state[0] + 2.0, 0.0))
-        play(demo, 0.04)
-        assert demo.simulation.state[3] > 0.0 or angles(demo)[0] < 0.0
         for _ in range(50):
             drag(demo, "pole 1", from_front(demo.simulation.state[0] + 2.0, 0.0))
             play(demo, 0.04)

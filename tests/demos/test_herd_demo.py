@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from demos import herd
+from demos import herd, herd_drags
 from demos.herd import SYSTEM, HerdDemo, Settings
-from tests.demos.touch import choose, curves, drag, from_above, made, play, press, release
+from tests.demos.touch import curves, drag, from_above, made, play, press, release
 
 
 def flock(demo):
@@ -31,7 +31,7 @@ def test_it_draws_the_state():
 
 
 def test_a_target_that_is_dragged_moves_nobody_else_but_the_sheep_follow():
-    with made(HerdDemo, Settings(flow="C", seed=6)) as demo:
+    with made(HerdDemo, Settings(seed=6)) as demo:
         play(demo, 6.0)
         assert flock(demo) < 2.0
         before = demo.positions().copy()
@@ -71,9 +71,6 @@ def test_leading_a_dog_gives_the_acceleration_that_is_wanted():
 
 def test_choices():
     with made(HerdDemo, Settings()) as demo:
-        before = demo.simulation.decide()
-        choose(demo, "trained with", "R regular")
-        assert demo.flow == "R" and (demo.simulation.decide() != before).any()
         state = demo.simulation.state.copy()
         press(demo, "new start")
         assert (demo.simulation.state != state).any()
@@ -81,3 +78,17 @@ def test_choices():
         assert np.hypot(*demo.target) == pytest.approx(herd.JUMP)
         press(demo, "pause / go on")
         assert demo.paused
+
+
+def test_what_becomes_of_drags(capsys):
+    """The command says it for the demo's own dogs."""
+    distances = herd_drags.run_drags(herd.load_weights("herd", herd.FLOW, herd.Policy()), drags=12, seed=3)
+    assert distances.shape == (181, 12)
+    last = distances[-60:].mean(axis=0)
+    assert np.median(last) < 0.7 * np.median(distances[0]), "most are brought back"
+    said = herd_drags.summarise(np.stack([np.full(181, 2.0), np.linspace(3.0, 0.0, 181)], axis=1))
+    assert "2 drags" in said and "Within 1 m at some time: 50%" in said and "nearer than at the drag: 50%" in said
+    assert herd_drags.main(["--drags", "2"]) == 0
+    assert "2 drags within 4 m" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        herd_drags.main(["--drags", "0"])
