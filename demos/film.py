@@ -78,7 +78,7 @@ def draw_plot(axes: Any, plot: Plot) -> tuple[Any, list[Any]]:
     if plot.y_range is not None:
         axes.set_ylim(plot.y_range)
     if len(lines) > 1:
-        axes.legend(fontsize=7, loc="lower left", ncols=2, framealpha=0.8)
+        axes.legend(fontsize=7, loc="best", ncols=2, framealpha=0.8)
     return axes, lines
 
 

@@ -40,7 +40,7 @@ LEAST = 0.01
 LOST = 40.0
 """Distance from the target at which a dog counts as lost [m]."""
 DRAG = 4.0
-"""How far the target may be dragged at once so that the dogs are trained for it [m]."""
+"""How far the target is dragged at most where that is measured; the dogs were trained around it so far [m]."""
 JUMP = 3.0
 """By how much the target moves at the press of a button [m]."""
 PULL, BRAKE, STRONGEST = 12.0, 5.0, 60.0

@@ -66,7 +66,7 @@ class Lasting:
     """Makes the network."""
     fresh: Callable[[System, int, np.random.Generator], np.ndarray]
     """Draws initial states, (B, D)."""
-    tame: Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+    tame: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     """From the ends of an unrolling (B, D) to the next starts, and which of them are fit to go on from (B,)."""
     steps: int
     updates: int
@@ -105,7 +105,7 @@ def fresh_carts(system: System, count: int, generator: np.random.Generator) -> n
     return states
 
 
-def tame_carts(states: np.ndarray, _generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def tame_carts(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Carts and poles that are not too fast."""
     fit = (np.abs(states[:, 1]) < 10.0) & (np.abs(states[:, 3::2]) < 20.0).all(axis=1)
     return states, fit
@@ -127,14 +127,9 @@ def fresh_herds(system: System, count: int, generator: np.random.Generator) -> n
     return states.reshape(count, -1)
 
 
-def tame_herds(states: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Herds that have not scattered; for half of them the target is dragged by up to 4 m."""
-    count = len(states)
-    agents, radius = states.reshape(count, -1, 4).copy(), herd.DRAG * np.sqrt(generator.random(count))
-    radius *= generator.random(count) < 0.5
-    angle = generator.uniform(0.0, 2.0 * np.pi, count)
-    agents[:, :, :2] -= np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, None]
-    return agents.reshape(count, -1), (np.abs(states) < 12.0).all(axis=1)
+def tame_herds(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Herds that have not scattered."""
+    return states, (np.abs(states) < 12.0).all(axis=1)
 
 
 def fresh_waves(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -147,7 +142,7 @@ def fresh_waves(system: System, count: int, generator: np.random.Generator) -> n
     return np.stack([psi.real, psi.imag], axis=2).reshape(count, -1)
 
 
-def tame_waves(states: np.ndarray, _generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def tame_waves(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All of them, their norm made 1 again."""
     return states / np.linalg.norm(states, axis=1, keepdims=True), np.isfinite(states).all(axis=1)
 
@@ -169,7 +164,7 @@ def tasks() -> list[Task]:
         fresh_herds,
         tame_herds,
         steps=120,
-        updates=4000,
+        updates=3000,
         rate=2e-3,
     )
     found.append(Task("herd", herd.FLOW, herd.FLOW, look))
@@ -256,7 +251,7 @@ def train_lasting(task: Lasting, flow: str, updates: int = 0, tell: Tell = quiet
         optimiser.step()
         schedule.step()
         losses.append(loss.item())
-        ends, fit = task.tame(states[-1].detach().numpy().astype(float), generator)
+        ends, fit = task.tame(states[-1].detach().numpy().astype(float))
         afresh = ~fit | ~np.isfinite(ends).all(axis=1) | (generator.random(task.batch) < task.afresh)
         pool = np.where(afresh[:, None], task.fresh(task.system, task.batch, generator), ends)
         if done % max(1, updates // 10) == 0:

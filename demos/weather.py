@@ -156,8 +156,8 @@ class WeatherDemo(Demo):
             parts[f"pulse {flow}"] = Ball(points[at - 1] if arrives else points[-1], size, colour(flow))
             parts[f"name {flow}"] = Text((LONG + 0.3, y, 0.0), flow, colour(flow))
         parts["time"] = Text((0.5 * LONG, -0.6, TALL * np.log10(LEAST)), "time →, light runs ←", "#AAAAAA")
-        low = (-0.6, -0.7, TALL * np.log10(LEAST))
-        return Picture(parts, low, (LONG + 0.5, APART * len(FLOWS), TALL * np.log10(MOST)), view=ASLANT)
+        low = (-0.6, -0.8, TALL * np.log10(LEAST) - 0.1)
+        return Picture(parts, low, (LONG + 0.5, APART * len(FLOWS), TALL * np.log10(MOST) + 0.1), view=ASLANT)
 
     def script(self) -> Sequence[tuple[float, Callable[[], Any]]]:
         """In a file: the horizon grows."""
