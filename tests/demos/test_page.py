@@ -24,6 +24,7 @@ KINDS = {
     "cartpole": "CartPoleDemo",
     "herd": "HerdDemo",
     "landscape": "LandscapeDemo",
+    "quadrotor": "QuadrotorDemo",
     "quantum": "QuantumDemo",
     "race": "RaceDemo",
     "receding": "RecedingDemo",

@@ -12,7 +12,6 @@ controller for the other (`gates_of_rows`).
 
 import functools
 import linecache
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
