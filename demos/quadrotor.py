@@ -121,6 +121,11 @@ class QuadrotorDemo(Demo):
         """The target can be dragged."""
         return {"goal": Grip(drag=self.drag)}
 
+    def words(self) -> str:
+        """The wind of the moment."""
+        across, up = self.simulation.wind
+        return f"wind now {across:.1f} m/s to the right, {up:.1f} m/s upwards"
+
     def switch(self) -> None:
         """Turn gusts on or off."""
         self.gusts = not self.gusts
