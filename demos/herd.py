@@ -63,7 +63,7 @@ class Policy(torch.nn.Module):
     """Controls of the dogs: a dense network says where each dog shall run, and a spring with damping brings it there.
 
     The network sees and says everything from the middle of the flock, in directions along and across its way from the
-    target: so it does the same wherever the flock is. Where it says 0 a dog is `BEHIND` the flock.
+    target: so it says the same wherever the flock is. Where it says 0 a dog is `BEHIND` the flock.
     """
 
     def __init__(self) -> None:

@@ -76,6 +76,7 @@ class RecedingDemo(Demo):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
+        self.error = settings.error
         self.noise, self.generator = settings.noise, np.random.default_rng(settings.seed)
         model = CartPole(dt=0.02)
         larger = 1.0 + settings.error
@@ -102,6 +103,10 @@ class RecedingDemo(Demo):
     def grips(self) -> Mapping[str, Grip]:
         """The cart can be dragged, the pole kicked."""
         return {"cart": Grip(drag=self.drag, release=self.release), "pole 1": Grip(click=self.hit)}
+
+    def words(self) -> str:
+        """What the controller is not told."""
+        return f"the pole is {100.0 * self.error:.0f} % longer and heavier than the plan believes"
 
     def act(self) -> np.ndarray:
         """The force of this step: the first of a new plan, the hand's, and noise."""
