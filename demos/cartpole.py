@@ -1,4 +1,4 @@
-"""A cart with poles to touch: drag the cart, kick a pole, switch flow and number of poles, watch it recover."""
+"""A cart with poles to touch: drag the cart or a pole, switch flow and number of poles, watch it recover."""
 
 from demos.interrupt import end_on_interrupt
 
@@ -7,34 +7,35 @@ if __name__ == "__main__":
 
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from controllers import MLP
 from controllers.settings import check_setting
-from demos.colours import POLES, colour
-from demos.frame import Demo
+from demos.colours import colour, flow_names, letter_of, tinted
+from demos.frame import Button, Choice, Control, Demo, Grip, Plot, Ray
 from demos.simulation import Simulation
 from demos.views import run
 from demos.weights import load_weights
-from demos.widgets import button, choice
-from warp_phys.flow import resolve
 from warp_phys.systems import CartPole
+from warp_phys.systems.cartpole import POLE_COLOURS
+from warp_phys.systems.drawing import Line, Picture
 
 FLOWS = ("R", "M", "S", "C")
 MOST_POLES = 4
-REACH = 2.6
+REACH = 2.3
 """Metres to either side of the middle that are drawn."""
 GAIN = 15.0
 """Force for an output of 1 [N]."""
-FREE = 1.8
+FREE = 1.5
 """Metres that the cart may go from the middle of the picture before the picture follows."""
+HASTE = 2.0
+"""How soon the picture has the cart in its middle again [1/s]."""
 TRACE = 6.0
 """Seconds of the traces."""
 EPISODE = 2.5
@@ -43,6 +44,8 @@ GRIP, DRAG, HOLD = 80.0, 16.0, 120.0
 """The hand at the cart: a spring [N/m], its damping [N s/m], its greatest force [N]."""
 KICK = 5.0
 """What a click adds to a pole's rate [rad/s]."""
+STIFF, DAMPING = 150.0, 20.0
+"""The hand at a pole: a spring [1/s²], its damping [1/s]."""
 
 
 @dataclass(frozen=True)
@@ -91,115 +94,105 @@ def make_controller(poles: int) -> torch.nn.Module:
 
 
 class CartPoleDemo(Demo):
-    """The cart, traces of angles and force below, choices at the right."""
+    """The cart, traces of angles and force."""
 
-    size = (10.0, 6.4)
+    says = "A trained network balances this pole: drag the cart or a pole with the mouse, and watch it recover."
     clip = 9.0
 
-    def __init__(self, figure: Figure, settings: Settings) -> None:
-        super().__init__(figure)
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
         self.flow, self.poles, self.steering = settings.flow, settings.poles, True
         self.generator = np.random.default_rng(settings.seed)
         self.hand: float | None = None
         """Where the hand that holds the cart is [m]."""
-        self.world = figure.add_axes((0.05, 0.4, 0.74, 0.54))
-        self.angles = figure.add_axes((0.085, 0.245, 0.705, 0.11))
-        self.forces = figure.add_axes((0.085, 0.075, 0.705, 0.11))
-        self.widgets = [
-            choice(
-                figure,
-                (0.82, 0.66, 0.16, 0.24),
-                "controller trained with",
-                [f"{letter} {resolve(letter).name}" for letter in FLOWS],
-                FLOWS.index(self.flow),
-                lambda number: self.choose(flow=FLOWS[number]),
-                [colour(letter) for letter in FLOWS],
-            ),
-            choice(
-                figure,
-                (0.82, 0.36, 0.16, 0.22),
-                "poles",
-                [str(count) for count in range(1, MOST_POLES + 1)],
-                self.poles - 1,
-                lambda number: self.choose(poles=number + 1),
-            ),
-            button(figure, (0.82, 0.25, 0.16, 0.05), "hang down", self.hang),
-            button(figure, (0.82, 0.185, 0.16, 0.05), "stand up", self.stand),
-            button(figure, (0.82, 0.12, 0.16, 0.05), "controller on / off", self.switch),
-            button(figure, (0.82, 0.055, 0.16, 0.05), "pause / go on", self.pause),
-        ]
-        self.build()
-        self.hang()
+        self.pulled: tuple[int, float] | None = None
+        """The pole that is held, and the angle to which it is pulled [rad]."""
+        self.make()
 
-    def build(self) -> None:
-        """Draw the world of the chosen number of poles."""
-        for axes in (self.world, self.angles, self.forces):
-            axes.clear()
+    @property
+    def build(self) -> int:
+        """The number of poles."""
+        return self.poles
+
+    def make(self) -> None:
+        """Begin with the chosen number of poles."""
         system = make_system(self.poles)
-        self.sketch = system.sketch(self.world)
         self.simulation = Simulation(system, self.load(), np.zeros(system.state_size))
-        artists = self.sketch(self.simulation.state, np.zeros(1))
-        self.cart, pole_lines, self.push = artists[0], artists[1 : 1 + self.poles], artists[1 + self.poles]
-        for line, ink in zip(pole_lines, POLES, strict=False):
-            line.set_color(ink)
-        self.lines = [self.angles.plot([], [], color=line.get_color(), linewidth=1.2)[0] for line in pole_lines]
-        (self.force_line,) = self.forces.plot([], [], linewidth=1.2)
-        self.angles.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-        self.forces.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-        self.angles.set(xlim=(-TRACE, 0), ylim=(-190, 190), yticks=(-180, 0, 180), ylabel="angle [°]", xticklabels=())
-        self.forces.set(xlim=(-TRACE, 0), ylim=(-100, 100), xlabel="time [s]", ylabel="force [N]")
-        (self.grip,) = self.world.plot([], [], "o-", color="0.4", linewidth=1, markersize=5, zorder=6)
-        # marks on the rail, a metre apart, move with the picture; numbers would have to be drawn anew each time
-        self.world.set(ylim=(-1.25, 1.25), xticks=(), xlabel="")
-        self.moving = [*artists, *self.lines, self.force_line, self.grip]
-        for artist in self.moving:
-            artist.set_animated(True)
-        self.dress()
+        self.trace: deque[tuple[float, ...]] = deque(maxlen=round(TRACE / system.dt) + 1)
+        self.hang()
 
     def load(self) -> Any:
         """The controller of the chosen flow and number of poles."""
         return load_weights("cartpole", f"{self.poles}-{self.flow}", make_controller(self.poles))
 
-    def dress(self) -> None:
-        """Give cart and title the colour of the flow."""
-        ink = colour(self.flow) if self.steering else "0.55"
-        self.cart.set_color(ink)
-        self.push.set_color(ink)
-        self.force_line.set_color(ink)
-        who = f"trained with {self.flow}" if self.steering else "controller switched off"
-        title = f"{who}: drag the cart, click beside a pole to kick it"
-        if self.poles > 1:
-            title += f" (every {EPISODE:g} s they hang again)"
-        self.world.set_title(title, color=ink, fontweight="bold")
-        self.refresh()
+    def controls(self) -> Sequence[Control]:
+        """What can be chosen."""
+        counts = [str(count) for count in range(1, MOST_POLES + 1)]
+        return [
+            Choice(
+                "trained with",
+                flow_names(FLOWS),
+                lambda: flow_names(self.flow)[0],
+                lambda name: self.choose(letter_of(name)),
+            ),
+            Choice("poles", counts, lambda: str(self.poles), lambda count: self.choose(poles=int(count))),
+            Button("kick a pole", lambda: self.kick(int(self.generator.integers(self.poles)), self.some_kick())),
+            Button("hang down", self.hang),
+            Button("stand up", self.stand),
+            Button("controller on / off", self.switch),
+            Button("pause / go on", self.pause),
+        ]
+
+    def plots(self) -> Sequence[Plot]:
+        """Angles and force of the last seconds."""
+        names = [f"pole {number + 1}" for number in range(self.poles)]
+        return [
+            Plot("angle [°], 0 is upright", names, POLE_COLOURS[: self.poles], self.angles, y_range=(-190.0, 190.0)),
+            Plot("force [N]", ["force"], [colour(self.flow)], self.forces, y_range=(-110.0, 110.0)),
+        ]
+
+    def grips(self) -> Mapping[str, Grip]:
+        """The cart can be dragged, the poles as well; a click kicks a pole."""
+        grips = {"cart": Grip(drag=self.drag, release=self.release)}
+        for pole in range(self.poles):
+            grips[f"pole {pole + 1}"] = Grip(
+                drag=lambda ray, pole=pole: self.pull(pole, ray),  # type: ignore[misc]
+                release=self.release,
+                click=lambda ray, pole=pole: self.hit(pole, ray),  # type: ignore[misc]
+            )
+        return grips
+
+    def words(self) -> str:
+        """Who steers."""
+        who = f"steered by a network trained with {self.flow}" if self.steering else "controller switched off"
+        return who + (f"; several poles hang again every {EPISODE:g} s" if self.poles > 1 else "")
 
     def choose(self, flow: str | None = None, poles: int | None = None) -> None:
         """Take another controller; another number of poles starts anew."""
         self.flow = flow or self.flow
         if poles and poles != self.poles:
             self.poles = poles
-            self.build()
-            self.hang()
+            self.make()
         else:
             self.simulation.controller = self.load()
-            self.dress()
+
+    def take(self, name: str) -> None:
+        """Take the controller that was trained with the flow of this name."""
+        self.choose(flow=letter_of(name))
 
     def begin(self, state: np.ndarray) -> None:
         """Start anew from a state."""
         self.simulation.state = state.astype(np.float32)
         self.simulation.previous = self.simulation.state.copy()
-        self.middle, self.hand, self.age = 0.0, None, 0.0
-        self.trace: deque[tuple[float, ...]] = deque(maxlen=round(TRACE / make_system(self.poles).dt) + 1)
-        self.refresh()
+        self.middle, self.age = 0.0, 0.0
+        self.trace.append((np.nan,) * (1 + self.poles))
+        self.release()
 
     def hang(self) -> None:
         """Let all poles hang, nearly at rest."""
         state = np.zeros(self.simulation.system.state_size)
         state[2::2] = np.pi + self.generator.uniform(-0.3, 0.3, self.poles)
-        trace = getattr(self, "trace", ())
         self.begin(state)
-        self.trace.extend(entry for entry in trace if len(entry) == 1 + self.poles)
-        self.trace.append((np.nan,) * (1 + self.poles))
 
     def stand(self) -> None:
         """Put all poles upright, nearly."""
@@ -210,28 +203,60 @@ class CartPoleDemo(Demo):
     def switch(self) -> None:
         """Switch the controller off, or on again."""
         self.steering = not self.steering
-        self.dress()
 
-    def pause(self) -> None:
-        """Hold the time, or let it go on."""
-        self.paused = not self.paused
+    def some_kick(self) -> float:
+        """A kick to either side."""
+        return float(self.generator.choice([-KICK, KICK]))
 
     def kick(self, pole: int, rate: float) -> None:
         """Add to the rate of a pole."""
         self.simulation.state[3 + 2 * pole] += rate
 
+    def drag(self, ray: Ray) -> None:
+        """Hold the cart where somebody points."""
+        place = ray.meet((0.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+        if place is not None:
+            self.hand = float(place[0])
+
+    def pull(self, pole: int, ray: Ray) -> None:
+        """Pull a pole to where somebody points."""
+        place = ray.meet((0.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+        if place is not None:
+            self.pulled = pole, float(np.arctan2(place[0] - self.simulation.state[0], place[2]))
+
+    def hit(self, pole: int, ray: Ray) -> None:
+        """Kick a pole away from where it was clicked."""
+        place = ray.meet((0.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+        if place is not None:
+            x, angle = self.simulation.state[0], self.simulation.state[2 + 2 * pole]
+            # positive rates turn clockwise
+            beside = (place[0] - x) * np.cos(angle) - place[2] * np.sin(angle)
+            self.kick(pole, -KICK if beside > 0.0 else KICK)
+
+    def release(self) -> None:
+        """Let cart and poles go."""
+        self.hand = self.pulled = None
+
     def act(self) -> np.ndarray | None:
         """The force of this step: that of the hand, of the controller (None), or none at all."""
-        x, v = self.simulation.state[:2]
+        state = self.simulation.state
+        if self.pulled is not None:
+            pole, goal = self.pulled
+            offset = (goal - state[2 + 2 * pole] + np.pi) % (2.0 * np.pi) - np.pi
+            state[3 + 2 * pole] += (STIFF * offset - DAMPING * state[3 + 2 * pole]) * make_system(self.poles).dt
         if self.hand is not None:
-            return np.array([np.clip(GRIP * (self.hand - x) - DRAG * v, -HOLD, HOLD)])
+            return np.array([np.clip(GRIP * (self.hand - state[0]) - DRAG * state[1], -HOLD, HOLD)])
         return None if self.steering else np.zeros(1)
 
     def advance(self, dt: float) -> None:
         """Step the physics, remember the traces."""
         self.simulation.advance(dt, self.remember)
         self.age += dt
-        if self.poles > 1 and self.age > EPISODE and self.steering and self.hand is None:
+        x = float(self.simulation.state[0])
+        if self.hand is None and self.pulled is None:
+            self.middle += (x - self.middle) * min(1.0, HASTE * dt)
+        self.middle = float(np.clip(self.middle, x - FREE, x + FREE))
+        if self.poles > 1 and self.age > EPISODE and self.steering and self.hand is None and self.pulled is None:
             self.hang()
 
     def remember(self) -> np.ndarray | None:
@@ -240,60 +265,39 @@ class CartPoleDemo(Demo):
         self.trace.append((float(self.simulation.control[0]), *angles))
         return self.act()
 
-    def draw(self) -> None:
-        """Move cart, poles and traces; the picture follows a cart that leaves it."""
+    def times(self) -> np.ndarray:
+        """Times of the traces, 0 is now."""
+        return make_system(self.poles).dt * np.arange(1 - len(self.trace), 1)
+
+    def angles(self) -> tuple[np.ndarray, np.ndarray]:
+        """The poles' angles over time, with a gap where one passes ±180°."""
+        angles = np.array(self.trace)[:, 1:].T
+        jumps = np.abs(np.diff(angles, prepend=angles[:, :1], axis=1)) > 180.0
+        return self.times(), np.where(jumps, np.nan, angles)
+
+    def forces(self) -> tuple[np.ndarray, np.ndarray]:
+        """The force over time."""
+        return self.times(), np.array(self.trace)[:, :1].T
+
+    def picture(self) -> Picture:
+        """Cart and poles; what is seen follows a cart that leaves it."""
         state = self.simulation.between()
-        self.sketch(state, self.simulation.control)
-        self.middle = float(np.clip(self.middle, state[0] - FREE, state[0] + FREE))
-        self.world.set_xlim(self.middle - REACH, self.middle + REACH)
-        held = self.hand is not None
-        self.grip.set_data([self.hand, state[0]] if held else [], [0.0, 0.0] if held else [])
-        if not self.trace:
-            return
-        values = np.array(self.trace)
-        times = make_system(self.poles).dt * np.arange(1 - len(values), 1)
-        self.force_line.set_data(times, values[:, 0])
-        for line, angles in zip(self.lines, values[:, 1:].T, strict=True):
-            # no stroke across the picture where an angle passes ±180°
-            jumps = np.abs(np.diff(angles, prepend=angles[0])) > 180
-            line.set_data(times, np.where(jumps, np.nan, angles))
+        shown = self.simulation.system.picture(state, self.simulation.control)
+        ink = colour(self.flow) if self.steering else "#8C8C8C"
+        parts = tinted(shown.parts, ink, ("cart", "force"))
+        x = float(state[0])
+        held = np.array([[x if self.hand is None else self.hand, -0.25, 0.0], [x, -0.25, 0.0]])
+        parts["hand"] = Line(held if self.hand is not None else held[:0], "#666666", 3.0)
+        low, high = (self.middle - REACH, -0.5, -1.2), (self.middle + REACH, 0.3, 1.2)
+        return replace(shown, parts=parts, low=low, high=high, labels=("", ""))
 
-    def press(self, event: Any) -> None:
-        """Grab the cart, or kick the pole beside which was clicked."""
-        if event.inaxes is not self.world or event.xdata is None:
-            return
-        state, mouse = self.simulation.state, np.array([event.xdata, event.ydata])
-        if abs(mouse[0] - state[0]) < 0.3 and abs(mouse[1]) < 0.2:
-            self.hand = float(mouse[0])
-            return
-        offsets = [nearest_offset(mouse - [state[0], 0.0], angle) for angle in state[2::2]]
-        pole = int(np.argmin(np.hypot(*np.transpose(offsets))))
-        # positive rates turn clockwise; the pole is pushed away from the mouse
-        along = np.array([np.cos(state[2 + 2 * pole]), -np.sin(state[2 + 2 * pole])])
-        self.kick(pole, -KICK if offsets[pole] @ along > 0 else KICK)
-
-    def drag(self, event: Any) -> None:
-        """Move the hand that holds the cart."""
-        if self.hand is not None and event.inaxes is self.world:
-            self.hand = float(event.xdata)
-
-    def release(self, event: Any) -> None:
-        """Let the cart go."""
-        self.hand = None
-
-    def script(self) -> Sequence[tuple[float, Callable[[], None]]]:
+    def script(self) -> Sequence[tuple[float, Callable[[], Any]]]:
         """In a file: a kick, a pull at the cart."""
         return [
             (3.0, lambda: self.kick(0, KICK)),
             (5.5, lambda: setattr(self, "hand", self.simulation.state[0] + 0.8)),
-            (6.2, lambda: setattr(self, "hand", None)),
+            (6.2, self.release),
         ]
-
-
-def nearest_offset(mouse: np.ndarray, angle: float, length: float = 1.0) -> np.ndarray:
-    """Vector to the mouse from the nearest point of a pole at this angle, both seen from the cart."""
-    pole = np.array([np.sin(angle), np.cos(angle)])
-    return mouse - np.clip(mouse @ pole, 0.0, length) * pole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from demos.landscape_picture import save
 from demos.outputs import PICTURES, check_file
 from demos.weather_numbers import Scenario, train
 from warp_phys.diagnose.diagnostics import Diagnosis
-from warp_phys.interop.torch import diagnose
+from warp_phys.interop.torch import Rollout, diagnose
 from warp_phys.systems import CartPole
 
 
@@ -65,7 +65,7 @@ def compute(settings: Settings) -> Diagnosis:
     """Train and diagnose."""
     system = CartPole(poles=settings.poles, dt=0.01)
     scenario = Scenario("cart-pole", system, settings.steps, "final", settings.epochs, settings.steps)
-    rollout = train(scenario, settings.seed)
+    rollout = Rollout(system, train(scenario, settings.seed), settings.steps, "combined")
     x0 = system.sample(settings.samples, seed=settings.seed + 1)
     return diagnose(rollout, x0, probes=settings.probes, seed=settings.seed)
 

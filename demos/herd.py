@@ -1,4 +1,4 @@
-"""Two dogs herd four sheep to a target: drag the target anywhere, or take over a dog with the mouse."""
+"""Two dogs herd four sheep to a target: drag the target anywhere, or take over a dog."""
 
 from demos.interrupt import end_on_interrupt
 
@@ -7,74 +7,98 @@ if __name__ == "__main__":
 
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from controllers import MLP
 from controllers.settings import check_setting
-from demos.colours import colour
-from demos.frame import Demo
+from demos.colours import colour, tinted
+from demos.frame import Button, Control, Demo, Grip, Plot, Ray
 from demos.simulation import Simulation
 from demos.views import run
 from demos.weights import load_weights
-from demos.widgets import button, choice
-from warp_phys.flow import resolve
 from warp_phys.systems import Repulsion
+from warp_phys.systems.drawing import Ball, Line, Picture, moved
 
-FLOWS = ("R", "M", "S", "C")
+FLOW = "C"
+"""With which the dogs were trained."""
 SYSTEM = Repulsion(drivers=2, evaders=4, dt=4.0 / 60.0)
-REACH, ROOM, HASTE = 6.5, 1.15, 2.0
-"""Metres to either side of the middle that are drawn at least; more where agents need it; how soon [1/s]."""
+REACH = 6.5
+"""Metres to either side of the middle that are seen."""
 TRACE = 20.0
 """Seconds of the trace."""
-BOUNDS = ((-8.0, 0.0), (-3.0, 3.0))
-"""Least and largest c_radial and c_turn of the controllers [1/s²]."""
+RANGE, BEHIND, NEAR = 4.0, 1.5, 0.3
+"""How far the network may send a dog, in either direction, from the place behind the flock, which is so far from its
+middle; and how near the target the flock's direction from it counts less [m]."""
+LEAST = 0.01
+"""Added to |ρ|² in the denominator of a dog's controls [m²]."""
 LOST = 40.0
 """Distance from the target at which a dog counts as lost [m]."""
-GRAB = 0.7
-"""How near to a dog or to the target a click must be [m]."""
+DRAG = 4.0
+"""How far the target is dragged at most where that is measured; the dogs were trained around it so far [m]."""
+JUMP = 3.0
+"""By how much the target moves at the press of a button [m]."""
 PULL, BRAKE, STRONGEST = 12.0, 5.0, 60.0
-"""A dog led by the mouse: acceleration per distance [1/s²], per speed [1/s], and at most [m/s²]."""
+"""A dog on its way to a place: acceleration per distance [1/s²], per speed [1/s], and at most [m/s²]."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of the demo."""
 
-    flow: str = "C"
-    """Flow with which the first controller was trained: R, M, S or C."""
     seed: int = 0
     """Seed of the initial states."""
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        if self.flow not in FLOWS:
-            raise ValueError(f"flow must be one of {', '.join(FLOWS)}, got {self.flow!r}")
         check_setting("seed", self.seed, int, at_least=0)
 
 
 class Policy(torch.nn.Module):
-    """Controls of the dogs: those of a dense network, within bounds in which no dog runs away.
+    """Controls of the dogs: a dense network says where each dog shall run, and a spring with damping brings it there.
 
-    A dog's c_radial is negative: it is drawn to where ρ = 0, four times as far from the target as the flock's centre,
-    in the same direction. That is behind the sheep, from where it frightens them to the target.
+    The network sees and says everything from the middle of the flock, in directions along and across its way from the
+    target: so it says the same wherever the flock is. Where it says 0 a dog is `BEHIND` the flock.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = SimpleNamespace(state_size=SYSTEM.state_size, control_size=SYSTEM.control_size)
+        agents = SYSTEM.drivers + SYSTEM.evaders
+        sizes = SimpleNamespace(state_size=4 * agents + 1, control_size=SYSTEM.control_size)
         self.network = MLP(sizes, hidden=(64, 64), seed=0)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Controls (B, K) at states (B, D)."""
-        least, most = (torch.tensor(pair).to(states).repeat(SYSTEM.drivers) for pair in zip(*BOUNDS, strict=True))
-        return least + (most - least) * torch.sigmoid(2.0 * self.network(0.25 * states))
+        parts: Any = [states[:, i : i + 1] for i in range(SYSTEM.state_size)]
+        x, y, vx, vy = (parts[i::4] for i in range(4))
+        sheep = range(SYSTEM.drivers, SYSTEM.drivers + SYSTEM.evaders)
+        sum_x, sum_y = (sum(axis[i] for i in sheep) for axis in (x, y))
+        middle_x, middle_y = sum_x / SYSTEM.evaders, sum_y / SYSTEM.evaders
+        far = torch.sqrt(middle_x * middle_x + middle_y * middle_y + NEAR * NEAR)
+        along_x, along_y = middle_x / far, middle_y / far
+        seen = [0.25 * far]
+        for i in range(SYSTEM.drivers + SYSTEM.evaders):
+            dx, dy = x[i] - middle_x, y[i] - middle_y
+            seen += [0.5 * (dx * along_x + dy * along_y), 0.5 * (dy * along_x - dx * along_y)]
+            seen += [0.25 * (vx[i] * along_x + vy[i] * along_y), 0.25 * (vy[i] * along_x - vx[i] * along_y)]
+        said = RANGE * torch.tanh(self.network(torch.cat(seen, dim=1)))
+        controls = []
+        for dog in range(SYSTEM.drivers):
+            away, aside = BEHIND + said[:, 2 * dog : 2 * dog + 1], said[:, 2 * dog + 1 : 2 * dog + 2]
+            to_x = middle_x + away * along_x - aside * along_y - x[dog]
+            to_y = middle_y + away * along_y + aside * along_x - y[dog]
+            ax = STRONGEST * torch.tanh((PULL * to_x - BRAKE * vx[dog]) / STRONGEST)
+            ay = STRONGEST * torch.tanh((PULL * to_y - BRAKE * vy[dog]) / STRONGEST)
+            # c_radial ρ + c_turn ρ^⊥ is this acceleration, but where ρ is nearly 0
+            rho_x, rho_y = x[dog] - sum_x, y[dog] - sum_y
+            square = rho_x * rho_x + rho_y * rho_y + LEAST
+            controls += [(ax * rho_x + ay * rho_y) / square, (ay * rho_x - ax * rho_y) / square]
+        return torch.cat(controls, dim=1)
 
 
 def lead(state: np.ndarray, control: np.ndarray, dog: int, mouse: np.ndarray) -> np.ndarray:
@@ -89,83 +113,60 @@ def lead(state: np.ndarray, control: np.ndarray, dog: int, mouse: np.ndarray) ->
     wanted *= min(1.0, STRONGEST / max(float(np.hypot(*wanted)), 1e-9))
     control = control.copy()
     turned = np.array([-rho[1], rho[0]])
-    control[2 * dog : 2 * dog + 2] = np.array([wanted @ rho, wanted @ turned]) / max(float(rho @ rho), 0.01)
+    control[2 * dog : 2 * dog + 2] = np.array([wanted @ rho, wanted @ turned]) / (float(rho @ rho) + LEAST)
     return control
 
 
 class HerdDemo(Demo):
-    """The plane at the left, the sheep's distances and the choices at the right.
+    """The ground, and the sheep's distances from the target.
 
     The model's dogs measure from the target, and their controllers were trained so: the simulation has the target at
-    its origin. A target that is dragged shifts everybody's coordinates the other way; on the screen it is the target
-    that moves.
+    its origin. A target that is dragged shifts everybody's coordinates the other way; on the page it is the target that
+    moves.
     """
 
-    size = (10.0, 6.4)
+    says = "Two trained dogs (cones) frighten four sheep (white) to the red target: drag the target anywhere."
     clip = 12.0
 
-    def __init__(self, figure: Figure, settings: Settings) -> None:
-        super().__init__(figure)
-        self.flow, self.draws = settings.flow, np.random.SeedSequence(settings.seed)
-        self.held: int | None = None
-        """The dog that is led, or −1 for the target, or None."""
-        self.mouse = np.zeros(2)
-        """Where the mouse is in the world [m]."""
-        self.target, self.reach = np.zeros(2), REACH
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.draws = np.random.SeedSequence(settings.seed)
+        self.led: int | None = None
+        """The dog that is led by hand."""
+        self.hand = np.zeros(2)
+        """Where it is led to in the world [m]."""
+        self.target = np.zeros(2)
         """Where the target is in the world [m]."""
-        self.world = figure.add_axes((0.02, 0.04, 0.58, 0.89))
-        self.sketch = SYSTEM.sketch(self.world)
-        self.world.set(xticks=(), yticks=(), xlabel="", ylabel="")
-        self.world.set_aspect("equal", adjustable="box")
-        self.distances = figure.add_axes((0.68, 0.55, 0.3, 0.36))
-        self.distances.set(
-            xlim=(-TRACE, 0), ylim=(0, 7), xticks=(-20, -10, 0), xlabel="time [s]", ylabel="distance to the target [m]"
-        )
-        self.simulation = Simulation(SYSTEM, self.load(), np.zeros(SYSTEM.state_size))
-        artists = self.sketch(self.simulation.state, np.zeros(SYSTEM.control_size))
-        self.dogs, self.sheep, self.pushes = artists[0], artists[1], artists[2:]
-        self.cross = self.world.lines[0]
-        self.lines = [self.distances.plot([], [], color="0.6", linewidth=0.8)[0] for _ in range(SYSTEM.evaders)]
-        (self.mean,) = self.distances.plot([], [], linewidth=2, label="mean of the sheep")
-        (self.leash,) = self.world.plot([], [], color="0.4", linewidth=1, linestyle=":", zorder=6)
-        self.moving = [self.cross, self.dogs, self.sheep, *self.pushes, self.leash, *self.lines, self.mean]
-        self.widgets = [
-            choice(
-                figure,
-                (0.68, 0.16, 0.17, 0.24),
-                "dogs trained with",
-                [f"{letter} {resolve(letter).name}" for letter in FLOWS],
-                FLOWS.index(self.flow),
-                lambda number: self.choose(FLOWS[number]),
-                [colour(letter) for letter in FLOWS],
-            ),
-            button(figure, (0.87, 0.345, 0.11, 0.05), "new start", self.begin),
-            button(figure, (0.87, 0.275, 0.11, 0.05), "pause", self.pause),
-        ]
-        figure.text(0.68, 0.06, "drag × : moves the target\ndrag ▲ : leads a dog by the mouse", fontsize=9, color="0.3")
+        controller = load_weights("herd", FLOW, Policy())
+        self.simulation = Simulation(SYSTEM, controller, np.zeros(SYSTEM.state_size))
         self.begin()
-        self.dress()
 
-    def load(self) -> Any:
-        """The controller of the chosen flow."""
-        return load_weights("herd", self.flow, Policy())
+    def controls(self) -> Sequence[Control]:
+        """What can be chosen."""
+        return [
+            Button("move the target", self.jump),
+            Button("new start", self.begin),
+            Button("pause / go on", self.pause),
+        ]
 
-    def choose(self, flow: str) -> None:
-        """Take the dogs that were trained with another flow."""
-        self.flow = flow
-        self.simulation.controller = self.load()
-        self.dress()
+    def plots(self) -> Sequence[Plot]:
+        """Distances of the sheep."""
+        names = [*(f"sheep {i + 1}" for i in range(SYSTEM.evaders)), "mean"]
+        inks = [*["#AAAAAA"] * SYSTEM.evaders, colour(FLOW)]
+        return [Plot("distance to the target [m]", names, inks, self.distances, y_range=(0.0, 8.0))]
 
-    def dress(self) -> None:
-        """Give dogs and title the colour of the flow."""
-        ink = colour(self.flow)
-        for artist in (self.dogs, *self.pushes, self.mean):
-            artist.set_color(ink)
-        self.world.set_title(
-            f"Dogs (▲) frighten the sheep (●) to the target (×): {self.flow}", color=ink, weight="bold"
-        )
-        self.distances.legend(handles=[self.mean], loc="upper left", frameon=False)
-        self.refresh()
+    def grips(self) -> Mapping[str, Grip]:
+        """Target and dogs can be dragged."""
+        grips = {"goal": Grip(drag=self.drag, release=self.release)}
+        for dog in range(SYSTEM.drivers):
+            lead_it = Grip(drag=lambda ray, dog=dog: self.lead(dog, ray), release=self.release)  # type: ignore[misc]
+            grips[f"driver {dog + 1}"] = lead_it
+        return grips
+
+    def words(self) -> str:
+        """Who steers, and how well."""
+        far = f"; the sheep are {self.trace[-1].mean():.1f} m away" if self.trace else ""
+        return f"dogs trained with {FLOW}{far}"
 
     def begin(self) -> None:
         """Start anew, at the place where the target is."""
@@ -173,10 +174,6 @@ class HerdDemo(Demo):
         self.simulation.state = SYSTEM.sample(1, seed=seed)[0]
         self.simulation.previous = self.simulation.state.copy()
         self.trace: deque[np.ndarray] = deque(maxlen=round(TRACE / SYSTEM.dt) + 1)
-
-    def pause(self) -> None:
-        """Hold the time, or let it go on."""
-        self.paused = not self.paused
 
     def move_target(self, place: np.ndarray) -> None:
         """Put the target somewhere in the world; nobody else moves there."""
@@ -186,74 +183,67 @@ class HerdDemo(Demo):
         self.simulation.previous -= shift.reshape(-1)
         self.target = np.asarray(place, float)
 
+    def jump(self) -> None:
+        """Move the target by 3 m, to another place near the middle."""
+        seed = int(self.draws.spawn(1)[0].generate_state(1)[0])
+        angle = np.random.default_rng(seed).uniform(-1.0, 1.0) + np.arctan2(*-self.target[::-1])
+        self.move_target(self.target + JUMP * np.array([np.cos(angle), np.sin(angle)]))
+
     def positions(self) -> np.ndarray:
         """Positions of dogs and sheep in the world, shape (agents, 2)."""
         return self.simulation.state.reshape(-1, 4)[:, :2] + self.target
+
+    def drag(self, ray: Ray) -> None:
+        """Move the target to where somebody points."""
+        place = ray.meet((0.0, 0.0, 0.0), (0.0, 0.0, 1.0))
+        if place is not None:
+            self.move_target(np.clip(place[:2], -REACH, REACH))
+
+    def lead(self, dog: int, ray: Ray) -> None:
+        """Lead a dog to where somebody points."""
+        place = ray.meet((0.0, 0.0, 0.0), (0.0, 0.0, 1.0))
+        if place is not None:
+            self.led, self.hand = dog, np.clip(place[:2], -2.0 * REACH, 2.0 * REACH)
+
+    def release(self) -> None:
+        """Let go."""
+        self.led = None
 
     def act(self) -> np.ndarray | None:
         """The control of this step; None: the controller's."""
         sheep = self.simulation.state.reshape(-1, 4)[SYSTEM.drivers :, :2]
         self.trace.append(np.hypot(*sheep.T))
-        if self.held is None or self.held < 0:
+        if self.led is None:
             return None
-        return lead(self.simulation.state, self.simulation.decide(), self.held, self.mouse - self.target)
+        return lead(self.simulation.state, self.simulation.decide(), self.led, self.hand - self.target)
 
     def advance(self, dt: float) -> None:
         """Step the physics; where a dog has left for good, all start anew."""
         self.simulation.advance(dt, self.act)
-        wanted = max(REACH, ROOM * float(np.abs(self.positions()).max()))
-        self.reach += (wanted - self.reach) * min(1.0, HASTE * dt)
-        if self.held is None and np.abs(self.simulation.state).max() > LOST:
+        if self.led is None and np.abs(self.simulation.state).max() > LOST:
             self.begin()
 
-    def look(self) -> None:
-        """Set the part of the world that is seen; the axes' own coordinates start at the target."""
-        left, low = -self.reach - self.target
-        self.world.set(xlim=(left, left + 2.0 * self.reach), ylim=(low, low + 2.0 * self.reach))
+    def distances(self) -> tuple[np.ndarray, np.ndarray]:
+        """The sheep's distances from the target over time, and their mean."""
+        values = np.array(self.trace).reshape(-1, SYSTEM.evaders)
+        times = SYSTEM.dt * np.arange(1 - len(values), 1)
+        return times, np.concatenate([values, values.mean(axis=1, keepdims=True)], axis=1).T
 
-    def draw(self) -> None:
-        """Move everything."""
+    def picture(self) -> Picture:
+        """Dogs and sheep in the world, a ball at the target to be dragged."""
         state = self.simulation.between()
-        self.sketch(state, self.simulation.control)
-        self.look()
-        led = self.held is not None and self.held >= 0
-        ends = np.stack([state.reshape(-1, 4)[self.held, :2], self.mouse - self.target]) if led else np.zeros((0, 2))
-        self.leash.set_data(*ends.T)
-        if self.trace:
-            values = np.array(self.trace)
-            times = SYSTEM.dt * np.arange(1 - len(values), 1)
-            for line, distances in zip(self.lines, values.T, strict=True):
-                line.set_data(times, distances)
-            self.mean.set_data(times, values.mean(axis=1))
-
-    def press(self, event: Any) -> None:
-        """Take hold of a dog or of the target, whichever is nearer."""
-        if event.inaxes is not self.world:
-            return
-        self.mouse = np.array([event.xdata, event.ydata]) + self.target
-        places = np.concatenate([self.positions()[: SYSTEM.drivers], self.target[None]])
-        distances = np.hypot(*(places - self.mouse).T)
-        nearest = int(distances.argmin())
-        if distances[nearest] < GRAB:
-            self.held = nearest if nearest < SYSTEM.drivers else -1
-
-    def drag(self, event: Any) -> None:
-        """Move what is held."""
-        if self.held is None or event.inaxes is not self.world:
-            return
-        self.mouse = np.array([event.xdata, event.ydata]) + self.target
-        if self.held < 0:
-            self.move_target(self.mouse)
-            # the axes' coordinates follow at once, so that the next event is read in them
-            self.look()
-
-    def release(self, event: Any) -> None:
-        """Let go."""
-        self.held = None
+        shown = SYSTEM.picture(state, self.simulation.control)
+        dogs = [f"driver {dog + 1}" for dog in range(SYSTEM.drivers)]
+        parts = tinted(shown.parts, colour(FLOW), [*dogs, *(name.replace("driver", "push") for name in dogs)])
+        parts = moved(parts, (*self.target, 0.0)) | {"goal": Ball((*self.target, 0.25), 0.3, "#CC3311")}
+        dog = self.positions()[self.led or 0]
+        leash = np.array([[*dog, 0.2], [*self.hand, 0.2]])
+        parts["leash"] = Line(leash if self.led is not None else leash[:0], "#666666", 2.0)
+        return replace(shown, parts=parts, low=(-REACH, -REACH, 0.0), high=(REACH, REACH, 0.5))
 
     def script(self) -> Sequence[tuple[float, Callable[[], None]]]:
         """In a file: the target moves on, twice."""
-        places = [(4.0, (1.5, 1.0)), (8.0, (0.0, -1.0))]
+        places = [(4.0, (3.0, 2.0)), (8.0, (-0.5, 1.0))]
         return [(time, lambda place=place: self.move_target(np.array(place))) for time, place in places]  # type: ignore[misc]
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from controllers.settings import check_setting
-from demos.outputs import PICTURES, check_file
 from warp_phys.diagnose import plane
 from warp_phys.diagnose.landscape import Landscape
 from warp_phys.flow import FlowLike, FlowName, resolve
@@ -36,8 +35,6 @@ DEFAULT_STARTS = (Start(2.75, -0.5), Start(1.0, -3.0), Start(2.5, -2.0), Start(-
 class Settings:
     """Settings of the demo."""
 
-    save: str = ""
-    """File for the picture (.png, .pdf or .svg); without it a window opens."""
     starts: list[Start] = field(default_factory=lambda: list(DEFAULT_STARTS))
     """Where the optimisations start; not more than nine."""
     optimiser: Literal["adam", "descent"] = "adam"
@@ -61,8 +58,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        if self.save:
-            check_file("save", self.save, PICTURES)
         if not 1 <= len(self.starts) <= 9:
             raise ValueError(f"there must be one to nine starts, got {len(self.starts)}")
         for name in ("rate", "reach"):

@@ -10,24 +10,22 @@ if __name__ == "__main__":
 
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from controllers.actor_critic import Settings as Learning
 from controllers.actor_critic import make_actor
 from controllers.settings import check_setting
 from demos.colours import colour
-from demos.frame import Demo
+from demos.frame import Button, Control, Demo, Grip, Plot, Ray, Slider
 from demos.simulation import Simulation
 from demos.views import run
 from demos.weights import load_weights
-from demos.widgets import button, slider
 from warp_phys.systems import Quadrotor
+from warp_phys.systems.drawing import Ball, Line, Picture, Shape
 
 LEARNING = Learning(
     system="quadrotor",
@@ -90,57 +88,47 @@ class Windy(Simulation):
 
 
 class QuadrotorDemo(Demo):
-    """The plane at the left; distance from the target, wind and choices at the right."""
+    """The quadrotor in streaks of wind; its distance from the target."""
 
-    size = (10.0, 6.4)
+    says = "A drone that does not see the wind holds its place at the red ball: drag the ball, or turn the wind."
     clip = 12.0
 
-    def __init__(self, figure: Figure, settings: Settings) -> None:
-        super().__init__(figure)
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
         self.generator = np.random.default_rng(settings.seed)
         self.gusts = settings.gusts
         self.mean, self.gust = np.array([settings.wind_x, settings.wind_z]), np.zeros(2)
-        self.target, self.held = np.zeros(2), False
-        self.world = figure.add_axes((0.05, 0.08, 0.56, 0.85))
-        self.distances = figure.add_axes((0.7, 0.62, 0.28, 0.29))
-        self.distances.set(xlim=(-TRACE, 0), ylim=(0, 2.5), xlabel="time [s]", ylabel="distance to the target [m]")
+        self.target = np.zeros(2)
         actor = load_weights("quadrotor", "wind", make_actor(Quadrotor(), LEARNING))
         self.simulation = Windy(actor, np.zeros(6))
         self.streaks = self.generator.uniform(-REACH, REACH, (STREAKS, 2))
-        (self.air,) = self.world.plot([], [], color="0.75", linewidth=1, zorder=0)
-        self.sketch = self.simulation.system.sketch(self.world)
-        self.body, *self.thrusts = self.sketch(self.simulation.state, np.zeros(2))
-        self.cross = self.world.lines[1]
-        self.cross.set(markersize=14, color="0.15")
-        (self.path,) = self.world.plot([], [], color="0.6", linewidth=0.8, zorder=2)
-        (self.line,) = self.distances.plot([], [], color=colour("R"), linewidth=1.5)
-        self.moving = [self.air, self.path, self.cross, self.body, *self.thrusts, self.line]
-        self.widgets = self.make_widgets(figure)
         self.trace: deque[np.ndarray] = deque(maxlen=round(TRACE / Quadrotor.dt) + 1)
-        self.world.set_title("In wind that it does not see: drag the target")
 
-    def make_widgets(self, figure: Figure) -> list[Any]:
-        """Buttons, and sliders for the wind."""
+    def controls(self) -> Sequence[Control]:
+        """The wind, gusts, and a pause."""
         return [
-            button(figure, (0.7, 0.4, 0.13, 0.06), "gusts on / off", self.switch),
-            button(figure, (0.85, 0.4, 0.13, 0.06), "pause", self.pause),
-            slider(
-                figure, (0.76, 0.28, 0.17, 0.03), "wind →", (-8.0, 8.0), self.mean[0],
-                lambda value: self.blow(0, value), "%.1f m/s",
-            ),
-            slider(
-                figure, (0.76, 0.22, 0.17, 0.03), "wind ↑", (-4.0, 4.0), self.mean[1],
-                lambda value: self.blow(1, value), "%.1f m/s",
-            ),
-        ]  # fmt: skip
+            Slider("wind to the right [m/s]", -8.0, 8.0, 0.1, lambda: float(self.mean[0]), lambda v: self.blow(0, v)),
+            Slider("wind upwards [m/s]", -4.0, 4.0, 0.1, lambda: float(self.mean[1]), lambda v: self.blow(1, v)),
+            Button("gusts on / off", self.switch),
+            Button("pause / go on", self.pause),
+        ]
+
+    def plots(self) -> Sequence[Plot]:
+        """The distance from the target."""
+        return [Plot("distance to the target [m]", ["distance"], [colour("R")], self.distances, y_range=(0.0, 2.5))]
+
+    def grips(self) -> Mapping[str, Grip]:
+        """The target can be dragged."""
+        return {"goal": Grip(drag=self.drag)}
+
+    def words(self) -> str:
+        """The wind of the moment."""
+        across, up = self.simulation.wind
+        return f"wind now {across:.1f} m/s to the right, {up:.1f} m/s upwards"
 
     def switch(self) -> None:
         """Turn gusts on or off."""
         self.gusts = not self.gusts
-
-    def pause(self) -> None:
-        """Hold the time, or let it go on."""
-        self.paused = not self.paused
 
     def blow(self, component: int, speed: float) -> None:
         """Change the mean wind."""
@@ -168,32 +156,30 @@ class QuadrotorDemo(Demo):
         self.streaks += dt * self.simulation.wind
         self.streaks = (self.streaks + REACH) % (2.0 * REACH) - REACH
 
-    def draw(self) -> None:
-        """Move everything."""
-        self.sketch(self.simulation.between(), self.simulation.control)
-        self.world.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH))
-        self.cross.set_data(*self.target[:, None])
+    def distances(self) -> tuple[np.ndarray, np.ndarray]:
+        """The distance from the target over time."""
+        values = np.array(self.trace).reshape(-1, 3)
+        return Quadrotor.dt * np.arange(1.0 - len(values), 1.0), values[:, 2][None]
+
+    def picture(self) -> Picture:
+        """Quadrotor and target, where it has been, and the wind."""
+        shown = self.simulation.system.picture(self.simulation.between(), self.simulation.control)
         ends = np.stack([self.streaks, self.streaks - 0.06 * self.simulation.wind, np.full((STREAKS, 2), np.nan)], 1)
-        self.air.set_data(*ends.reshape(-1, 2).T)
-        if self.trace:
-            x, z, distance = np.array(self.trace).T
-            self.path.set_data(x[-100:], z[-100:])
-            self.line.set_data(Quadrotor.dt * np.arange(1 - len(x), 1), distance)
+        been = np.array(self.trace).reshape(-1, 3)[-100:, :2]
+        parts: dict[str, Shape] = {
+            "air": Line(in_space(ends.reshape(-1, 2), 0.4), "#BBBBBB", 1.5),
+            "path": Line(in_space(been, 0.0), "#999999", 1.5),
+            "goal": Ball((self.target[0], 0.15, self.target[1]), 0.1, "#CC3311"),
+        }
+        parts |= {name: part for name, part in shown.parts.items() if name != "target"}
+        low, high = (-REACH, -0.5, -REACH), (REACH, 0.5, REACH)
+        return replace(shown, parts=parts, low=low, high=high)
 
-    def press(self, event: Any) -> None:
-        """Take hold of the target."""
-        if event.inaxes is self.world and event.xdata is not None:
-            self.held = True
-            self.drag(event)
-
-    def drag(self, event: Any) -> None:
-        """Move the target."""
-        if self.held and event.inaxes is self.world:
-            self.target = np.clip([event.xdata, event.ydata], -REACH, REACH)
-
-    def release(self, event: Any) -> None:
-        """Let go."""
-        self.held = False
+    def drag(self, ray: Ray) -> None:
+        """Move the target to where somebody points."""
+        place = ray.meet((0.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+        if place is not None:
+            self.move_target(*np.clip(place[[0, 2]], -REACH, REACH))
 
     def move_target(self, x: float, z: float) -> None:
         """Put the target somewhere."""
@@ -203,9 +189,14 @@ class QuadrotorDemo(Demo):
         """In a file: the target moves, and the wind turns."""
         return [
             (3.0, lambda: self.move_target(1.0, 0.8)),
-            (6.0, lambda: self.widgets[2].set_val(-6.0)),
+            (6.0, lambda: self.blow(0, -6.0)),
             (9.0, lambda: self.move_target(-1.0, 0.0)),
         ]
+
+
+def in_space(flat: np.ndarray, away: float) -> np.ndarray:
+    """Points (N, 2) of the plane, so far behind it, shape (N, 3)."""
+    return np.stack([flat[:, 0], np.full(len(flat), away), flat[:, 1]], axis=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

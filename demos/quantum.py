@@ -1,4 +1,4 @@
-"""A quantum particle steered by tilting its well: choose the state to reach, disturb it by a click."""
+"""A quantum particle steered by tilting its well: choose the state to reach, disturb it."""
 
 from demos.interrupt import end_on_interrupt
 
@@ -7,29 +7,30 @@ if __name__ == "__main__":
 
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from controllers import GridCNN
 from controllers.settings import check_setting
 from demos.colours import colour
-from demos.frame import Demo
+from demos.frame import ANYWHERE, Button, Choice, Control, Demo, Grip, Plot, Ray, Slider
 from demos.simulation import Simulation
 from demos.views import run
 from demos.weights import load_weights
-from demos.widgets import button, choice, slider
 from warp_phys.systems import Quantum
+from warp_phys.systems.drawing import ASLANT, Line, Picture
 
 TARGETS = (3, 4, 5)
 CHANNELS = 32
 TRACE = 192
 """Time steps of the traces."""
+PAST, EVERY, APART = 24, 4, 0.12
+"""Earlier densities that are drawn behind the present one, time steps from one to the next, and their distance."""
 BUMP, WIDTH = 0.6, 0.15
-"""A click adds a bump to the wave: this amplitude relative to the wave's largest, this width."""
+"""A disturbance adds a bump to the wave: this amplitude relative to the wave's largest, this width."""
 
 
 @dataclass(frozen=True)
@@ -62,80 +63,56 @@ def make_controller() -> GridCNN:
 
 
 class QuantumDemo(Demo):
-    """Density, phase and pulse at the left, how near the target is and choices at the right."""
+    """The density coloured by its phase, earlier ones behind it; how near the target is, and the control."""
 
-    size = (10.0, 6.4)
+    says = "A force (the tilted floor) shakes a particle into the grey curve's quantum state: click the wave to hit it."
     clip = 12.0
 
-    def __init__(self, figure: Figure, settings: Settings) -> None:
-        super().__init__(figure)
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
         self.target, self.speed, self.draws = settings.target, settings.speed, np.random.SeedSequence(settings.seed)
         self.steering = True
-        self.world = figure.add_axes((0.07, 0.46, 0.58, 0.46))
-        self.phases = figure.add_axes((0.07, 0.26, 0.58, 0.14))
-        self.pulse = figure.add_axes((0.07, 0.08, 0.58, 0.1))
-        self.overlaps = figure.add_axes((0.72, 0.62, 0.26, 0.3))
-        self.widgets = [
-            choice(
-                figure,
-                (0.72, 0.34, 0.12, 0.18),
-                "target",
-                [f"eigenstate {number}" for number in TARGETS],
-                TARGETS.index(self.target),
-                lambda number: self.choose(TARGETS[number]),
-            ),
-            button(figure, (0.86, 0.47, 0.12, 0.05), "new start", self.begin),
-            button(figure, (0.86, 0.405, 0.12, 0.05), "control on / off", self.switch),
-            button(figure, (0.86, 0.34, 0.12, 0.05), "pause", self.pause),
-            slider(figure, (0.8, 0.26, 0.12, 0.03), "steps / s", (2, 60), self.speed, self.set_speed, "%.0f"),
-        ]
-        figure.text(0.72, 0.09, "click into the upper picture:\na bump on the wave, there", fontsize=9, color="0.3")
-        self.build()
-        self.begin()
-
-    def build(self) -> None:
-        """Draw the world of the chosen target."""
-        for axes in (self.world, self.phases, self.pulse, self.overlaps):
-            axes.clear()
-        system, ink = make_system(self.target), colour("C")
-        self.sketch = system.sketch(self.world)
+        system = make_system(self.target)
         self.simulation = Simulation(system, self.load(), system.sample(1)[0])
-        density, well = self.sketch(self.simulation.state, np.zeros(1))
-        self.world.set(xlabel="", xticklabels=())
-        self.world.set_title(
-            f"|ψ|², the state to reach (dashed), the tilted well: trained with C, target {self.target}"
-        )
-        self.dots = self.phases.scatter(
-            system.positions,
-            np.zeros(system.points),
-            c=np.zeros(system.points),
-            cmap="twilight",
-            vmin=-np.pi,
-            vmax=np.pi,
-        )
-        self.phases.set(xlim=(0, 2), ylim=(-3.6, 3.6), yticks=(-np.pi, 0, np.pi), ylabel="phase")
-        self.phases.set_yticklabels(["−π", "0", "π"])
-        (self.pulse_line,) = self.pulse.plot([], [], color=ink, linewidth=1.2)
-        self.pulse.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-        self.pulse.set(xlim=(-TRACE * system.dt, 0), ylim=(-60, 60), xlabel="time", ylabel="control")
-        (self.overlap_line,) = self.overlaps.plot([], [], color=ink, linewidth=1.5)
-        self.overlaps.set(xlim=(-TRACE * system.dt, 0), ylim=(0, 1.02), xlabel="time")
-        self.overlaps.set_title("|⟨ψ, target⟩|²")
-        self.moving = [density, well, self.dots, self.pulse_line, self.overlap_line]
-        for artist in self.moving:
-            artist.set_animated(True)
         self.trace: deque[tuple[float, float]] = deque(maxlen=TRACE + 1)
-        self.refresh()
+        self.past: deque[np.ndarray] = deque(maxlen=PAST * EVERY)
+        self.begin()
 
     def load(self) -> Any:
         """The controller of the chosen target."""
         return load_weights("quantum", str(self.target), make_controller())
 
-    def choose(self, target: int) -> None:
+    def controls(self) -> Sequence[Control]:
+        """What can be chosen."""
+        return [
+            Button("hit the particle", lambda: self.disturb(0.6)),
+            Choice("target: eigenstate", [str(number) for number in TARGETS], lambda: str(self.target), self.choose),
+            Slider("steps per second", 2.0, 60.0, 1.0, lambda: self.speed, self.set_speed),
+            Button("new start", self.begin),
+            Button("control on / off", self.switch),
+            Button("pause / go on", self.pause),
+        ]
+
+    def plots(self) -> Sequence[Plot]:
+        """How near the target is, and the control, over the last steps."""
+        return [
+            Plot("share in the target state", ["|⟨ψ, target⟩|²"], [colour("C")], self.overlaps, "time", (0.0, 1.02)),
+            Plot("control", ["control"], [colour("C")], self.pulses, "time", (-60.0, 60.0)),
+        ]
+
+    def grips(self) -> Mapping[str, Grip]:
+        """A click puts a bump on the wave."""
+        return {ANYWHERE: Grip(click=self.hit)}
+
+    def words(self) -> str:
+        """How near it is."""
+        who = "steered by a network trained with C" if self.steering else "control switched off"
+        return f"{who}: {100.0 * self.overlap():.0f} % in eigenstate {self.target}"
+
+    def choose(self, target: str) -> None:
         """Steer to another eigenstate, from where the particle is."""
-        state, self.target = self.simulation.state, target
-        self.build()
-        self.simulation.state = state
+        state, self.target = self.simulation.state, int(target)
+        self.simulation = Simulation(make_system(self.target), self.load(), state)
 
     def begin(self) -> None:
         """Start anew from a superposition of the two lowest eigenstates."""
@@ -145,10 +122,6 @@ class QuantumDemo(Demo):
     def switch(self) -> None:
         """Switch the control off, or on again."""
         self.steering = not self.steering
-
-    def pause(self) -> None:
-        """Hold the time, or let it go on."""
-        self.paused = not self.paused
 
     def set_speed(self, speed: float) -> None:
         """Set the time steps per second."""
@@ -162,6 +135,12 @@ class QuantumDemo(Demo):
         """|⟨ψ, target⟩|², 1 where the particle is in the target state."""
         return float(np.abs(self.wave() @ make_system(self.target).eigenstate(self.target)) ** 2)
 
+    def hit(self, ray: Ray) -> None:
+        """Disturb the particle where somebody points."""
+        place = ray.meet((0.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+        if place is not None:
+            self.disturb(float(place[0]))
+
     def disturb(self, place: float) -> None:
         """Add a bump to the wave at a position, and make its norm 1 again."""
         psi = self.wave()
@@ -173,31 +152,40 @@ class QuantumDemo(Demo):
     def act(self) -> np.ndarray | None:
         """The control of this step; None: the controller's."""
         self.trace.append((float(self.simulation.control[0]), self.overlap()))
+        self.past.appendleft(self.simulation.state)
         return None if self.steering else np.zeros(1)
 
     def advance(self, dt: float) -> None:
         """Step the physics."""
         self.simulation.advance(dt * self.speed * make_system(self.target).dt, self.act)
 
-    def draw(self) -> None:
-        """Move everything."""
-        self.sketch(self.simulation.state, self.simulation.control)
-        psi = self.wave()
-        phase, density = np.angle(psi), np.abs(psi) ** 2
-        self.dots.set_offsets(np.stack([make_system(self.target).positions, phase], axis=1))
-        self.dots.set_array(phase)
-        # a phase counts as much as there is of the wave
-        self.dots.set_sizes(4.0 + 60.0 * density / density.max())
-        if self.trace:
-            controls, overlaps = np.array(self.trace).T
-            times = make_system(self.target).dt * np.arange(1 - len(controls), 1)
-            self.pulse_line.set_data(times, controls)
-            self.overlap_line.set_data(times, overlaps)
+    def traced(self, column: int) -> tuple[np.ndarray, np.ndarray]:
+        """A column of the trace over time."""
+        values = np.array(self.trace).reshape(-1, 2)
+        return make_system(self.target).dt * np.arange(1 - len(values), 1), values[:, column][None]
 
-    def press(self, event: Any) -> None:
-        """Disturb the particle where it was clicked."""
-        if event.inaxes is self.world:
-            self.disturb(float(event.xdata))
+    def pulses(self) -> tuple[np.ndarray, np.ndarray]:
+        """The control over time."""
+        return self.traced(0)
+
+    def overlaps(self) -> tuple[np.ndarray, np.ndarray]:
+        """The share in the target state over time."""
+        return self.traced(1)
+
+    def picture(self) -> Picture:
+        """The particle now, and behind it what it was like before."""
+        system = make_system(self.target)
+        shown = system.picture(self.simulation.state, self.simulation.control)
+        lines = []
+        for row, state in enumerate(list(self.past)[::EVERY], 1):
+            density = system.picture(state).parts["density"]
+            assert isinstance(density, Line)
+            lines.append(np.concatenate([np.add(density.points, (0.0, APART * row, 0.0)), np.full((1, 3), np.nan)]))
+        before = np.concatenate(lines or [np.zeros((0, 3))])
+        rows = np.repeat(np.arange(1, len(lines) + 1), system.points + 3)
+        ink = np.minimum(0.45 + 0.5 * rows / PAST, 0.95)[:, None] * np.array([1.0, 1.0, 1.0])
+        parts = {"before": Line(before, ink, 1.5), **shown.parts}
+        return replace(shown, parts=parts, high=(2.0, 0.6 * APART * PAST, 3.0), view=ASLANT, labels=("", ""))
 
     def script(self) -> Sequence[tuple[float, Callable[[], None]]]:
         """In a file: a disturbance."""

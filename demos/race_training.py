@@ -1,6 +1,7 @@
-"""What runs behind the race: four trainings in turns, in a thread that the picture never waits for."""
+"""What runs behind the race: several trainings in turns, in a thread that the picture never waits for."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from controllers.training import Loop
 from warp_phys import Diverged
 from warp_phys.interop.torch import Rollout
 
-FLOWS = ("R", "M", "S", "C")
+FLOWS = ("R", "M", "S", "C", "either")
 PREPARING, RUNNING, DONE = "preparing", "running", "done"
 
 
@@ -38,7 +39,7 @@ class Lane:
 
 
 class Race(threading.Thread):
-    """Trains the same initial weights with R, M, S and C, an epoch each in turns; ends when `stop` is called.
+    """Trains the same initial weights with several flows, an epoch each in turns; ends when `stop` is called.
 
     Args:
         poles: Poles on the cart.
@@ -53,6 +54,8 @@ class Race(threading.Thread):
         self.lanes = {flow: Lane(flow) for flow in FLOWS}
         self.state = PREPARING
         self.error: Exception | None = None
+        self.over: Callable[[dict[str, Lane]], bool] = lambda lanes: False
+        """Asked after every epoch whether the race has been decided."""
         self._stopping, self._going = threading.Event(), threading.Event()
         self._going.set()
 
@@ -106,6 +109,8 @@ class Race(threading.Thread):
                 if not self.lanes[flow].diverged:
                     self.turn(self.lanes[flow], loop, epoch)
             self.state = RUNNING
+            if self.over(self.lanes):
+                break
         self.state = DONE
 
     def turn(self, lane: Lane, loop: Loop, epoch: int) -> None:

@@ -6,24 +6,26 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from controllers.settings import check_setting
-from demos.colours import colour
-from demos.frame import Demo
+from demos.colours import colour, tinted
+from demos.frame import Button, Control, Demo, Grip, Plot, Ray
 from demos.simulation import Simulation
 from demos.views import run
 from warp_phys.interop.torch import RecedingHorizon
 from warp_phys.systems import CartPole
+from warp_phys.systems.drawing import Line, Picture
 
-REACH = 2.6
-"""Metres to either side of the middle that are drawn."""
+REACH, FREE = 2.3, 1.0
+"""Metres to either side of the middle that are seen, and that the cart may go from there before the picture follows."""
+TRACE = 6.0
+"""Seconds of the trace."""
 FORCE = 20.0
 """Largest force [N]."""
 GRIP, DRAG = 80.0, 16.0
@@ -67,10 +69,14 @@ def upright(states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
 class RecedingDemo(Demo):
     """The cart, and where the latest plan sees the end of its pole."""
 
+    says = (
+        "This cart plans its next 0.8 s anew at every step (green): drag the cart or kick the pole, and it plans again."
+    )
     clip = 8.0
 
-    def __init__(self, figure: Figure, settings: Settings) -> None:
-        super().__init__(figure)
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.error = settings.error
         self.noise, self.generator = settings.noise, np.random.default_rng(settings.seed)
         model = CartPole(dt=0.02)
         larger = 1.0 + settings.error
@@ -79,21 +85,33 @@ class RecedingDemo(Demo):
         self.plan = RecedingHorizon(
             model, settings.horizon, settings.iterations, cost=upright, bounds=(-FORCE, FORCE), seed=settings.seed
         )
-        state = np.array([0.0, 0.0, np.pi, 0.0])
-        self.simulation = Simulation(self.system, torch.nn.Identity(), state)
+        self.simulation = Simulation(self.system, torch.nn.Identity(), np.array([0.0, 0.0, np.pi, 0.0]))
+        self.trace: deque[float] = deque(maxlen=round(TRACE / self.system.dt) + 1)
         self.hand: float | None = None
-        self.world = figure.add_axes((0.04, 0.1, 0.92, 0.8))
-        self.sketch = self.system.sketch(self.world)
-        (self.path,) = self.world.plot([], [], ".-", color=colour("C"), markersize=3, linewidth=0.8, zorder=5)
-        (self.grip,) = self.world.plot([], [], color="black", linewidth=1)
-        self.moving = [*self.sketch(state), self.path, self.grip]
-        # the picture follows the cart; the rail has marks of its own
-        self.world.set(xlim=(-REACH, REACH), xticks=[], xlabel="")
-        self.world.set_title("drag the cart, click beside the pole to kick it; dots: what the latest plan expects")
+
+    def controls(self) -> Sequence[Control]:
+        """What can be done."""
+        return [
+            Button("kick the pole", lambda: self.kick(float(self.generator.choice([-KICK, KICK])))),
+            Button("pause / go on", self.pause),
+        ]
+
+    def plots(self) -> Sequence[Plot]:
+        """The angle over the last seconds."""
+        return [Plot("angle [°], 0 is upright", ["angle"], [colour("C")], self.angles, y_range=(-190.0, 190.0))]
+
+    def grips(self) -> Mapping[str, Grip]:
+        """The cart can be dragged, the pole kicked."""
+        return {"cart": Grip(drag=self.drag, release=self.release), "pole 1": Grip(click=self.hit)}
+
+    def words(self) -> str:
+        """What the controller is not told."""
+        return f"the pole is {100.0 * self.error:.0f} % longer and heavier than the plan believes"
 
     def act(self) -> np.ndarray:
         """The force of this step: the first of a new plan, the hand's, and noise."""
         state = self.simulation.state
+        self.trace.append(float(np.degrees((state[2] + np.pi) % (2.0 * np.pi) - np.pi)))
         force = self.plan(state[None].astype(np.float64))[0].cpu().numpy()
         pull = 0.0 if self.hand is None else GRIP * (self.hand - state[0]) - DRAG * state[1]
         return force + pull + self.noise * self.generator.standard_normal(1)
@@ -102,39 +120,47 @@ class RecedingDemo(Demo):
         """Step the physics."""
         self.simulation.advance(dt, self.act)
 
-    def draw(self) -> None:
-        """Move cart, pole and plan."""
+    def angles(self) -> tuple[np.ndarray, np.ndarray]:
+        """The angle over time."""
+        return self.system.dt * np.arange(1.0 - len(self.trace), 1.0), np.array(self.trace)[None]
+
+    def picture(self) -> Picture:
+        """Cart, pole, and the plan for the end of the pole."""
         state = self.simulation.between()
-        self.sketch(state, self.simulation.control)
-        middle = float(np.clip(0.0, state[0] - REACH / 2, state[0] + REACH / 2))
-        self.world.set_xlim(middle - REACH, middle + REACH)
-        self.grip.set_data([] if self.hand is None else [self.hand, state[0]], [] if self.hand is None else [0.0, 0.0])
+        shown = self.system.picture(state, self.simulation.control)
+        ahead = np.zeros((0, 3))
         if self.plan.latest is not None:
             x, _, angle, _ = self.plan.latest.states[:, 0].T.cpu().numpy()
-            self.path.set_data(x + self.length * np.sin(angle), self.length * np.cos(angle))
+            ahead = np.stack([x + self.length * np.sin(angle), 0.0 * x - 0.3, self.length * np.cos(angle)], axis=1)
+        held = np.array([[state[0] if self.hand is None else self.hand, -0.25, 0.0], [state[0], -0.25, 0.0]])
+        parts = tinted(shown.parts, colour("C"), ("cart", "force")) | {
+            "plan": Line(ahead, colour("C"), 3.0),
+            "hand": Line(held if self.hand is not None else held[:0], "#666666", 3.0),
+        }
+        middle = float(np.clip(0.0, state[0] - FREE, state[0] + FREE))
+        low, high = (middle - REACH, -0.5, -1.3), (middle + REACH, 0.3, 1.3)
+        return replace(shown, parts=parts, low=low, high=high, labels=("", ""))
 
     def kick(self, rate: float) -> None:
         """Add to the rate of the pole."""
         self.simulation.state[3] += rate
 
-    def press(self, event: Any) -> None:
-        """Grab the cart, or kick the pole away from the mouse."""
-        if event.inaxes is not self.world or event.xdata is None:
-            return
-        x, _, angle, _ = self.simulation.state
-        if abs(event.xdata - x) < 0.3 and abs(event.ydata) < 0.2:
-            self.hand = float(event.xdata)
-            return
-        # positive rates turn clockwise
-        beside = (event.xdata - x) * np.cos(angle) - event.ydata * np.sin(angle)
-        self.kick(-KICK if beside > 0 else KICK)
+    def hit(self, ray: Ray) -> None:
+        """Kick the pole away from where it was clicked."""
+        place = ray.meet((0.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+        if place is not None:
+            x, _, angle, _ = self.simulation.state
+            # positive rates turn clockwise
+            beside = (place[0] - x) * np.cos(angle) - place[2] * np.sin(angle)
+            self.kick(-KICK if beside > 0 else KICK)
 
-    def drag(self, event: Any) -> None:
-        """Move the hand that holds the cart."""
-        if self.hand is not None and event.inaxes is self.world:
-            self.hand = float(event.xdata)
+    def drag(self, ray: Ray) -> None:
+        """Hold the cart where somebody points."""
+        place = ray.meet((0.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+        if place is not None:
+            self.hand = float(place[0])
 
-    def release(self, event: Any) -> None:
+    def release(self) -> None:
         """Let the cart go."""
         self.hand = None
 

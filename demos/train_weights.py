@@ -34,10 +34,11 @@ from controllers.commandline import Parser
 from controllers.networks import make_network
 from controllers.settings import Training, check_setting
 from controllers.training import train
-from demos import cartpole, herd, quadrotor, quantum
+from demos import cartpole, herd, quadrotor, quantum, weather_numbers
 from demos.experiments.plan import find_runs
 from demos.experiments.published import EXPERIMENTS
 from demos.outputs import check_folder
+from demos.weather_numbers import SCENARIOS, Scenario
 from demos.weights import FOLDER, load_arrays, save_weights
 from warp_phys.flow import resolve
 from warp_phys.interop.torch import Rollout
@@ -87,8 +88,8 @@ class Task:
     """Name of the controller in that file."""
     flow: str
     """Flow to train with."""
-    training: Training | Lasting | Learning
-    """How: as published, so that it lasts, or by the actor-critic."""
+    training: Training | Lasting | Learning | Scenario
+    """How: as published, so that it lasts, by the actor-critic, or early in its training, for the weather."""
 
 
 def fresh_carts(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -157,16 +158,16 @@ def tasks() -> list[Task]:
         for poles in range(2, cartpole.MOST_POLES + 1):
             published = EXPERIMENTS["cartpole"].training(poles, flow=flow, out="")
             found.append(Task("cartpole", f"{poles}-{flow}", flow, published))
-        look = Lasting(
-            herd.SYSTEM,
-            herd.Policy,
-            fresh_herds,
-            tame_herds,
-            steps=120,
-            updates=2000,
-            rate=2e-3,
-        )
-        found.append(Task("herd", flow, flow, look))
+    look = Lasting(
+        herd.SYSTEM,
+        herd.Policy,
+        fresh_herds,
+        tame_herds,
+        steps=120,
+        updates=3000,
+        rate=2e-3,
+    )
+    found.append(Task("herd", herd.FLOW, herd.FLOW, look))
     found.append(Task("quadrotor", "wind", quadrotor.LEARNING.flow, quadrotor.LEARNING))
     for target in quantum.TARGETS:
         well = quantum.make_system(target)
@@ -182,6 +183,7 @@ def tasks() -> list[Task]:
             afresh=0.5,
         )
         found.append(Task("quantum", str(target), "C", look))
+    found += [Task("weather", name, "C", scenario) for name, scenario in SCENARIOS.items()]
     return sorted(found, key=lambda task: task.demo)
 
 
@@ -197,6 +199,8 @@ def make_controller(
         updates: Number of updates of a lasting training, in place of its own.
         tell: Told now and then what is done, in words, and a loss.
     """
+    if isinstance(task.training, Scenario):
+        return weather_numbers.train(task.training, seed=0)
     if isinstance(task.training, Lasting):
         return train_lasting(task.training, task.flow, updates, tell)
     if isinstance(task.training, Learning):

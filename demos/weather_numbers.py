@@ -1,4 +1,4 @@
-"""The numbers of the weather demo: a controller in the middle of its training, and its feedback for every horizon."""
+"""The numbers of the weather demo: a controller early in its training, and its feedback for every horizon."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Scenario:
 
 
 SCENARIOS = {
-    "quantum": Scenario("a particle in a well", Quantum(points=16, target=3), 128, "every", 2, 256),
+    "quantum": Scenario("a particle in a well", Quantum(points=16, target=3), 128, "every", 2, 384),
     "cartpole": Scenario("a cart with four poles", CartPole(poles=4, dt=0.01), 100, "final", 10, 120),
 }
 
@@ -51,8 +51,8 @@ class Settings:
 
     system: str = "quantum"
     """Which system: quantum or cartpole."""
-    horizon: int = 32
-    """Horizon at the start; a file goes from there to the longest."""
+    horizon: int = 0
+    """Horizon at the start; 0: seven eighths of the longest."""
     samples: int = 16
     """Initial states that are looked at."""
     seed: int = 0
@@ -62,7 +62,8 @@ class Settings:
         """Check every setting."""
         if self.system not in SCENARIOS:
             raise ValueError(f"system must be one of {', '.join(SCENARIOS)}, got {self.system!r}")
-        check_setting("horizon", self.horizon, int, at_least=2, below=SCENARIOS[self.system].longest + 1)
+        if self.horizon != 0:
+            check_setting("horizon", self.horizon, int, at_least=2, below=SCENARIOS[self.system].longest + 1)
         check_setting("samples", self.samples, int, at_least=1)
         check_setting("seed", self.seed, int, at_least=0)
 
@@ -72,15 +73,24 @@ class Forecast:
 
     A trajectory does not depend on where it is cut off, so its Jacobians and the derivatives of the cost at all its
     states are found once; a horizon then takes one recursion of small matrices.
+
+    Args:
+        scenario: The system, and how far one looks.
+        samples: Number of initial states.
+        seed: Their seed.
+        controller: As the scenario has trained it; with None it is trained now.
     """
 
-    def __init__(self, scenario: Scenario, samples: int, seed: int) -> None:
+    def __init__(self, scenario: Scenario, samples: int, seed: int, controller: torch.nn.Module | None = None) -> None:
         self.scenario = scenario
-        rollout = train(scenario, seed)
-        rollout.steps = scenario.longest
+        if controller is None:
+            controller = train(scenario, seed)
+        rollout = Rollout(scenario.system, controller, scenario.longest)
         x0 = scenario.system.sample(samples, seed=seed + 1)
         self.jacobians = StepJacobians(*(array.astype(np.float64) for array in jacobians(rollout, x0)))
         states = rollout(x0)[0].detach().requires_grad_()
+        self.states = states.detach().numpy()
+        """The trajectories, shape (longest + 1, samples, D)."""
         costs = pointwise_cost(scenario.system, states, range(scenario.longest + 1), {})
         (slopes,) = torch.autograd.grad(costs.sum(), states)
         self.slopes = slopes.double().numpy()
@@ -109,10 +119,14 @@ class Forecast:
         return np.stack(rows) / row_norms(seeds[-1].reshape(1, -1))
 
 
-def train(scenario: Scenario, seed: int) -> Rollout:
+def make_controller(scenario: Scenario, seed: int = 0) -> torch.nn.Module:
+    """The controller of a scenario before it is trained."""
+    return make_network("auto", scenario.system, (100, 100), "tanh", "glorot", seed)
+
+
+def train(scenario: Scenario, seed: int) -> torch.nn.Module:
     """Train a controller with C from the start, for the scenario's epochs."""
-    system = scenario.system
-    controller = make_network("auto", system, (100, 100), "tanh", "glorot", seed)
+    system, controller = scenario.system, make_controller(scenario, seed)
     rollout = Rollout(system, controller, scenario.steps, "combined")
     optimiser = torch.optim.Adam(controller.parameters(), lr=1e-3)
     states = system.sample(256, seed=seed)
@@ -120,7 +134,7 @@ def train(scenario: Scenario, seed: int) -> Rollout:
         for batch in np.split(states, len(states) // BATCH):
             rollout.value_and_grad(batch, when=scenario.when)
             optimiser.step()
-    return rollout
+    return controller
 
 
 def growth(adjoints: np.ndarray) -> Sequence[Any]:

@@ -339,7 +339,7 @@ def test_a_system_without_a_physical_parameter():
     class Map(System):
         size: int = 2
         states = controls = ("a", "b")
-        functions = sample = sketch = None
+        functions = sample = picture = None
 
     for call in (Map().parameter_array, lambda: Rollout(Map(), torch.nn.Linear(2, 2), 3)(torch.zeros(4, 2))):
         with raises(TypeError, "Map needs a physical parameter, a field annotated float: dt, for instance"):

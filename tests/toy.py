@@ -9,6 +9,7 @@ import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.systems import System, SystemFunctions
+from warp_phys.systems.drawing import Ball, Picture
 from warp_phys.systems.integrators import integrate
 
 
@@ -37,15 +38,9 @@ class TwoControls(System):
     def sample(self, batch, seed=0, dtype=np.float32):
         return np.random.default_rng(seed).uniform(-1, 1, (batch, 4)).astype(numpy_type(real_type(dtype)))
 
-    def sketch(self, axes):
-        (line,) = axes.plot([], [], "o", markersize=20)
-        axes.set(xlim=(-1, 2), ylim=(-4, 4))
-
-        def move(state, control=None):
-            line.set_data([0, 1], state[:2])
-            return [line]
-
-        return move
+    def picture(self, state, control=None):
+        balls = {f"mass {i}": Ball((i, 0.0, state[i]), 0.3) for i in range(2)}
+        return Picture(balls, (-1.0, -1.0, -4.0), (2.0, 1.0, 4.0))
 
 
 @functools.cache

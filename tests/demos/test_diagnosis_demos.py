@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
@@ -14,8 +13,8 @@ from demos import diagnose as program
 from demos import weather, weather_numbers
 from demos.colours import colour
 from demos.diagnostics_picture import draw
-from demos.frame import Stage
 from demos.weather_numbers import FLOWS, Forecast, Scenario, Settings, growth, train
+from tests.demos.touch import control, curves, made, play, press
 from warp_phys import CartPole
 from warp_phys.diagnose.rotation import Rotation
 from warp_phys.flow import resolve
@@ -40,7 +39,7 @@ def small(monkeypatch, forecast):
 @pytest.mark.parametrize("horizon", [3, 24])
 def test_every_horizon_is_that_of_a_rollout(forecast, horizon):
     """What is made of one long unrolling is what a rollout of that length diagnoses."""
-    rollout = Rollout(SMALL.system, train(SMALL, 0).controller, horizon)
+    rollout = Rollout(SMALL.system, train(SMALL, 0), horizon)
     found = diagnose(rollout, SMALL.system.sample(4, seed=1), FLOWS)
     expected = found.adjoints / found.batch[:, -1:, None]
     np.testing.assert_allclose(forecast.adjoints(horizon)[[0, 1, 2]], expected[[0, 1, 2]], rtol=2e-3, atol=1e-5)
@@ -50,38 +49,42 @@ def test_every_horizon_is_that_of_a_rollout(forecast, horizon):
     assert grown[2][0] == 0.0
 
 
-def test_scrubbing_moves_the_lines(small):
-    figure = Figure(figsize=weather.WeatherDemo.size)
-    FigureCanvasAgg(figure)
-    demo = weather.WeatherDemo(figure, Settings(horizon=5, samples=4))
-    stage = Stage(demo)
-    stage.show(0.1)
-    for letter in FLOWS:
-        assert to_hex(demo.chart.lines[letter].get_color()).upper() == colour(letter)
-    assert list(demo.chart.lines["M"].get_xdata()) == [1, 2, 3, 4, 5]
-    demo.slider.set_val(12)
-    assert len(demo.chart.lines["R"].get_xdata()) == 12 and "horizon 12:" in demo.chart.above.get_title()
-    assert demo.chart.lines["R"].get_ydata()[-1] == pytest.approx(1.0)
-    assert np.isnan(demo.chart.lines["S"].get_ydata()[:-1]).all()
-    demo.play()
-    for _ in range(10):
-        stage.show(0.1)
-    assert demo.slider.val == 24 and not demo.playing
-    demo.play()
-    assert demo.position == 2.0
+def test_scrubbing_moves_the_light(small):
+    with made(weather.WeatherDemo, Settings(horizon=5, samples=4, seed=1)) as demo:
+        names, steps, found = curves(demo, "strength of feedback")
+        assert names[0] == "R regular" and list(steps) == [1, 2, 3, 4, 5]
+        control(demo, "horizon").move(12)
+        _, steps, found = curves(demo, "strength of feedback")
+        assert len(steps) == 12 and found[0, -1] == pytest.approx(1.0) and "Back over 12 steps" in demo.words()
+        assert np.isnan(found[2, :-1]).all()
+        light = demo.picture().parts["light R"]
+        height = weather.TALL * np.log10(np.clip(found[0], weather.LEAST, weather.MOST))
+        np.testing.assert_allclose(light.points[:, 2], height)
+        press(demo, "let the horizon grow")
+        play(demo, 1.0, 0.1)
+        assert demo.position == 24 and not demo.playing
+        press(demo, "let the horizon grow")
+        assert demo.position == 2.0
 
 
-def test_weather_writes_files(small, tmp_path, monkeypatch):
-    monkeypatch.delenv("DISPLAY", raising=False)
-    path = tmp_path / "weather.gif"
-    assert weather.main(["--horizon", "4", "--save", str(path), "--seconds", "1", "--rate", "5"]) == 0
-    with Image.open(path) as image:
-        assert image.n_frames > 1 and image.size == (800, 480)  # pictures that are the same become one
-        pictures = []
-        for frame in (0, image.n_frames - 1):
-            image.seek(frame)
-            pictures.append(np.asarray(image.convert("RGB")).astype(int))
-    assert np.abs(pictures[0] - pictures[1]).max() > 100
+def test_light_flows_backward(small):
+    with made(weather.WeatherDemo, Settings(horizon=20, samples=4, seed=1)) as demo:
+        places = []
+        for _ in range(4):
+            play(demo, 0.2 * weather.PULSE, 0.1)
+            parts = demo.picture().parts
+            places.append(parts["pulse R"].centre[0])
+            # it is brightest where the pulse is
+            brightest = parts["light R"].points[parts["light R"].colour.sum(axis=1).argmax()]
+            assert brightest[0] == pytest.approx(places[-1])
+        assert (np.diff(places) < 0.0).all()
+
+
+def test_it_opens_where_feedback_has_grown_a_hundredfold_and_trains_nothing(monkeypatch):
+    monkeypatch.setattr(weather_numbers, "train", lambda *_: pytest.fail("a training has begun"))
+    with made(weather.WeatherDemo, Settings()) as demo:
+        (r, _), (m, _), _, (c, _) = growth(demo.adjoints)
+        assert r > 100.0 and 0.5 < m < 2.0 and c < 2.0
 
 
 def test_diagnosis_prints_and_draws(tmp_path, capsys):

@@ -1,5 +1,6 @@
-"""The frame of the demos: three ways to see one, and what it says where one of them is not to be had."""
+"""The frame of the demos: two ways to see one, and what it says where one of them is not to be had."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -11,15 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
-from matplotlib.backend_bases import KeyEvent
 from PIL import Image
 
-from demos import views
-from demos.frame import Demo
+from demos.film import Film
+from demos.frame import Demo, Plot
 from demos.views import run
-from tests.demos.touch import mouse, pixels, staged
 from warp_phys import Diverged
+from warp_phys.systems.drawing import Block, Picture
 
 
 @dataclass(frozen=True)
@@ -37,30 +36,26 @@ class Settings:
 class Bar(Demo):
     """A bar that grows as time passes."""
 
-    size = (2.0, 1.0)
+    says = "A bar grows: wait."
     clip = 0.4
     closed = 0
 
-    def __init__(self, figure, settings):
-        super().__init__(figure)
-        self.speed, self.time, self.seen, self.done = settings.speed, 0.0, [], []
-        self.axes = figure.add_axes((0, 0, 1, 1))
-        self.axes.set(xlim=(0, 1), ylim=(0, 1))
-        self.axes.set_axis_off()
-        (self.bar,) = self.axes.fill([0, 0, 0, 0], [0, 0, 1, 1], color="#009E73")
-        self.moving = [self.bar]
+    def __init__(self, settings):
+        super().__init__()
+        self.speed, self.time = settings.speed, 0.0
 
     def advance(self, dt):
         self.time += self.speed * dt
 
-    def draw(self):
-        self.bar.set_xy([(0, 0), (self.time, 0), (self.time, 1), (0, 1)])
+    def picture(self):
+        bar = Block((self.time / 2, 0.0, 0.5), (self.time, 1.0, 1.0), "#009E73")
+        return Picture({"bar": bar}, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    def plots(self):
+        return [Plot("length", ["length"], ["#D55E00"], lambda: (np.array([0.0, 1.0]), np.full((1, 2), self.time)))]
 
     def script(self):
         return [(0.2, lambda: setattr(self, "time", 0.8))]
-
-    def press(self, event):
-        self.seen.append(("press", round(event.xdata, 2)))
 
     def close(self):
         Bar.closed += 1
@@ -71,39 +66,20 @@ def main(arguments):
 
 
 def green(picture):
-    """Share of the picture that the bar covers."""
-    return (np.abs(picture - np.array([0x00, 0x9E, 0x73])).max(axis=-1) < 30).mean()
+    """Length of the bar relative to the picture of the world, which is as high as it is wide."""
+    bar = np.abs(picture - np.array([0x00, 0x9E, 0x73])).max(axis=-1) < 30
+    if not bar.any():
+        return 0.0
+    return bar.any(axis=0).sum() / bar.any(axis=1).sum()
 
 
 def test_the_picture_shows_the_state():
-    with staged(Bar, Settings()) as (demo, stage):
-        for share in (0.25, 0.5, 0.75):
-            stage.show(0.25)
-            assert demo.time == pytest.approx(share)
-            assert green(pixels(stage)) == pytest.approx(share, abs=0.02)
-        # the bar is drawn over a background that is drawn once, so it can shrink as well
-        demo.time = 0.1
-        stage.show(0.0)
-        assert green(pixels(stage)) == pytest.approx(0.1, abs=0.02)
-
-
-def test_a_mouse_and_the_space_bar_reach_the_demo():
-    with staged(Bar, Settings()) as (demo, stage):
-        mouse(demo, "button_press_event", demo.axes, 0.3, 0.5)
-        assert demo.seen == [("press", 0.3)]
-        stage.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", stage.canvas, " "))
-        stage.show(0.5)
-        assert demo.paused and demo.time == 0.0
-
-
-def test_ticks_follow_the_clock_but_never_leap(monkeypatch):
-    now = iter([10.0, 10.03, 15.0])
-    monkeypatch.setattr("demos.frame.time.perf_counter", lambda: next(now))
-    with staged(Bar, Settings()) as (demo, stage):
-        stage.tick()
-        assert demo.time == pytest.approx(0.03)
-        stage.tick()
-        assert demo.time == pytest.approx(0.13)
+    film = Film(demo := Bar(Settings()))
+    for share in (0.25, 0.5, 0.75, 0.1):
+        demo.time = share
+        assert green(np.asarray(film.show()).astype(int)) == pytest.approx(share, abs=0.02)
+    ((_, _, (line,)),) = film.curves
+    assert list(line.get_ydata()) == [0.1, 0.1]
 
 
 def test_a_gif_shows_the_script(tmp_path, capsys):
@@ -142,7 +118,7 @@ def test_a_film_is_made_by_ffmpeg(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     assert main(["--save", str(tmp_path / "a.mp4"), "--seconds", "0.4"]) == 0
-    assert int((tmp_path / "a.mp4").read_text()) == 10 * 160 * 80 * 3
+    assert int((tmp_path / "a.mp4").read_text()) == 10 * 800 * 448 * 3
     program.write_text("#!/bin/sh\ncat > /dev/null\necho no encoder >&2\nexit 1\n")
     with pytest.raises(SystemExit):
         main(["--save", str(tmp_path / "b.mp4")])
@@ -165,8 +141,8 @@ def test_a_gif_lasts_as_long_as_is_asked(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["--save", "a.txt"], "save must end in .gif, .png, .mp4, got 'a.txt'"),
-        (["--save", "a.gif", "--browser"], "save and browser exclude each other"),
+        (["--save", "a.txt"], "save must end in .gif, .png, .mp4, .html, got 'a.txt'"),
+        (["--host", ""], "host must be an address such as 127.0.0.1, got an empty one"),
         (["--port", "70000"], "port must be an integer at least 1 and below 65536, got 70000"),
         (["--seconds", "-1"], "seconds must be a number at least 0, got -1.0"),
         (["--rate", "0"], "rate must be a number above 0, got 0.0"),
@@ -192,49 +168,38 @@ def test_a_missing_codec(monkeypatch, capsys):
     assert_fails(["--save", "a.mp4"], "a .mp4 needs the program ffmpeg, which was not found; install it, or", capsys)
 
 
-def test_no_display(monkeypatch, capsys):
-    monkeypatch.setattr(views, "has_display", lambda: False)
-    message = "there is no display to open a window on; see it in a browser with --browser, or write a file with --save"
-    assert_fails([], message, capsys)
+def test_a_missing_viewer_takes_one_line(monkeypatch, tmp_path, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "viser" else real(name, *rest))
+    wanted = 'viser is not installed: pip install "warp_phys[viewer]", or '
+    assert_fails([], wanted + "write a file with --save FILE.gif", capsys)
+    assert_fails(["--save", str(tmp_path / "a.html")], wanted + "save a .gif", capsys)
+    assert main(["--save", str(tmp_path / "a.png")]) == 0
 
 
-def test_a_display_that_does_not_answer(monkeypatch, capsys):
-    monkeypatch.setattr(views, "has_display", lambda: True)
-    monkeypatch.setattr(plt, "figure", refuse)
-    assert_fails([], "no window can be opened (Cannot load backend); see it in a browser with --browser", capsys)
-
-
-def refuse(*arguments, **options):
-    """As matplotlib does without a display."""
-    raise ImportError("Cannot load backend")
+def free_port():
+    """A port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def test_a_port_in_use(capsys):
-    pytest.importorskip("tornado")
+    pytest.importorskip("viser")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        message = f"port {port} is in use; choose another with --port, such as {port + 1}"
-        try:
-            assert_fails(["--browser", "--port", str(port)], message, capsys)
-        finally:
-            plt.switch_backend("agg")
-
-
-def test_without_tornado(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_webagg", None)
-    assert_fails(["--browser"], 'a page needs tornado: pip install "warp_phys[browser]"', capsys)
+        message = f"port {port} of 127.0.0.1 is in use or not open to this user; choose another with --port, such as"
+        assert_fails(["--port", str(port), "--no-open"], message, capsys)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_page(number, tmp_path):
-    pytest.importorskip("tornado")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+def test_a_signal_ends_the_page(number):
+    pytest.importorskip("viser")
+    port = free_port()
     program = "import sys; from tests.demos.test_frame import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, "--browser", "--port", str(port), "--fps"]
+    command = [sys.executable, "-c", program, "--no-open", "--port", str(port), "--fps"]
     page = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert f"Open http://127.0.0.1:{port}/" in page.stdout.readline()
+        assert f"Open http://127.0.0.1:{port} " in page.stdout.readline()
         page.send_signal(number)
         said, wrong = page.communicate(timeout=30)
     finally:
@@ -245,24 +210,18 @@ def test_a_signal_ends_the_page(number, tmp_path):
     assert "Traceback" not in wrong
 
 
-def test_a_mistake_in_a_demo_ends_it(capsys):
+def test_a_mistake_in_a_demo_ends_it(monkeypatch):
     """It is raised, and the page is closed; without this the program would wait for ever."""
-    pytest.importorskip("tornado")
+    viser = pytest.importorskip("viser")
+    monkeypatch.setattr(viser.ViserServer, "get_clients", lambda self: {0: None})
 
     class Broken(Bar):
-        def draw(self):
-            super().draw()
-            if self.time > 0.0:
-                raise RuntimeError("broken")
+        def advance(self, dt):
+            raise RuntimeError("broken")
 
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    before = Bar.closed
-    try:
-        with pytest.raises(RuntimeError, match="broken"):
-            run("bar", "A bar.", Broken, Settings, ["--browser", "--port", str(port)])
-    finally:
-        plt.switch_backend("agg")
+    port, before = free_port(), Bar.closed
+    with pytest.raises(RuntimeError, match="broken"):
+        run("bar", "A bar.", Broken, Settings, ["--no-open", "--port", str(port)])
     assert Bar.closed == before + 1
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), 5)

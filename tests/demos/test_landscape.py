@@ -2,18 +2,18 @@
 
 import re
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
 from PIL import Image
 
 from demos import landscape
 from demos.__main__ import list_demos
+from demos.frame import ANYWHERE, Ray
+from demos.landscape import CELLS, LandscapeDemo, heights
 from demos.landscape_numbers import FLOWS, Settings, Start, compute, find_paths, summarise
+from tests.demos.touch import choose, click, control, curves, from_above, made, play, press
 from warp_phys.diagnose.landscape import Landscape
-from warp_phys.flow import resolve
 
 SMALL = ["--cells", "40", "--iterations", "12"]
 
@@ -108,7 +108,7 @@ def test_without_minima_and_with_lost_paths(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["--save", "a.txt"], "save must end in .png, .pdf, .svg, got 'a.txt'"),
+        (["--save", "a.txt"], "save must end in .png, .pdf, .svg, .html, got 'a.txt'"),
         (["--start", "1"], "start must be two numbers such as 2.5,-1, got '1'"),
         (["--start", "1,nan"], "start must be finite, got '1,nan'"),
         (["--start", "1,1"] * 10, "there must be one to nine starts, got 10"),
@@ -127,28 +127,54 @@ def test_mistakes_take_one_line(line, message, capsys):
     assert error.count("\n") == 1
 
 
-def test_without_a_display_it_asks_for_a_file(monkeypatch, capsys):
-    monkeypatch.setattr(landscape, "has_display", lambda: False)
-    with pytest.raises(SystemExit) as exit_status:
-        landscape.main(SMALL)
-    assert exit_status.value.code == 2
-    assert "there is no display to open a window on; give --save FILE.png" in capsys.readouterr().err
+def test_a_start_is_where_the_surface_is_pointed_at():
+    with made(LandscapeDemo, Settings(iterations=12)) as demo:
+        # from above, and aslant: first met is what is seen
+        click(demo, ANYWHERE, from_above(1.0, -3.0))
+        np.testing.assert_allclose(demo.start, [1.0, -3.0], atol=0.06)
+        play(demo, 1.0)
+        one = [Start(*demo.start)]
+        for i, letter in enumerate(FLOWS):
+            path = find_paths(demo.landscape, one, letter, Settings().rule, 12)[:, 0]
+            np.testing.assert_allclose(demo.picture().parts[f"path of {letter}"].points[:, :2], path, atol=1e-9)
+            expected = np.maximum(demo.landscape.evaluate(path, ()).loss, 1e-7)
+            np.testing.assert_allclose(curves(demo, "loss along the paths")[2][i], expected, rtol=1e-6)
+        eye = np.array([0.3, -9.0, 6.0])
+        place = demo.meet(Ray(eye, np.array([0.1, 1.5, 0.7]) - eye))
+        row, column = (round((place[i] + 4.0) / 8.0 * (CELLS - 1)) for i in (1, 0))
+        towards = np.array([*place, demo.height[row, column]]) - eye
+        across = np.linalg.norm(np.cross(towards, np.array([0.1, 1.5, 0.7]) - eye))
+        assert across / np.linalg.norm(np.array([0.1, 1.5, 0.7]) - eye) < 0.25
+        assert demo.meet(Ray(eye, np.array([0.0, 0.0, 1.0]))) is None
 
 
-def test_with_a_display_it_opens_a_window(monkeypatch, tmp_path):
-    matplotlib.use("Agg")
-    shown = []
-    monkeypatch.setattr(landscape, "has_display", lambda: True)
-    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
-    monkeypatch.chdir(tmp_path)
-    try:
-        assert landscape.main(SMALL) == 0
-        (figure,) = shown
-        titles = [axes.get_title() for axes in figure.get_axes()]
-        assert [f"{letter} {resolve(letter).name}" for letter in FLOWS] == titles[3:7]
-    finally:
-        plt.close("all")
-    assert not list(tmp_path.iterdir())
+def test_the_surface_is_the_loss():
+    with made(LandscapeDemo, Settings(iterations=2)) as demo:
+        surface = demo.picture().parts["surface"]
+        some = surface.points[::97]
+        np.testing.assert_allclose(some[:, 2], heights(demo.landscape.evaluate(some[:, :2], ()).loss))
+        corners = surface.points[surface.faces]
+        normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+        assert (normals[:, 2] > 0.0).all(), "it is seen from above"
+
+
+def test_paths_grow_and_another_optimiser_takes_another_path():
+    with made(LandscapeDemo, Settings(iterations=12)) as demo:
+        assert len(demo.picture().parts["path of R"].points) == 1
+        play(demo, 0.12)
+        assert 5 <= len(demo.picture().parts["path of R"].points) <= 10
+        before = demo.paths.copy()
+        choose(demo, "optimiser", "descent")
+        assert (demo.paths[:, 1] != before[:, 1]).any()
+        step = demo.paths[0, 1] - demo.paths[0, 0]
+        update = demo.landscape.evaluate(demo.start[None], "R").updates[0, 0]
+        np.testing.assert_allclose(step, -0.01 * update, rtol=1e-9)
+        control(demo, "log10 of the rate's factor").move(1.0)
+        np.testing.assert_allclose(demo.paths[0, 1] - demo.paths[0, 0], 10.0 * step, rtol=1e-9)
+        press(demo, "another start")
+        np.testing.assert_allclose(demo.start, Settings().starts[1])
+        press(demo, "again")
+        assert demo.shown == 0.0
 
 
 def test_it_is_listed():

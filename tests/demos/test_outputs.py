@@ -55,7 +55,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
         ("diagnose", "--save", "file/a.png"),
         ("landscape", "--save", "file/a.png"),
         ("newton_control", "--save", "file/a.png"),
-        ("plane", "--save", "file/a.png"),
+        ("cartpole", "--save", "file/a.png"),
         ("paper", "--out", "file"),
         ("swingup", "--out", "file"),
         ("train_weights", "--out", "file"),

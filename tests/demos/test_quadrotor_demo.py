@@ -1,29 +1,31 @@
-"""The quadrotor in wind, on a figure without a window."""
+"""The quadrotor in wind."""
 
 import numpy as np
 import pytest
 import torch
 
 from demos.quadrotor import QuadrotorDemo, Settings, Windy
-from tests.demos.touch import mouse, play, press_button, staged
+from tests.demos.touch import control, curves, drag, from_front, made, play, press
 from warp_phys import Quadrotor
 from warp_phys.interop.torch import Step
 
 
 def test_it_holds_its_place_in_wind_and_follows_the_target():
-    with staged(QuadrotorDemo, Settings(wind_x=6.0)) as (demo, stage):
-        play(stage, 3.0)
+    with made(QuadrotorDemo, Settings(wind_x=6.0)) as demo:
+        play(demo, 3.0)
         assert demo.trace[-1][2] < 0.3, "at the target, in gusts"
-        mouse(demo, "button_press_event", demo.world, 1.2, 0.9)
-        mouse(demo, "button_release_event", demo.world, 1.2, 0.9)
-        assert demo.target == pytest.approx([1.2, 0.9], abs=0.02)
-        demo.widgets[2].set_val(-5.0)
-        press_button(demo, "gusts on / off")
+        drag(demo, "goal", from_front(1.2, 0.9))
+        assert demo.target == pytest.approx([1.2, 0.9])
+        control(demo, "wind to the right [m/s]").move(-5.0)
+        press(demo, "gusts on / off")
         assert demo.mean[0] == -5.0 and not demo.gusts
-        play(stage, 4.0)
+        play(demo, 4.0)
         assert demo.simulation.wind == pytest.approx([-5.0, 0.0], abs=0.1), "the last gust has died away"
         assert np.hypot(*(demo.simulation.state[:2] - demo.target)) < Quadrotor.arm
-        assert demo.line.get_ydata()[-1] == pytest.approx(demo.trace[-1][2])
+        assert curves(demo, "distance to the target [m]")[2][0, -1] == pytest.approx(demo.trace[-1][2])
+        body = demo.picture().parts["body"]
+        middle = 0.5 * (np.asarray(body.start) + np.asarray(body.end))
+        assert middle[[0, 2]] == pytest.approx(demo.simulation.between()[:2], abs=1e-6)
 
 
 def test_the_wind_is_that_of_the_system():

@@ -9,7 +9,7 @@ import torch
 
 from controllers.actor_critic import make_actor
 from controllers.training import train
-from demos import cartpole, herd, quadrotor, quantum, train_weights
+from demos import cartpole, herd, quadrotor, quantum, train_weights, weather_numbers
 from demos.experiments.plan import make_plan
 from demos.weights import FOLDER, load_weights, save_weights
 from warp_phys import Quadrotor
@@ -57,6 +57,7 @@ def test_every_controller_of_the_command_comes_along():
         "herd": lambda key: herd.Policy(),
         "quadrotor": lambda key: make_actor(Quadrotor(), quadrotor.LEARNING),
         "quantum": lambda key: quantum.make_controller(),
+        "weather": lambda key: weather_numbers.make_controller(weather_numbers.SCENARIOS[key]),
     }
     for task in train_weights.tasks():
         controller = load_weights(task.demo, task.key, makers[task.demo](task.key))
@@ -87,10 +88,15 @@ def test_one_pole_is_steered_alike_everywhere():
     assert here.item() == pytest.approx(there.item(), rel=1e-4)
 
 
-def test_dogs_keep_their_bounds():
-    controls = herd.Policy()(torch.from_numpy(20.0 * herd.SYSTEM.sample(50, seed=0)))
-    for part, (least, most) in zip((controls[:, 0::2], controls[:, 1::2]), herd.BOUNDS, strict=True):
-        assert least <= part.min() and part.max() <= most
+def test_dogs_are_told_the_same_wherever_the_flock_is():
+    """A world that is turned about the target is the same to the network."""
+    states = torch.from_numpy(herd.SYSTEM.sample(20, seed=0)).double()
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
+    turned = (states.reshape(20, -1, 2, 2) @ turn.T).reshape(20, -1)
+    policy, said = herd.Policy().double(), []
+    policy.network.register_forward_hook(lambda module, given, found: said.append(found.detach()))
+    policy(states), policy(turned)
+    np.testing.assert_allclose(said[1], said[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

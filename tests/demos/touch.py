@@ -1,68 +1,78 @@
-"""Demos on a figure without a window, and a mouse for them."""
+"""Demos without a front end, and somebody who touches them."""
 
 from contextlib import contextmanager
 
 import numpy as np
-from matplotlib.backend_bases import MouseEvent
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from demos.frame import Stage
+from demos.frame import ANYWHERE, Ray
 
 
 @contextmanager
-def staged(kind, settings):
-    """A demo on its stage, after its first picture."""
-    figure = Figure(figsize=kind.size, dpi=80)
-    FigureCanvasAgg(figure)
-    demo = kind(figure, settings)
+def made(kind, settings):
+    """A demo, closed in the end."""
+    demo = kind(settings)
     try:
-        stage = Stage(demo)
-        stage.show(0.0)
-        yield demo, stage
+        yield demo
     finally:
         demo.close()
 
 
-def mouse(demo, name, axes, x, y):
-    """Send a mouse event at a place in the coordinates of some axes, through the canvas's callbacks."""
-    place = axes.transData.transform((x, y))
-    button = None if name == "motion_notify_event" else 1
-    canvas = demo.figure.canvas
-    canvas.callbacks.process(name, MouseEvent(name, canvas, *place, button))
-
-
-def click(demo, axes, x, y):
-    """Press and release the mouse."""
-    mouse(demo, "button_press_event", axes, x, y)
-    mouse(demo, "button_release_event", axes, x, y)
-
-
-def press_button(demo, label):
-    """Click in the middle of the button with this label."""
-    (axes,) = [axes for axes in demo.figure.axes if any(text.get_text() == label for text in axes.texts)]
-    click(demo, axes, 0.5, 0.5)
-
-
-def choose(demo, title, number):
-    """Click the entry of this number in the choice under this title."""
-    (widget,) = [widget for widget in demo.widgets if widget.ax.get_title(loc="left") == title]
-    click(demo, widget.ax, *widget.ax.transData.inverted().transform(place_of(widget, number)))
-
-
-def place_of(widget, number):
-    """Where an entry's label is, in pixels."""
-    box = widget.labels[number].get_window_extent()
-    return (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
-
-
-def play(stage, seconds, dt=0.04):
-    """Let time pass as fast as it can be computed; only the last picture is drawn."""
+def play(demo, seconds, dt=0.04):
+    """Let time pass as fast as it can be computed."""
     for _ in range(round(seconds / dt)):
-        stage.demo.advance(dt)
-    stage.show(0.0)
+        demo.advance(dt)
 
 
-def pixels(stage):
-    """The picture, (height, width, 3)."""
-    return np.asarray(stage.canvas.buffer_rgba())[..., :3].astype(int)
+def control(demo, label):
+    """The control with this label."""
+    (found,) = [entry for entry in demo.controls() if entry.label == label]
+    return found
+
+
+def press(demo, label):
+    """Press a button."""
+    control(demo, label).press()
+
+
+def choose(demo, label, option):
+    """Choose an option, which then is the one that is read."""
+    choice = control(demo, label)
+    assert option in choice.options
+    choice.choose(option)
+    assert choice.read() == option
+
+
+def from_front(x, z):
+    """A look along the y axis at a place."""
+    return Ray(np.array([x, -5.0, z]), np.array([0.0, 1.0, 0.0]))
+
+
+def from_above(x, y):
+    """A look down at a place."""
+    return Ray(np.array([x, y, 9.0]), np.array([0.0, 0.0, -1.0]))
+
+
+def drag(demo, part, ray):
+    """Hold a part of the picture where the ray leads."""
+    assert part in demo.picture().parts
+    demo.grips()[part].drag(ray)
+
+
+def release(demo, part):
+    """Let a part go."""
+    demo.grips()[part].release()
+
+
+def click(demo, part, ray):
+    """Click a part of the picture, or anywhere."""
+    assert part == ANYWHERE or part in demo.picture().parts
+    demo.grips()[part].click(ray)
+
+
+def curves(demo, title):
+    """What a plot shows: names, x, curves."""
+    (plot,) = [entry for entry in demo.plots() if entry.title == title]
+    assert len(plot.names) == len(plot.colours)
+    x, values = plot.read()
+    assert values.shape == (len(plot.names), len(x))
+    return list(plot.names), x, values

@@ -313,5 +313,5 @@ def test_a_reset_that_fails_changes_nothing():
 def test_a_render_mode_asks_for_a_drawing():
     for make in (lambda: SystemEnv(Springs(), render_mode="rgb_array"),
                  lambda: SystemVectorEnv(Springs(), 2, render_mode="rgb_array")):  # fmt: skip
-        with pytest.raises(ValueError, match="render_mode must be None: Springs has no method sketch"):
+        with pytest.raises(ValueError, match="render_mode must be None: Springs has no method picture"):
             make()

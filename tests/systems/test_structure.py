@@ -169,5 +169,5 @@ def test_a_structure_is_of_its_class_and_prints_what_shapes_it():
 
 
 def test_a_system_without_a_drawing_says_so():
-    with pytest.raises(NotImplementedError, match="Mass cannot be drawn: give it a method sketch"):
+    with pytest.raises(NotImplementedError, match="Mass cannot be drawn: give it a method picture"):
         Mass().draw(None, np.zeros(2))

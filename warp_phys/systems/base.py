@@ -16,6 +16,7 @@ from warp_phys.core.checks import check_device, check_flag, plain_number, range_
 from warp_phys.core.rows import row_functions
 from warp_phys.errors import shown
 from warp_phys.systems import losses
+from warp_phys.systems.drawing import Picture, sketch
 from warp_phys.systems.losses import When
 from warp_phys.systems.structure import structure_of
 
@@ -110,7 +111,7 @@ class System(ABC):
 
     A subclass is a frozen dataclass. Fields annotated `float` are physical parameters, one at least: they may differ
     from sample to sample and have gradients. All other fields shape the kernels. It names its components in `states`
-    and `controls`, and gives `functions`, `sample` and, to be drawn, `sketch`.
+    and `controls`, and gives `functions`, `sample` and, to be drawn, `picture`.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ()
@@ -144,18 +145,28 @@ class System(ABC):
     def sample(self, batch: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
         """Return random initial states, shape (batch, D); the same seed gives the same states in either precision."""
 
-    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Put a picture on matplotlib `axes`; return a function (state, control=None) that moves its artists.
+    def picture(self, state: np.ndarray, control: np.ndarray | None = None) -> Picture:
+        """Return what a state, shape (D,), looks like, with the control that acts on it, shape (K,).
 
-        Optional: only what draws asks for it.
+        Optional: only what draws asks for it. Every front end draws the same shapes.
 
         Raises:
             NotImplementedError: The system has none.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} cannot be drawn: give it a method sketch(axes) that returns a function "
-            "(state, control=None), as in docs/extending.md"
+            f"{type(self).__name__} cannot be drawn: give it a method picture(state, control=None) that returns "
+            "shapes, as in docs/extending.md"
         )
+
+    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
+        """Return a function (state, control=None) that draws on matplotlib `axes` and returns the artists.
+
+        Raises:
+            NotImplementedError: The system has no `picture`.
+        """
+        if type(self).picture is System.picture:
+            self.picture(np.zeros(self.state_size))
+        return sketch(axes, self.picture)
 
     @property
     def state_size(self) -> int:

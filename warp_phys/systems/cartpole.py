@@ -1,7 +1,6 @@
 """A cart that carries several poles."""
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,10 +11,15 @@ from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_choice, check_count
 from warp_phys.systems.base import MOST_PARTS, System, SystemFunctions
+from warp_phys.systems.drawing import INK, PALE, Block, Line, Picture, Rod, Shape
 from warp_phys.systems.integrators import INTEGRATORS, integrate
 
 WIDTH, HEIGHT = 0.4, 0.2
 """Of the cart in pictures [m]."""
+POLE_GAP = 0.07
+"""From one pole to the next in pictures [m]."""
+POLE_COLOURS = ("#332288", "#AA4499", "#999933", "#88CCEE", "#661100", "#44AA99")
+"""Of Paul Tol's palette; they repeat."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,9 @@ class CartPole(System):
         states[:, 2::2] = np.pi + states[:, 2::2] * (np.pi / 6.0)
         return states.astype(dtype)
 
-    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Put cart, poles, rail and force on matplotlib `axes`; return a function (state, control=None) that moves."""
-        return _sketch(self, axes)
+    def picture(self, state: np.ndarray, control: np.ndarray | None = None) -> Picture:
+        """Return cart and poles in metres; the picture follows the cart. Poles have their full length 2 l."""
+        return _picture(self, state, control)
 
 
 _POLE_COMPONENTS = (("angle", "rad"), ("rate", "rad/s"))
@@ -170,41 +174,28 @@ def upright_cost(system: System, bodies: int, real: type) -> Any:
     return cart_pole_cost
 
 
-def sketch_cart(axes: Any, reach: float) -> Callable[..., Sequence[Any]]:
-    """Put a cart, its rail and the force on it on `axes`, in metres; return a function (x, control) that moves them.
-
-    The picture shows so much to either side of the cart, and follows it.
-    """
-    (rail,) = axes.plot([-1e3, 1e3], [-HEIGHT / 2] * 2, color="0.6", linewidth=1, zorder=0)
-    ticks = axes.plot(np.arange(-50, 51), np.full(101, -HEIGHT / 2), "|", color="0.6", markersize=6, zorder=0)
-    (cart,) = axes.fill([0.0] * 4, [0.0] * 4, color="0.25", zorder=3)
-    (force,) = axes.plot([], [], color="0.25", linewidth=1.5, zorder=2)
-    axes.set(aspect="equal", yticks=[], xlabel="position [m]")
-
-    def move(x: float, control: np.ndarray | None) -> Sequence[Any]:
-        left, right = x - WIDTH / 2, x + WIDTH / 2
-        cart.set_xy([(left, -HEIGHT / 2), (right, -HEIGHT / 2), (right, HEIGHT / 2), (left, HEIGHT / 2)])
-        push = 0.0 if control is None else float(np.clip(0.05 * control[0], -reach, reach))
-        force.set_data([x, x + push], [0.0, 0.0])
-        axes.set_xlim(x - reach, x + reach)
-        return [cart, force, rail, *ticks]
-
-    return move
+def cart_parts(x: float, control: np.ndarray | None, reach: float) -> dict[str, Shape]:
+    """Return a cart at x, its rail with a mark every metre, and the force on it, whose bar is `reach` at most."""
+    push = 0.0 if control is None else float(np.clip(0.05 * control[0], -reach, reach))
+    under, gap = -0.5 * HEIGHT, [np.nan] * 3
+    middle = round(x)
+    marks = [[[i, 0, under - 0.05], [i, 0, under + 0.05], gap] for i in range(middle - 12, middle + 13)]
+    return {
+        "rail": Line(np.array([[middle - 12.5, 0.0, under], [middle + 12.5, 0.0, under]]), PALE, 2.0),
+        "marks": Line(np.array(marks, dtype=float).reshape(-1, 3), PALE, 2.0),
+        "force": Rod((x, 0.0, 0.0), (x + push, 0.0, 0.0), 0.03, INK),
+        "cart": Block((x, 0.0, 0.0), (WIDTH, WIDTH, HEIGHT), "#404040"),
+    }
 
 
-def _sketch(system: CartPole, axes: Any) -> Callable[..., Sequence[Any]]:
-    """Draw in metres; the picture follows the cart once it leaves the middle. Poles have their full length 2 l."""
-    length = 2.0 * system.half_length
-    move_cart = sketch_cart(axes, 1.15 * length + WIDTH)
-    colours = [f"C{i % 10}" for i in range(system.poles)]
-    poles = [axes.plot([], [], color=colour, linewidth=3, solid_capstyle="round", zorder=4)[0] for colour in colours]
-    axes.set(ylim=(-1.2 * length, 1.2 * length))
-
-    def move(state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
-        x = float(state[0])
-        for pole, angle in zip(poles, state[2::2], strict=True):
-            pole.set_data([x, x + length * np.sin(angle)], [0.0, length * np.cos(angle)])
-        cart, *others = move_cart(x, control)
-        return [cart, *poles, *others]
-
-    return move
+def _picture(system: CartPole, state: np.ndarray, control: np.ndarray | None) -> Picture:
+    x, length = float(state[0]), 2.0 * system.half_length
+    reach = 1.15 * length + WIDTH
+    parts = cart_parts(x, control, reach)
+    # in front of the cart, one before the other, as none touches the others
+    for i, angle in enumerate(np.asarray(state[2::2], dtype=float)):
+        away = -0.5 * WIDTH - POLE_GAP * (system.poles - i)
+        end = (x + length * np.sin(angle), away, length * np.cos(angle))
+        parts[f"pole {i + 1}"] = Rod((x, away, 0.0), end, 0.03, POLE_COLOURS[i % len(POLE_COLOURS)])
+    high = 1.2 * length
+    return Picture(parts, (x - reach, -0.6, -high), (x + reach, 0.4, high), labels=("position [m]", ""))

@@ -12,7 +12,7 @@ v' = w. The inputs of all steps are written into the rows before the first.
 import contextlib
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.core.rows import row_functions
 from warp_phys.systems import losses
 from warp_phys.systems.base import Simulator, System, SystemFunctions, SystemTypes
+from warp_phys.systems.drawing import Picture
 
 
 class Around(System):
@@ -146,10 +147,9 @@ class Extended(Around):
         more = np.random.default_rng(seed).standard_normal((len(own), size)).astype(numpy_type(real_type(dtype)))
         return np.concatenate([own, more], axis=1)
 
-    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Draw the system within."""
-        move, size = self.wrapped.sketch(axes), self.own_size
-        return lambda state, control=None: move(state[:size], control)
+    def picture(self, state: np.ndarray, control: np.ndarray | None = None) -> Picture:
+        """Return what the system within looks like."""
+        return self.wrapped.picture(state[: self.own_size], control)
 
 
 @functools.cache

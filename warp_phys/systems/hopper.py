@@ -1,7 +1,6 @@
 """A disc over a floor, whose contact goes from soft to stiff."""
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_choice, check_count
 from warp_phys.systems.base import System, SystemFunctions
+from warp_phys.systems.drawing import BLUE, INK, PALE, Line, Picture, Rod, cross
 from warp_phys.systems.integrators import INTEGRATORS, integrate
 
 
@@ -100,9 +100,9 @@ class Hopper(System):
         states[:, 1] += self.radius + 0.1
         return states.astype(dtype)
 
-    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Put disc, floor and target on matplotlib `axes`; return a function (state, control=None) that moves them."""
-        return _sketch(self, axes)
+    def picture(self, state: np.ndarray, control: np.ndarray | None = None) -> Picture:
+        """Return the disc in metres; a spoke shows its angle, a bar its lift."""
+        return _picture(self, state, control)
 
 
 @functools.cache
@@ -139,25 +139,19 @@ def _functions(system: Hopper, real: type) -> SystemFunctions:
     return SystemFunctions(integrate(hopper_rate, types, system.integrator, block=3), hopper_cost)
 
 
-def _sketch(system: Hopper, axes: Any) -> Callable[..., Sequence[Any]]:
-    """Draw in metres; the picture grows where the disc runs out of it. A spoke shows its angle, a line its lift."""
-    r = system.radius
-    axes.axhline(0.0, color="0.6", linewidth=1, zorder=0)
-    axes.plot(system.target, 0.0, "x", color="0.4", markersize=10, markeredgewidth=2, zorder=1)
-    (disc,) = axes.plot([], [], color="0.15", linewidth=2, zorder=4)
-    (spoke,) = axes.plot([], [], color="0.15", linewidth=2, zorder=4)
-    (lift,) = axes.plot([], [], color="C0", linewidth=2, zorder=3)
-    axes.set(aspect="equal", xlabel="x [m]", ylabel="z [m]")
-    circle = r * np.exp(1j * np.linspace(0.0, 2.0 * np.pi, 49))
-
-    def move(state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
-        x, z, angle = (float(number) for number in state[:3])
-        disc.set_data(x + circle.real, z + circle.imag)
-        spoke.set_data([x, x + r * np.cos(angle)], [z, z + r * np.sin(angle)])
-        push = 0.0 if control is None else float(np.clip(0.02 * control[0], -0.5, 0.5))
-        lift.set_data([x, x], [z, z + push])
-        reach = max(1.0, 1.2 * abs(system.target), 1.2 * abs(x), z)
-        axes.set(xlim=(-reach, reach), ylim=(-0.3 * reach, 1.2 * reach))
-        return [disc, spoke, lift]
-
-    return move
+def _picture(system: Hopper, state: np.ndarray, control: np.ndarray | None) -> Picture:
+    x, z, angle = (float(number) for number in state[:3])
+    r, deep = system.radius, 0.15 * system.radius
+    push = 0.0 if control is None else float(np.clip(0.02 * control[0], -0.5, 0.5))
+    reach = max(1.0, 1.2 * abs(system.target), 1.2 * abs(x), z)
+    spoke = (x + r * np.cos(angle), -2.0 * deep, z + r * np.sin(angle))
+    parts = {
+        "floor": Line(np.array([[-20.0, 0.0, 0.0], [20.0, 0.0, 0.0]]), PALE, 1.0),
+        "target": cross((system.target, 0.0, 0.0), 0.06),
+        "lift": Rod((x, 0.0, z), (x, 0.0, z + push), 0.03, BLUE),
+        "disc": Line(
+            np.array([[x + r * np.cos(a), 0.0, z + r * np.sin(a)] for a in np.linspace(0.0, 2.0 * np.pi, 49)]), INK, 3.0
+        ),
+        "spoke": Rod((x, 0.0, z), spoke, deep),
+    }
+    return Picture(parts, (-reach, -0.5, -0.3 * reach), (reach, 0.5, 1.2 * reach), labels=("x [m]", "z [m]"))

@@ -12,7 +12,6 @@ controller for the other (`gates_of_rows`).
 
 import functools
 import linecache
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +22,7 @@ import warp as wp
 from warp_phys.core.rows import row_functions
 from warp_phys.programs.trace import NATIVE
 from warp_phys.systems.base import System, SystemFunctions, SystemTypes
+from warp_phys.systems.drawing import Picture
 from warp_phys.systems.extended import Around
 
 
@@ -92,10 +92,9 @@ class HybridRows(Around):
         """Return initial rows."""
         return np.tile(self.physics.sample(batch, seed, dtype), 2)
 
-    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Draw the system."""
-        move, size = self.physics.sketch(axes), self.physics.state_size
-        return lambda state, control=None: move(state[:size], control)
+    def picture(self, state: np.ndarray, control: np.ndarray | None = None) -> Picture:
+        """Return what the system looks like."""
+        return self.physics.picture(state[: self.physics.state_size], control)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """A linear system with a quadratic cost: the problem whose best feedback is known."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +12,7 @@ from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.core.checks import check_finite_array, check_seed
 from warp_phys.errors import check_choice, check_count, shown
 from warp_phys.systems.base import System, SystemFunctions
+from warp_phys.systems.drawing import INK, PALE, Block, Line, Picture, Shape, Text
 from warp_phys.systems.integrators import integrate
 
 Rows = Sequence[Sequence[float]]
@@ -139,9 +140,9 @@ class LinearQuadratic(System):
         states[:, : len(self.A)] = np.random.default_rng(check_seed(seed)).uniform(-1.0, 1.0, (batch, len(self.A)))
         return states.astype(dtype)
 
-    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Put bars for states and controls on matplotlib `axes`; return a function (state, control=None) that moves."""
-        return _sketch(self, axes)
+    def picture(self, state: np.ndarray, control: np.ndarray | None = None) -> Picture:
+        """Return a bar per number: states dark, what was and what will be done light."""
+        return _picture(self, state, control)
 
 
 def _matrix(name: str, value: Any) -> np.ndarray:
@@ -236,22 +237,16 @@ def _functions(system: LinearQuadratic, real: type) -> SystemFunctions:
     return SystemFunctions(linear_step, quadratic_cost)
 
 
-def _sketch(system: LinearQuadratic, axes: Any) -> Callable[..., Sequence[Any]]:
-    """Draw a bar per number, states dark, what was and what will be done light; the picture grows with them."""
-    count, size = len(system.controls), len(system.A)
-    labels = [*(f"x{i + 1}" for i in range(size)), *(f"c{k + 1}" for k in range(count))]
-    bars = axes.bar(range(size + count), np.zeros(size + count), color=["0.25"] * size + ["0.65"] * count)
-    axes.axhline(0.0, color="0.6", linewidth=1)
-    axes.set_xticks(range(size + count), labels)
-
-    def move(state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
-        heights = np.array(state, dtype=float)
-        if control is not None:
-            heights[size:] = control
-        for bar, height in zip(bars, heights, strict=True):
-            bar.set_height(height)
-        reach = max(1.2, 1.2 * float(np.abs(heights).max()))
-        axes.set_ylim(-reach, reach)
-        return list(bars)
-
-    return move
+def _picture(system: LinearQuadratic, state: np.ndarray, control: np.ndarray | None) -> Picture:
+    size, count = len(system.A), len(system.controls)
+    heights = np.array(state, dtype=float)
+    if control is not None:
+        heights[size:] = control
+    reach = max(1.2, 1.2 * float(np.abs(heights).max()))
+    parts: dict[str, Shape] = {"zero": Line(np.array([[-0.6, 0.0, 0.0], [size + count - 0.4, 0.0, 0.0]]), PALE, 1.0)}
+    for i, height in enumerate(heights):
+        name, colour = (f"x{i + 1}", INK) if i < size else (f"c{i - size + 1}", PALE)
+        parts[name] = Block((i, 0.0, 0.5 * height), (0.7, 0.7, abs(height)), colour)
+        parts[f"name of {name}"] = Text((i, 0.0, -0.93 * reach), name)
+    ends = (-0.7, -0.5, -reach), (size + count - 0.3, 0.5, reach)
+    return Picture(parts, *ends, labels=("", "value"), equal=False)

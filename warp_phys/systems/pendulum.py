@@ -1,7 +1,6 @@
 """A chain of links on a cart: coupled and chaotic, by its mass matrix."""
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +11,8 @@ from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_choice, check_count
 from warp_phys.systems.base import System, SystemFunctions
-from warp_phys.systems.cartpole import WIDTH, sketch_cart, upright_cost
+from warp_phys.systems.cartpole import WIDTH, cart_parts, upright_cost
+from warp_phys.systems.drawing import BLUE, Ball, Picture, Rod
 from warp_phys.systems.integrators import INTEGRATORS, integrate
 from warp_phys.systems.solve import LARGEST, solve
 
@@ -86,9 +86,9 @@ class Pendulum(System):
         states[:, 2::2] = np.pi + states[:, 2::2] * (np.pi / 6.0)
         return states.astype(dtype)
 
-    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Put cart, chain, rail and force on matplotlib `axes`; return a function (state, control=None) that moves."""
-        return _sketch(self, axes)
+    def picture(self, state: np.ndarray, control: np.ndarray | None = None) -> Picture:
+        """Return cart and chain in metres; the picture follows the cart."""
+        return _picture(self, state, control)
 
 
 @functools.cache
@@ -166,18 +166,13 @@ def _rate(system: Pendulum, real: type) -> Any:
     return pendulum_rate
 
 
-def _sketch(system: Pendulum, axes: Any) -> Callable[..., Sequence[Any]]:
-    """Draw in metres; the picture follows the cart."""
-    length, reach = system.length, 1.15 * system.length * system.links + WIDTH
-    move_cart = sketch_cart(axes, reach)
-    (chain,) = axes.plot([], [], "o-", color="C0", linewidth=3, markersize=6, zorder=4)
-    axes.set(ylim=(-reach, reach))
-
-    def move(state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
-        x, angles = float(state[0]), np.asarray(state[2::2], dtype=float)
-        across, up = (np.cumsum([0.0, *length * part]) for part in (np.sin(angles), np.cos(angles)))
-        chain.set_data(x + across, up)
-        cart, *others = move_cart(x, control)
-        return [cart, chain, *others]
-
-    return move
+def _picture(system: Pendulum, state: np.ndarray, control: np.ndarray | None) -> Picture:
+    x, angles = float(state[0]), np.asarray(state[2::2], dtype=float)
+    reach = 1.15 * system.length * system.links + WIDTH
+    across, up = (np.cumsum([0.0, *system.length * part]) for part in (np.sin(angles), np.cos(angles)))
+    joints = np.stack([x + across, np.zeros(len(up)), up], axis=1)
+    parts = cart_parts(x, control, reach)
+    for number, (start, end) in enumerate(zip(joints[:-1], joints[1:], strict=True), 1):
+        parts[f"link {number}"] = Rod(start, end, 0.03, BLUE)
+        parts[f"joint {number}"] = Ball(end, 0.05, BLUE)
+    return Picture(parts, (x - reach, -0.4, -reach), (x + reach, 0.4, reach), labels=("position [m]", ""))

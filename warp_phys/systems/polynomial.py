@@ -1,7 +1,6 @@
 """One number that is pushed along a line: the two-parameter example, whose updates can be drawn."""
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_count
 from warp_phys.systems.base import System, SystemFunctions
+from warp_phys.systems.drawing import ABOVE, BLUE, PALE, Ball, Line, Picture, Rod, cross
 from warp_phys.systems.integrators import integrate
 
 SPREAD = 0.1
@@ -60,9 +60,9 @@ class Polynomial(System):
         offsets = np.random.default_rng(check_seed(seed)).uniform(-SPREAD, SPREAD, (batch, 1))
         return (self.start + offsets).astype(dtype)
 
-    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Put x, its target and its push on matplotlib `axes`; return a function (state, control=None) that moves."""
-        return _sketch(self, axes)
+    def picture(self, state: np.ndarray, control: np.ndarray | None = None) -> Picture:
+        """Return a line of numbers; a bar shows where the control leads."""
+        return _picture(self, state, control)
 
 
 @functools.cache
@@ -83,22 +83,15 @@ def _functions(system: Polynomial, real: type) -> SystemFunctions:
     return SystemFunctions(integrate(polynomial_rate, types, "euler"), polynomial_cost)
 
 
-def _sketch(system: Polynomial, axes: Any) -> Callable[..., Sequence[Any]]:
-    """Draw a line of numbers; the picture grows where x runs out of it. A thin line shows where the control leads."""
-    axes.axhline(0.0, color="0.6", linewidth=1, zorder=0)
-    axes.plot(system.target, 0.0, "x", color="0.4", markersize=14, markeredgewidth=2, zorder=1)
-    (point,) = axes.plot([], [], "o", color="0.15", markersize=14, zorder=3)
-    (push,) = axes.plot([], [], color="0.15", linewidth=2, zorder=2)
-    least = 1.25 * max(1.0, abs(system.target), abs(system.start))
-    axes.set(ylim=(-1, 1), yticks=[], xlabel="x")
-
-    def move(state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
-        x = float(state[0])
-        led = x if control is None else x + system.dt * float(control[0])
-        point.set_data([x], [0.0])
-        push.set_data([x, led], [0.0, 0.0])
-        reach = max(least, 1.1 * abs(x))
-        axes.set_xlim(-reach, reach)
-        return [point, push]
-
-    return move
+def _picture(system: Polynomial, state: np.ndarray, control: np.ndarray | None) -> Picture:
+    x = float(state[0])
+    led = x if control is None else x + system.dt * float(control[0])
+    reach = max(1.25 * max(1.0, abs(system.target), abs(system.start)), 1.1 * abs(x))
+    size = 0.05 * reach
+    parts = {
+        "axis": Line(np.array([[-20.0, 0.0, 0.0], [20.0, 0.0, 0.0]]), PALE, 1.0),
+        "target": cross((system.target, 0.0, 0.0), size, ABOVE),
+        "push": Rod((x, 0.0, 0.0), (led, 0.0, 0.0), 0.2 * size, BLUE),
+        "point": Ball((x, 0.0, 0.0), size),
+    }
+    return Picture(parts, (-reach, -0.5, -0.4 * reach), (reach, 0.5, 0.4 * reach), labels=("x", ""))

@@ -1,7 +1,6 @@
 """A drone with two rotors in a vertical plane."""
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from warp_phys.core.arrays import numpy_type, real_type
 from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_choice, check_count
 from warp_phys.systems.base import System, SystemFunctions
+from warp_phys.systems.drawing import BLUE, Cone, Picture, Rod, Shape, cross
 from warp_phys.systems.integrators import INTEGRATORS, integrate
 
 
@@ -86,9 +86,9 @@ class Quadrotor(System):
         reach = np.array([1.0, 1.0, 0.5, 0.5, 0.5, 0.5])
         return (np.random.default_rng(check_seed(seed)).uniform(-1.0, 1.0, (batch, 6)) * reach).astype(dtype)
 
-    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Put body, thrusts and target on matplotlib `axes`; return a function (state, control=None) that moves."""
-        return _sketch(self, axes)
+    def picture(self, state: np.ndarray, control: np.ndarray | None = None) -> Picture:
+        """Return the quadrotor in metres; bars show each rotor's thrust."""
+        return _picture(self, state, control)
 
 
 @functools.cache
@@ -120,24 +120,18 @@ def _functions(system: Quadrotor, real: type) -> SystemFunctions:
     return SystemFunctions(integrate(quadrotor_rate, types, system.integrator, block=3), quadrotor_cost)
 
 
-def _sketch(system: Quadrotor, axes: Any) -> Callable[..., Sequence[Any]]:
-    """Draw in metres; the picture grows where the quadrotor runs out of it. Lines show each rotor's thrust."""
-    axes.plot(system.target_x, system.target_z, "x", color="0.4", markersize=10, markeredgewidth=2, zorder=1)
-    (body,) = axes.plot([], [], color="0.15", linewidth=4, solid_capstyle="round", zorder=4)
-    thrusts = [axes.plot([], [], color="C0", linewidth=2, zorder=3)[0] for _ in range(2)]
-    axes.set(aspect="equal", xlabel="x [m]", ylabel="z [m]")
+def _picture(system: Quadrotor, state: np.ndarray, control: np.ndarray | None) -> Picture:
+    x, z, pitch = (float(number) for number in state[:3])
+    centre = np.array([x, 0.0, z])
+    along, up = np.array([np.cos(pitch), 0.0, np.sin(pitch)]), np.array([-np.sin(pitch), 0.0, np.cos(pitch)])
     hover = 0.5 * system.mass * system.gravity
-
-    def move(state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
-        centre, pitch = np.asarray(state[:2], dtype=float), float(state[2])
-        along, up = np.array([np.cos(pitch), np.sin(pitch)]), np.array([-np.sin(pitch), np.cos(pitch)])
-        rotors = [centre - system.arm * along, centre + system.arm * along]
-        body.set_data(*np.stack(rotors).T)
-        pushes = hover + np.zeros(2) if control is None else hover + np.asarray(control, dtype=float)
-        for line, rotor, push in zip(thrusts, rotors, pushes, strict=True):
-            line.set_data(*np.stack([rotor, rotor + np.clip(0.1 * push, -1.0, 1.0) * up]).T)
-        reach = max(1.5, 1.2 * float(np.abs(centre).max()), 1.2 * abs(system.target_x), 1.2 * abs(system.target_z))
-        axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
-        return [body, *thrusts]
-
-    return move
+    pushes = hover + (np.zeros(2) if control is None else np.asarray(control, dtype=float))
+    parts: dict[str, Shape] = {
+        "target": cross((system.target_x, 0.0, system.target_z), 0.1),
+        "body": Rod(centre - system.arm * along, centre + system.arm * along, 0.05),
+    }
+    for number, (side, push) in enumerate(zip((-1.0, 1.0), pushes, strict=True), 1):
+        rotor = centre + side * system.arm * along
+        parts[f"thrust {number}"] = Cone(rotor, rotor + np.clip(0.1 * push, -1.0, 1.0) * up, 0.06, BLUE)
+    reach = max(1.5, 1.2 * max(abs(x), abs(z), abs(system.target_x), abs(system.target_z)))
+    return Picture(parts, (-reach, -0.5, -reach), (reach, 0.5, reach), labels=("x [m]", "z [m]"))

@@ -1,7 +1,6 @@
 """A particle in a box whose potential is tilted by the control."""
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +13,7 @@ from warp_phys.core.rows import scalar_name
 from warp_phys.errors import check_count
 from warp_phys.programs.native_physics import lanes_of
 from warp_phys.systems.base import MOST_PARTS, System, SystemFunctions
+from warp_phys.systems.drawing import GREY, INK, PALE, Line, Picture, Shape
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class Quantum(System):
         psi = amplitudes @ np.stack([self.eigenstate(1), self.eigenstate(2)])
         return np.stack([psi.real, psi.imag], axis=2).reshape(batch, -1).astype(dtype)
 
-    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Put |ψ|², its target and the tilted well on matplotlib `axes`; return a function (state, control=None)."""
-        return _sketch(self, axes)
+    def picture(self, state: np.ndarray, control: np.ndarray | None = None) -> Picture:
+        """Return |ψ|² over the position, coloured by the phase; the control tilts the floor, in a scale of its own."""
+        return _picture(self, state, control)
 
 
 class _Algebra(NamedTuple):
@@ -245,22 +245,30 @@ def _cost(system: Quantum, real: type) -> Any:
     return quantum_cost
 
 
-def _sketch(system: Quantum, axes: Any) -> Callable[..., Sequence[Any]]:
-    """Draw densities per length over the position; the well's floor is tilted by the control, in a scale of its own."""
+def _picture(system: Quantum, state: np.ndarray, control: np.ndarray | None) -> Picture:
     x, scale = system.positions, (system.points + 1) / 2.0
-    edges = np.concatenate([[0.0], x, [2.0]])
-    density = np.concatenate([[0.0], system.eigenstate(system.target) ** 2 * scale, [0.0]])
-    axes.plot(edges, density, "--", color="0.6", linewidth=1.5, label=f"target {system.target}")
-    (curve,) = axes.plot([], [], color="0.15", linewidth=2, label="|ψ|²")
-    (floor,) = axes.plot([], [], color="0.45", linewidth=1)
-    axes.set(xlim=(0, 2), ylim=(-1.2, 3), xlabel="position", ylabel="density")
-    axes.legend(loc="upper right", frameon=False)
+    psi = np.asarray(state, dtype=float).reshape(-1, 2) @ np.array([1.0, 1j])
+    density, colours = np.abs(psi) ** 2 * scale, phase_colours(np.angle(psi))
+    wanted = system.eigenstate(system.target) ** 2 * scale
+    tilt = 0.0 if control is None else float(np.clip(0.05 * control[0], -0.4, 0.4))
 
-    def move(state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
-        parts = np.asarray(state, dtype=float).reshape(-1, 2)
-        curve.set_data(edges, np.concatenate([[0.0], (parts**2).sum(1) * scale, [0.0]]))
-        tilt = 0.0 if control is None else float(np.clip(0.05 * control[0], -0.4, 0.4))
-        floor.set_data([0.0, 2.0], [-0.6 - tilt, -0.6 + tilt])
-        return [curve, floor]
+    def over(heights: np.ndarray) -> np.ndarray:
+        ends = np.concatenate([[0.0], x, [2.0]])
+        return np.stack([ends, np.zeros_like(ends), np.concatenate([[0.0], heights, [0.0]])], axis=1)
 
-    return move
+    feet = np.stack([x, np.zeros_like(x), np.zeros_like(x)], axis=1)
+    bars = np.stack([feet, over(density)[1:-1], np.full_like(feet, np.nan)], axis=1).reshape(-1, 3)
+    parts: dict[str, Shape] = {
+        "floor": Line(np.array([[0.0, 0.0, -0.6 - tilt], [2.0, 0.0, -0.6 + tilt]]), GREY, 2.0),
+        "walls": Line(np.array([[0, 0, -1], [0, 0, 3], [np.nan] * 3, [2, 0, -1], [2, 0, 3]], dtype=float), PALE, 1.5),
+        "phase": Line(bars, np.repeat(colours, 3, axis=0), 7.0),
+        "target": Line(over(wanted), PALE, 2.5),
+        "density": Line(over(density), INK, 2.5),
+    }
+    ends = (0.0, -0.3, -1.2), (2.0, 0.3, 3.0)
+    return Picture(parts, *ends, labels=("position", "density"), equal=False)
+
+
+def phase_colours(phase: np.ndarray) -> np.ndarray:
+    """Return a colour per angle, shape (N, 3): 0 is red, a third of a turn green, two thirds blue."""
+    return 0.5 + 0.45 * np.cos(np.asarray(phase)[..., None] - 2.0 * np.pi / 3.0 * np.arange(3))

@@ -1,7 +1,6 @@
 """Drivers that steer evaders by frightening them."""
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_choice, check_count
 from warp_phys.programs.native_physics import lanes_of
 from warp_phys.systems.base import MOST_PARTS, System, SystemFunctions
+from warp_phys.systems.drawing import ABOVE, INK, PALE, Ball, Cone, Line, Picture, Shape, cross
 from warp_phys.systems.integrators import INTEGRATORS, integrate
 
 
@@ -110,9 +110,9 @@ class Repulsion(System):
         states[:, self.drivers :, :2] = _annulus(generator, 1.0, (batch, 1)) + offsets
         return states.reshape(batch, -1).astype(dtype)
 
-    def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
-        """Put drivers, evaders and target on matplotlib `axes`; return a function (state, control=None) that moves."""
-        return _sketch(self, axes)
+    def picture(self, state: np.ndarray, control: np.ndarray | None = None) -> Picture:
+        """Return the ground in metres, from above; lines show where each driver pushes itself."""
+        return _picture(self, state, control)
 
 
 def _annulus(generator: np.random.Generator, inner: float, shape: tuple[int, ...]) -> np.ndarray:
@@ -236,28 +236,23 @@ def _cost(system: Repulsion, real: type) -> Any:
     return repulsion_cost
 
 
-def _sketch(system: Repulsion, axes: Any) -> Callable[..., Sequence[Any]]:
-    """Draw in metres; the picture grows where agents run out of it. Lines show where each driver pushes itself."""
-    axes.plot(system.target_x, system.target_y, "x", color="0.4", markersize=10, markeredgewidth=2, zorder=1)
-    (drivers,) = axes.plot([], [], "^", color="0.15", markersize=9, zorder=4)
-    (evaders,) = axes.plot([], [], "o", color="0.6", markeredgecolor="0.3", markersize=7, zorder=3)
-    pushes = [axes.plot([], [], color="0.15", linewidth=1, zorder=2)[0] for _ in range(system.drivers)]
-    axes.set(aspect="equal", xlim=(-5, 5), ylim=(-5, 5), xlabel="x [m]", ylabel="y [m]")
-
-    def move(state: np.ndarray, control: np.ndarray | None = None) -> Sequence[Any]:
-        agents = np.asarray(state, dtype=float).reshape(-1, 4)[:, :2]
-        dogs, sheep = agents[: system.drivers], agents[system.drivers :]
-        drivers.set_data(*dogs.T)
-        evaders.set_data(*sheep.T)
-        for i, line in enumerate(pushes):
-            push = np.zeros(2)
-            if control is not None:
-                rho = dogs[i] - sheep.sum(0)
-                push = control[2 * i] * rho + control[2 * i + 1] * np.array([-rho[1], rho[0]])
-                push *= min(1.0, 1.0 / (np.hypot(*push) + 1e-9)) * 0.8
-            line.set_data(*np.stack([dogs[i], dogs[i] + push]).T)
-        reach = max(5.0, 1.1 * float(np.abs(agents).max()))
-        axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
-        return [drivers, evaders, *pushes]
-
-    return move
+def _picture(system: Repulsion, state: np.ndarray, control: np.ndarray | None) -> Picture:
+    agents = np.asarray(state, dtype=float).reshape(-1, 4)
+    flock = agents[system.drivers :, :2].sum(0)
+    parts: dict[str, Shape] = {"target": cross((system.target_x, system.target_y, 0.02), 0.25, ABOVE)}
+    for i, (x, y, vx, vy) in enumerate(agents[: system.drivers]):
+        push = np.zeros(2)
+        if control is not None:
+            rho = np.array([x, y]) - flock
+            push = control[2 * i] * rho + control[2 * i + 1] * np.array([-rho[1], rho[0]])
+            push *= min(1.0, 1.0 / (np.hypot(*push) + 1e-9)) * 0.8
+        speed = float(np.hypot(vx, vy))
+        ahead = np.array([vx, vy, 0.0]) / speed if speed > 1e-6 else np.array([0.0, 1.0, 0.0])
+        at = np.array([x, y, 0.2])
+        parts[f"push {i + 1}"] = Line(np.array([[x, y, 0.2], [x + push[0], y + push[1], 0.2]]), INK, 2.0)
+        parts[f"driver {i + 1}"] = Cone(at - 0.25 * ahead, at + 0.4 * ahead, 0.2)
+    for i, (x, y, _, _) in enumerate(agents[system.drivers :]):
+        parts[f"evader {i + 1}"] = Ball((x, y, 0.2), 0.2, PALE)
+    reach = max(5.0, 1.1 * float(np.abs(agents[:, :2]).max()))
+    ends = (-reach, -reach, 0.0), (reach, reach, 0.5)
+    return Picture(parts, *ends, view=ABOVE, labels=("x [m]", "y [m]"))

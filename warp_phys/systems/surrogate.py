@@ -8,7 +8,7 @@ from warp_phys.core.checks import check_instance
 from warp_phys.core.gate import active_tape
 from warp_phys.systems.base import Simulator
 
-SHARED = ("sample", "loss", "sketch", "draw", "worlds", "dtype", "device", "time_average")
+SHARED = ("sample", "loss", "picture", "sketch", "draw", "worlds", "dtype", "device", "time_average")
 """What a surrogate has of its simulators: of the one that steps, or else of the other."""
 
 

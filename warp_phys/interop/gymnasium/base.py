@@ -95,8 +95,8 @@ class BatchEnv(VectorEnv):
 
 def check_render_mode(mode: str | None, system: System) -> str | None:
     """Return a render mode, or raise a ValueError that lists them, or that says that the system cannot be drawn."""
-    if mode is not None and type(system).sketch is System.sketch:
-        raise ValueError(f"render_mode must be None: {type(system).__name__} has no method sketch(axes) to be drawn by")
+    if mode is not None and type(system).picture is System.picture:
+        raise ValueError(f"render_mode must be None: {type(system).__name__} has no method picture to be drawn by")
     return None if mode is None else check_choice("render_mode", mode, RENDER_MODES)
 
 
