@@ -28,7 +28,7 @@ from controllers.settings import check_setting
 from demos.experiments import memory, rules
 from demos.experiments.pool import locked
 from demos.experiments.published import parse_seeds
-from demos.experiments.study import Study, Trial, load, perform, write_results
+from demos.experiments.study import Study, Trial, load, load_all, perform, write_results
 from demos.outputs import check_folder
 
 STUDIES: dict[str, Study] = {"memory": memory.STUDY, "rules": rules.STUDY}
@@ -96,7 +96,7 @@ def run(study: str, settings: Settings) -> int:
                 words = " ".join(map(shlex.quote, sys.argv[1:]))
                 print(f"Stopped; to go on:\n    python -m demos.study {words}", file=sys.stderr)
                 return 128 + received[0] if received else 0
-        found = [outcome for trial in plan if (outcome := load(trial, out))]
+        found = load_all(STUDIES[study], out, settings.epochs)
         print("\n".join(map(str, write_results(STUDIES[study], found, Path(settings.out), study))))
     return 0
 

@@ -1,5 +1,6 @@
 """Other rules against the published C: trainings as published whose backward pass is none of the named flows."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,6 +108,10 @@ class RuleLoop(Loop):
             self.losses[self.minibatch] += self.walk(states) if is_balanced else self.agree_with_any(states)
             self.optimiser.step()
             self.minibatch += 1
+
+    def evaluate(self, initial_states: torch.Tensor) -> float:
+        """Mean loss over test states; that over training states is not asked for."""
+        return math.nan if initial_states is self.train_states else super().evaluate(initial_states)
 
     def agree_with_any(self, initial_states: torch.Tensor) -> torch.Tensor:
         """Leave M in the gradients where it agrees with R or with the other flow; return the loss."""

@@ -189,6 +189,20 @@ def load(trial: Trial, out: Path) -> Outcome | None:
     return Outcome(trial, points, diverged)
 
 
+def load_all(study: Study, out: Path, epochs: int = 0) -> list[Outcome]:
+    """Read all runs of a study that are done, whichever call they are of, in the order of panels, lines and seeds.
+
+    Raises:
+        ValueError: As `load`, where they shall have `epochs`, or those of their panels if 0.
+    """
+    found = []
+    for name, panel in study.panels.items():
+        for line in panel.lines:
+            seeds = sorted(int(path.stem.partition("-")[2]) for path in out.glob(f"{name}/{line}/seed-*.csv"))
+            found += [load(study.make(name, line, epochs or panel.epochs, seed), out) for seed in seeds]
+    return [outcome for outcome in found if outcome is not None]
+
+
 def groups(study: Study, outcomes: Sequence[Outcome]) -> Iterator[tuple[str, dict[str, list[Outcome]]]]:
     """The runs of each panel, by line, both in the order of the study."""
     for name, panel in study.panels.items():

@@ -96,6 +96,8 @@ def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert states == ["to", "to", "finished"]
     assert command.main(arguments) == 0
     assert "1 of 2: easy/a/seed-0" in capsys.readouterr().err
+    assert command.main([*arguments[:2], "2,", *arguments[3:], "--panel", "hard"]) == 0
+    assert "| method | 0 | 2 | median |" in (tmp_path / "made.md").read_text()  # runs of all calls
     assert command.main([*arguments, "--epochs", "9"]) == 2
     assert "choose another out" in capsys.readouterr().err
 
