@@ -270,7 +270,11 @@ def draw(study: Study, outcomes: Sequence[Outcome]) -> Figure:
     found = list(groups(study, outcomes))
     columns = min(2, max(1, len(found)))
     rows = max(1, -(-len(found) // columns))
-    figure = Figure(figsize=(4.4 * columns, 0.9 + 2.8 * rows), layout="constrained")
+    used = [line for line in study.lines if any(line in lines for _, lines in found)]
+    width = 4.4 * columns if columns > 1 else 5.6
+    ncols = min(len(used), int(width / 2.6)) or 1
+    height = 0.6 + 2.8 * rows + 0.2 * -(-len(used) // ncols)
+    figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (name, lines) in zip(panels, found, strict=False):
         for line, runs in lines.items():
@@ -284,12 +288,10 @@ def draw(study: Study, outcomes: Sequence[Outcome]) -> Figure:
         axes.set(xlabel="epoch", ylabel="test loss")
     for axes in panels[len(found) :]:
         axes.remove()
-    used = [line for line in study.lines if any(line in lines for _, lines in found)]
     handles = [
         Line2D([], [], label=title, color=colour, linestyle=dashes, linewidth=1.6)
         for title, colour, dashes in (study.lines[line] for line in used)
     ]
-    ncols = min(len(used), 3) or 1
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, handlelength=3, fontsize=9)
     counts = [len(runs) for _, lines in found for runs in lines.values()] or [0]
     figure.suptitle(f"{study.title}: median and quartiles of {_span(counts)} seeds", fontsize=10)
