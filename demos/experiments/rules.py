@@ -164,7 +164,7 @@ def make_trial(experiment: str, level: float, shuffle: bool, epochs: int, rule: 
         def record(line: Record) -> None:
             progress(Point(line.test_loss, seconds=line.seconds))
 
-        return RuleLoop(settings, RULES[rule]).run(stop, record, None)
+        return RuleLoop(settings, RULES[rule]).run(stop, (record,), None)
 
     return Trial(f"{experiment}-shuffled" if shuffle else experiment, rule, seed, epochs, train)
 
