@@ -117,7 +117,7 @@ def to_rgb(colour: str) -> tuple[int, int, int]:
 def turn_up(along: np.ndarray) -> np.ndarray:
     """Return the quaternion (w, x, y, z) that turns the z axis to a direction.
 
-    >>> turn_up(np.array([0.0, 0.0, 2.0]))
+    >>> turn_up(np.array([0.0, 0.0, 2.0])) + 0.0
     array([1., 0., 0., 0.])
     """
     x, y, z = along / max(float(np.linalg.norm(along)), 1e-12)
