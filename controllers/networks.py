@@ -1,8 +1,9 @@
 """Small networks that steer a system: any torch module mapping states (B, D) to controls (B, K) will do as well."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from warp_phys.core.checks import check_seed
@@ -145,15 +146,130 @@ SMALLEST_GRID = 7
 """Points that two layers of kernel 3 and stride 2 need."""
 
 
+class GRU(torch.nn.Module):
+    """A gated recurrent unit that remembers, and dense layers behind it: h' = GRU(x, h), c = MLP(h').
+
+    Its `forward(x, h)` returns (c, h'), as a rollout with a memory of so many units asks for.
+
+    Args:
+        system: Anything with `state_size` D and `control_size` K.
+        units: Numbers H that it remembers.
+        hidden: As for `MLP`, of the layers behind the unit.
+        activation: As for `MLP`.
+        init: As for `MLP`, of the layers behind the unit; the unit starts as torch's.
+        seed: As for `MLP`.
+
+    Raises:
+        TypeError, ValueError: An argument is not one of the above.
+
+    >>> from types import SimpleNamespace
+    >>> c, h = GRU(SimpleNamespace(state_size=6, control_size=1), 16, seed=0)(torch.zeros(8, 6), torch.zeros(8, 16))
+    >>> c.shape, h.shape
+    (torch.Size([8, 1]), torch.Size([8, 16]))
+    """
+
+    def __init__(
+        self,
+        system: Sized,
+        units: int,
+        hidden: Sequence[int] = (),
+        activation: str = "tanh",
+        init: str = "glorot",
+        seed: int | None = None,
+    ) -> None:
+        check_network((units,), activation, init, seed)
+        super().__init__()
+        self.cell = torch.nn.utils.skip_init(torch.nn.GRUCell, system.state_size, units)
+        self.layers = MLP(_Sizes(units, system.control_size), hidden, activation, init, seed)
+        # Numbers of their own: the layers draw from a generator of this seed, too.
+        generator = None
+        if seed is not None:
+            generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]))
+        with torch.no_grad():
+            for parameter in self.cell.parameters():
+                parameter.uniform_(-(units**-0.5), units**-0.5, generator=generator)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return controls (B, K), and what is remembered now (B, H)."""
+        h = self.cell(x, h)
+        return self.layers(h), h
+
+
+class _Sizes(NamedTuple):
+    """The sizes of a network."""
+
+    state_size: int
+    control_size: int
+
+
+class WithInputs(torch.nn.Module):
+    """A network that takes the inputs of a step as further components of the state: `forward(x, w)`."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """Return controls (B, K)."""
+        controls: torch.Tensor = self.network(torch.cat([x, w], dim=1))
+        return controls
+
+
+class RecurrentWithInputs(torch.nn.Module):
+    """The same of a network with a memory: `forward(x, w, h)`."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return controls (B, K), and what is remembered now (B, H)."""
+        controls, remembered = self.network(torch.cat([x, w], dim=1), h)
+        return controls, remembered
+
+
 def make_network(
-    kind: str, system: Sized, hidden: Sequence[int], activation: str, init: str, seed: int | None
+    kind: str,
+    system: Sized,
+    hidden: Sequence[int],
+    activation: str,
+    init: str,
+    seed: int | None,
+    inputs: int = 0,
+    memory: int = 0,
 ) -> torch.nn.Module:
-    """Return a network of `NETWORKS`; "auto" is a GridCNN for a system on a grid, an MLP otherwise."""
+    """Return a network by name, see `check_kind`; one that is given `inputs` numbers a step, and remembers `memory`."""
+    kind = check_kind(kind, system, inputs, memory)
+    if kind == "grid-cnn":
+        return GridCNN(system, activation=activation, init=init, seed=seed)
+    sizes = _Sizes(system.state_size + inputs, system.control_size) if inputs else system
+    if kind == "gru":
+        recurrent = GRU(sizes, memory, hidden, activation, init, seed)
+        return RecurrentWithInputs(recurrent) if inputs else recurrent
+    dense = MLP(sizes, hidden, activation, init, seed)
+    return WithInputs(dense) if inputs else dense
+
+
+def check_kind(kind: str, system: Sized, inputs: int, memory: int) -> str:
+    """Return which network this is, "auto" resolved: a GRU with a memory, a GridCNN for a system on a grid, or an MLP.
+
+    Raises:
+        ValueError: It cannot take inputs, or the memory does not fit.
+
+    >>> check_kind("dense", None, inputs=0, memory=8)
+    Traceback (most recent call last):
+        ...
+    ValueError: memory needs network gru or auto, a network dense remembers nothing, got memory 8
+    """
     if kind == "auto":
-        kind = "grid-cnn" if hasattr(system, "points") else "dense"
-    if kind == "dense":
-        return MLP(system, hidden, activation, init, seed)
-    return GridCNN(system, activation=activation, init=init, seed=seed)
+        kind = "gru" if memory else "grid-cnn" if hasattr(system, "points") else "dense"
+    if kind != "gru" and memory:
+        raise ValueError(f"memory needs network gru or auto, a network {kind} remembers nothing, got memory {memory}")
+    if kind == "gru" and not memory:
+        raise ValueError("network gru needs memory, its units, got memory 0")
+    if kind == "grid-cnn" and inputs:
+        raise ValueError("inputs are not for a network grid-cnn, whose layers see the grid alone: choose dense or gru")
+    return kind
 
 
 def check_network(hidden: Sequence[int], activation: str, init: str, seed: int | None = None) -> None:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from controllers.networks import check_network
+from controllers.networks import check_kind, check_network
+from controllers.signals import check_signals, draw_signals
+from controllers.tracking import tracking
 from warp_phys.core.checks import check_flag
 from warp_phys.errors import shown
 from warp_phys.flow import memory_in, resolve
@@ -43,8 +45,23 @@ class Training:
     flow: str = "combined"
     """Gradient flow by name or letter: regular R, modified M, stopped S, controller N, combined C; geometric and minmod
     combine M and R by other rules, averaged compares M with a running average of R, either with both."""
-    network: Literal["auto", "dense", "grid-cnn"] = "auto"
-    """Network: dense layers, convolutions over a grid, or auto: the latter for a system on a grid."""
+    network: Literal["auto", "dense", "grid-cnn", "gru"] = "auto"
+    """Network: dense layers, convolutions over a grid, a gated recurrent unit (GRU) with dense layers behind it, or
+    auto: the last where there is a memory, convolutions for a system on a grid, else dense layers."""
+    memory: int = 0
+    """Units of a gated recurrent unit by which the controller remembers; 0 for none."""
+    inputs: tuple[str, ...] = ()
+    """What the controller is given at every step besides the state, drawn anew for every sample: clock (from 0 to 1),
+    noise (standard normal numbers), and one reference for the component track: sine (a wave of random phase), or steps
+    (random levels)."""
+    track: str = ""
+    """Component of the state that shall follow the reference, by name without unit."""
+    tracking_cost: float = 1.0
+    """Weight of the squared distance from the reference, which the system's own cost is added to."""
+    amplitude: float = 1.0
+    """Amplitude of the reference, in units of the component."""
+    period: int = 50
+    """Time steps of a wave, or of one level, of the reference."""
     hidden: tuple[int, ...] = (100, 100)
     """Widths of the hidden layers of a dense network; none for a linear controller."""
     activation: str = "tanh"
@@ -78,7 +95,7 @@ class Training:
     clip_at: float = 1.0
     """Largest component, or largest norm, that clipping leaves."""
     seed: int = 0
-    """One seed for weights, training states, test states and shuffling."""
+    """One seed for weights, training states, test states, shuffling and inputs."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1."""
     threads: int = 1
@@ -90,13 +107,23 @@ class Training:
 
     def __post_init__(self) -> None:
         """Check every setting; store names in full and the system's parameters complete."""
-        for name in ("steps", "epochs", "batch", "accumulate", "train_states", "test_states", "checkpoint_every"):
+        for name in (
+            "steps",
+            "epochs",
+            "batch",
+            "accumulate",
+            "train_states",
+            "test_states",
+            "checkpoint_every",
+            "period",
+        ):
             check_setting(name, getattr(self, name), int, at_least=1)
-        for name in ("seed", "threads"):
+        for name in ("seed", "threads", "memory"):
             check_setting(name, getattr(self, name), int, at_least=0)
-        for name in ("rate", "epsilon", "clip_at"):
+        for name in ("rate", "epsilon", "clip_at", "amplitude"):
             check_setting(name, getattr(self, name), float, above=0)
-        check_setting("control_cost", self.control_cost, float, at_least=0)
+        for name in ("control_cost", "tracking_cost"):
+            check_setting(name, getattr(self, name), float, at_least=0)
         if not isinstance(self.betas, (list, tuple)) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {shown(self.betas)}")
         for beta in self.betas:
@@ -109,6 +136,7 @@ class Training:
         if not isinstance(self.out, str):
             raise TypeError(f"out must be text, the name of a folder, got {shown(self.out)}")
         check_network(self.hidden, self.activation, self.init)
+        check_signals(self.inputs, self.track)
         if self.train_states % self.batch:
             raise ValueError(f"batch must divide train_states ({self.train_states}), got {self.batch}")
         if self.accumulate > self.batch:
@@ -120,8 +148,10 @@ class Training:
         set_field = object.__setattr__
         set_field(self, "hidden", tuple(self.hidden))
         set_field(self, "betas", tuple(self.betas))
+        set_field(self, "inputs", tuple(self.inputs))
         set_field(self, "flow", resolve(self.flow).name)
-        set_field(self, "parameters", parameters_of(self.make_system()))
+        set_field(self, "parameters", parameters_of(make_system(self.system, self.parameters)))
+        check_kind(self.network, self.make_system(), len(self.inputs), self.memory)
 
     def rate_at(self, epoch: int) -> float:
         """The learning rate of an epoch, the first one being 0.
@@ -134,8 +164,21 @@ class Training:
         return self.rate * 0.5 * (1.0 + math.cos(math.pi * epoch / self.epochs))
 
     def make_system(self) -> Any:
-        """The system with its parameters."""
-        return make_system(self.system, self.parameters)
+        """The system with its parameters, and with a reference where it has one to follow."""
+        system = make_system(self.system, self.parameters)
+        return tracking(system, self.track, self.tracking_cost) if self.track else system
+
+    def draw_inputs(self, samples: int, *key: int) -> np.ndarray:
+        """The inputs of some samples, shape (samples, steps, inputs): a function of seed and key.
+
+        A resumed run needs no memory of them. The key has one number for the states that are evaluated, training states
+        0 and test states 1; two for those of a minibatch, its epoch and its place there.
+
+        >>> Training(inputs=("noise",), steps=5).draw_inputs(3, 0).shape
+        (3, 5, 1)
+        """
+        draw = np.random.default_rng(np.random.SeedSequence(derive_seeds(self.seed).inputs, spawn_key=key))
+        return draw_signals(self.inputs, draw, samples, self.steps, self.amplitude, self.period)
 
 
 def make_system(name: str, parameters: Mapping[str, Any]) -> Any:
@@ -164,15 +207,16 @@ class Seeds(typing.NamedTuple):
     train_states: int
     test_states: int
     shuffle: int
+    inputs: int
 
 
 def derive_seeds(seed: int) -> Seeds:
     """Derive all seeds of a training from its one seed, by numpy's `SeedSequence`.
 
     >>> derive_seeds(0)
-    Seeds(weights=2968811710, train_states=3677149159, test_states=745650761, shuffle=2884920346)
+    Seeds(weights=2968811710, train_states=3677149159, test_states=745650761, shuffle=2884920346, inputs=2642120001)
     """
-    return Seeds(*map(int, np.random.SeedSequence(seed).generate_state(4)))
+    return Seeds(*map(int, np.random.SeedSequence(seed).generate_state(len(Seeds._fields))))
 
 
 def choices(kind: type) -> dict[str, tuple[str, ...]]:

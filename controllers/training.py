@@ -138,9 +138,9 @@ class Loop:
         self.device = torch.device(settings.device)
         dtype = getattr(torch, settings.precision)
         self.system = settings.make_system()
-        network = make_network(
-            settings.network, self.system, settings.hidden, settings.activation, settings.init, self.seeds.weights
-        )
+        layers = settings.hidden, settings.activation, settings.init, self.seeds.weights
+        sizes = len(settings.inputs), settings.memory
+        network = make_network(settings.network, self.system, *layers, *sizes)
         self.controller = network.to(self.device, dtype)
         self.parameters = list(self.controller.parameters())
         self.optimiser = torch.optim.Adam(
@@ -152,7 +152,11 @@ class Loop:
             steps=settings.steps,
             flow=resolve(settings.flow),
             device=settings.device,
+            # In kernels from the first pass on, not after a few, so that a resumed run has the same bits.
+            backend="fused" if self.device.type == "cpu" and any(sizes) else "auto",
             reduce=self.ranks.sum if self.ranks.world > 1 else None,
+            memory=settings.memory,
+            inputs=len(settings.inputs),
         )
         clipping = settings.clip, settings.clip_at
         graph = graph and self.device.type == "cpu"
@@ -164,6 +168,8 @@ class Loop:
                 (settings.test_states, self.seeds.test_states),
             )
         )
+        self.train_inputs = self.draw_inputs(settings.train_states, 0)
+        self.test_inputs = self.draw_inputs(settings.test_states, 1)
         self.records: list[Record] = []
         self.report = Report()  # of the last update, all its parts
         self.minibatch = 0
@@ -179,7 +185,8 @@ class Loop:
                 self.seconds = time.perf_counter() - start
                 self.ranks.sum(self.losses)
                 return False
-            train_loss, test_loss = self.evaluate(self.train_states), self.evaluate(self.test_states)
+            train_loss = self.evaluate(self.train_states, self.train_inputs)
+            test_loss = self.evaluate(self.test_states, self.test_inputs)
             self.seconds = time.perf_counter() - start
             self.records.append(self.make_record(train_loss, test_loss))
             self.minibatch = 0
@@ -212,32 +219,43 @@ class Loop:
         seed = np.random.SeedSequence([self.seeds.shuffle, len(self.records)])
         return torch.as_tensor(np.random.default_rng(seed).permutation(self.settings.train_states))
 
+    def draw_inputs(self, samples: int, *key: int) -> torch.Tensor:
+        """Inputs of some samples, shape (samples, steps, inputs), see `Training.draw_inputs`."""
+        return torch.as_tensor(self.settings.draw_inputs(samples, *key)).to(self.train_states)
+
+    def given(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        """Inputs as a rollout is given them, the time before the samples; None where there are none."""
+        return inputs.transpose(-3, -2) if self.settings.inputs else None
+
     def update(self, minibatches: torch.Tensor, stop: Callable[[], bool]) -> None:
         """Take steps for the next minibatches, shape (minibatches, batch, D), until `stop` says yes."""
         if len(minibatches) == 0:
             return
+        epoch, size = len(self.records), minibatches.shape[1]
+        drawn = [self.draw_inputs(size, epoch, self.minibatch + i) for i in range(len(minibatches))]
         if self.settings.accumulate == 1 and self.ranks.world == 1:
-            losses = self.step.minibatches(minibatches, stop)
+            losses = self.step.minibatches(minibatches, stop, inputs=self.given(torch.stack(drawn)))
             self.losses[self.minibatch : self.minibatch + len(losses)] += losses
             self.minibatch += len(losses)
             self.report = self.rollout.report
             return
-        for states in minibatches:
+        for states, inputs in zip(minibatches, drawn, strict=True):
             if stop():
                 return
-            self.accumulate(states)
+            self.accumulate(states, inputs)
             clip_gradients(gradients_of(self.parameters), self.settings.clip, self.settings.clip_at)
             self.optimiser.step()
             self.minibatch += 1
 
-    def accumulate(self, states: torch.Tensor) -> None:
+    def accumulate(self, states: torch.Tensor, inputs: torch.Tensor) -> None:
         """Leave the gradient of a minibatch that comes in parts, or that several ranks share."""
         self.optimiser.zero_grad(set_to_none=True)
         updates: Any = 0.0
-        for part in states.tensor_split(self.settings.accumulate):
-            rows = self.ranks.share(part)
+        parts = (tensor.tensor_split(self.settings.accumulate) for tensor in (states, inputs))
+        for part in zip(*parts, strict=True):
+            rows, own_inputs = map(self.ranks.share, part)
             # Each part counts by its share of the minibatch's mean.
-            loss = self.loss(rows) * (len(rows) / len(states))
+            loss = self.loss(rows, own_inputs) * (len(rows) / len(states))
             loss.backward()
             self.losses[self.minibatch] += loss.detach()
             if self.rollout.observe:
@@ -246,16 +264,17 @@ class Loop:
             gradients = tuple(gradient.clone() for gradient in gradients_of(self.parameters))
             self.report = Report(self.rollout.report.flows, updates, gradients)
 
-    def loss(self, initial_states: torch.Tensor) -> torch.Tensor:
-        """Loss of the trajectories that the controller steers from here."""
-        states, controls = self.rollout(initial_states)
-        return self.system.loss(states, controls, when=self.settings.when, control_cost=self.settings.control_cost)
+    def loss(self, initial_states: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Loss of the trajectories that the controller steers from here, under inputs (batch, steps, inputs)."""
+        given, when, control_cost = self.given(inputs), self.settings.when, self.settings.control_cost
+        states, controls, *_memory = self.rollout(initial_states, inputs=given)
+        return self.system.loss(states, controls, when=when, control_cost=control_cost, inputs=given)
 
     @torch.no_grad()
-    def evaluate(self, initial_states: torch.Tensor) -> float:
-        """Mean loss over many states, each rank taking its share of them."""
+    def evaluate(self, initial_states: torch.Tensor, inputs: torch.Tensor) -> float:
+        """Mean loss over many states and their inputs, each rank taking its share of them."""
         rows = self.ranks.share(initial_states)
-        total = self.loss(rows) * (len(rows) / len(initial_states))
+        total = self.loss(rows, self.ranks.share(inputs)) * (len(rows) / len(initial_states))
         self.ranks.sum(total)
         return float(total)
 

@@ -19,6 +19,9 @@ SMALL = Training(
     out="",
 )
 
+GIVEN = {"inputs": ("noise", "steps"), "track": "position", "period": 5, "memory": 4, "hidden": (8,), "when": "every"}
+"""Settings of a training with a reference and a memory."""
+
 
 def small(**changes) -> Training:
     """The small training with changes."""

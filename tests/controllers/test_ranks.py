@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from small_training import never, small
+from small_training import GIVEN, never, small
 
 from controllers import train
 from controllers.checkpoint import load_checkpoint
@@ -36,6 +36,7 @@ def cases():
         "regular": small(flow="R"),
         "combined": small(flow="C"),
         "in parts": small(flow="C", accumulate=3),
+        "given inputs": small(flow="R", **GIVEN),
     }
 
 

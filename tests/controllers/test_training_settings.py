@@ -32,6 +32,21 @@ from warp_phys import CartPole
         ({"system": "teapot"}, "system must be one of .*cartpole.*, got 'teapot'"),
         ({"parameters": {"wheels": 4}}, "cartpole has no parameter 'wheels'; its parameters are poles"),
         ({"parameters": {"poles": 0}}, "poles"),
+        ({"inputs": ("clock", "clock")}, "inputs must name each once, of clock, noise, sine, steps, got 'clock'"),
+        ({"inputs": ("wind",)}, "inputs must name each once, of clock, noise, sine, steps, got 'wind'"),
+        ({"inputs": "clock"}, "inputs must be a sequence of names, such as .*, got 'clock'"),
+        ({"inputs": ("sine", "steps"), "track": "position"}, "inputs may have one reference, got sine and steps"),
+        ({"inputs": ("sine",)}, "track must name the component .* that shall follow the reference sine"),
+        ({"track": "position"}, "track needs a reference among inputs, sine or steps, got track 'position'"),
+        ({"inputs": ("sine",), "track": "place"}, "track must be .* of position, velocity, angle 1, .*, got 'place'"),
+        ({"inputs": ("sine",), "track": 1}, "track must be text"),
+        ({"tracking_cost": -1.0}, "tracking_cost must be a number at least 0, got -1.0"),
+        ({"amplitude": 0.0}, "amplitude must be a number above 0, got 0.0"),
+        ({"period": 0}, "period must be an integer at least 1, got 0"),
+        ({"memory": -1}, "memory must be an integer at least 0, got -1"),
+        ({"memory": 8, "network": "dense"}, "a network dense remembers nothing, got memory 8"),
+        ({"network": "gru"}, "network gru needs memory, its units, got memory 0"),
+        ({"system": "quantum", "inputs": ("clock",)}, "inputs are not for a network grid-cnn"),
         ({"device": "abacus"}, "device must be"),
         ({"device": "cuda:99"}, "device must be one that is present"),
     ],
@@ -49,7 +64,7 @@ def test_settings_are_equal_however_they_are_written():
 
 def test_near_seeds_share_nothing():
     drawn = [number for seed in range(100) for number in derive_seeds(seed)]
-    assert len(set(drawn)) == 400
+    assert len(set(drawn)) == 500
 
 
 def test_command_line_without_flags_gives_the_defaults():
@@ -62,7 +77,13 @@ def test_command_line_has_a_flag_for_every_setting():
         "when": "every",
         "control_cost": 0.5,
         "flow": "modified",
-        "network": "dense",
+        "network": "gru",
+        "memory": 6,
+        "inputs": ("clock", "sine"),
+        "track": "angle 2",
+        "tracking_cost": 0.25,
+        "amplitude": 0.75,
+        "period": 20,
         "hidden": (5, 6, 7),
         "activation": "relu",
         "init": "zero-last",
@@ -118,6 +139,8 @@ def test_help_tells_every_docstring(capsys):
         (["--epoch", "4"], "unrecognized arguments: --epoch 4"),
         (["--flow", "averaged", "--accumulate", "2"], "accumulate must be 1 with flow 'averaged', which has a memory"),
         (["--system", "teapot"], "system must be one of"),
+        (["--inputs", "steps"], "track must name the component of the state that shall follow the reference steps"),
+        (["--network", "dense", "--memory", "8"], "memory needs network gru or auto"),
         (["--resume", "--overwrite", "--out", "{run}"], "nothing to resume"),
     ],
 )
