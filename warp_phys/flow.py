@@ -433,6 +433,24 @@ def resolve(flow: str | Flow | Combined) -> Flow | Combined:
     raise ValueError(f"flow {shown(flow)} is unknown; known are {names}, or give a Flow(physics, controller)")
 
 
+def resolve_open_loop(flow: FlowLike) -> Flow:
+    """Return the flow that a name, a letter or a flow stands for, where there is no controller.
+
+    Raises:
+        ValueError, TypeError: It is no flow, or one that compares two, which are the same there.
+
+    >>> resolve_open_loop("M") is MODIFIED
+    True
+    """
+    resolved = resolve(flow)
+    if isinstance(resolved, Combined):
+        raise ValueError(
+            f"flow {resolved.name!r} compares feedback through a controller with that through the physics: an open "
+            "loop has the physics alone, give 'regular' or a Flow"
+        )
+    return resolved
+
+
 def linear_parts(flow: Flow | Combined) -> tuple[Flow, ...]:
     """Return the flows that a backward pass must run for `flow`: itself, or the two that it combines."""
     return (flow.base, flow.other) if isinstance(flow, Combined) else (flow,)

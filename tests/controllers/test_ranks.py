@@ -36,7 +36,7 @@ def cases():
         "regular": small(flow="R"),
         "combined": small(flow="C"),
         "in parts": small(flow="C", accumulate=3),
-        "given inputs": small(flow="R", **GIVEN),
+        "given inputs": small(**GIVEN),
     }
 
 

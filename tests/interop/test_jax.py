@@ -153,20 +153,15 @@ def test_physical_parameters():
     assert in_jax.relative(got, expected) < 1e-11
 
 
-@pytest.mark.parametrize("how", ["closed", "open"])
-def test_a_number_for_all_samples_is_summed_before_the_comparison(how):
+def test_a_number_for_all_samples_is_summed_before_the_comparison():
     """C of the sums over the batch of M and R, not the sum of what each sample's comparison leaves."""
     x0, strong = _start(8), jax.tree.map(lambda array: 4.0 * array, _params())
-    controls = jnp.asarray(np.random.default_rng(0).standard_normal((STEPS, 8, 1)))
 
     def loss(mass, flow):
-        if how == "open":
-            states = bridge.trajectory(SYSTEM, x0, controls, flow, {"pole_mass": mass})
-        else:
-            states, _ = bridge.rollout(SYSTEM, FUSED, strong, x0, STEPS, flow, {"pole_mass": mass})
+        states, _ = bridge.rollout(SYSTEM, FUSED, strong, x0, STEPS, flow, {"pole_mass": mass})
         return SYSTEM.loss(states, when="every")
 
-    names = ("modified", "regular") if how == "closed" else ("stopped", "regular")
+    names = ("modified", "regular")
     flows = Combined(*(resolve(name) for name in names))
     base, other, combined, alone = (jax.grad(loss)(0.1, flow) for flow in (*names, flows, flows.base))
     assert float(base) == float(alone) and abs(float(base)) > 1e-6

@@ -337,10 +337,6 @@ def test_an_open_loop_with_inputs():
     expected = jax.jit(jax.grad(by_jax, (0, 1, 2)))
     for flow, alpha in ((Flow(0.7, 0.0), 0.7), (Flow(decay), decay)):
         _check(jax.grad(by_engine, (0, 1, 2))(x0, controls, w, flow), right(alpha))
-    flow = Combined(Flow(decay), Flow(decay, 0.0), agree)  # one physics gate: nothing to be combined
-    _check(jax.grad(by_engine, (0, 1, 2))(x0, controls, w, flow), right(decay))
-    with pytest.raises(ValueError, match="inputs and controls cannot be differentiated together"):
-        jax.grad(by_engine, (1, 2))(x0, controls, w, Combined(Flow(decay), Flow()))
 
 
 def test_a_step_of_rows():

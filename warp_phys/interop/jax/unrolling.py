@@ -11,10 +11,19 @@ import numpy as np
 
 from warp_phys.core.arrays import shape_message
 from warp_phys.core.checks import check_instance
-from warp_phys.core.flow_gates import are_single
 from warp_phys.engine.phases import all_gates, open_gates
 from warp_phys.errors import Diverged, check_choice, check_count
-from warp_phys.flow import Combined, Flow, FlowLike, combine, linear_parts, refuse_memory, refuse_whole, resolve
+from warp_phys.flow import (
+    Combined,
+    Flow,
+    FlowLike,
+    combine,
+    linear_parts,
+    refuse_memory,
+    refuse_whole,
+    resolve,
+    resolve_open_loop,
+)
 from warp_phys.interop.jax import calls
 from warp_phys.interop.jax.arrays import (
     check_rows,
@@ -149,47 +158,46 @@ def trajectory(
     system: System,
     x0: Any,
     controls: Any,
-    flow: FlowLike = "regular",
+    flow: str | Flow = "regular",
     parameters: Mapping[str, Any] | None = None,
     inputs: Any = None,
 ) -> jax.Array:
     """Return the states (steps + 1, batch, D) under given controls: an open loop, in one call of the engine.
 
-    Differentiable with respect to x0, controls, physical parameters and inputs. Without a controller the flow's physics
-    gate is all that counts, so "regular" and "modified" are the same.
+    Differentiable with respect to x0, controls, physical parameters and inputs, by one flow: of its gates those of the
+    physics count, the others have no meaning without a controller. So "regular" and "modified" are the same, a
+    `Flow(0.9)` decays, and there is nothing to be combined.
 
     Args:
         system: A `System`.
         x0: Initial states, shape (batch, D).
         controls: Shape (steps, batch, K).
-        flow: A name, a letter, a `Flow` or a `Combined`.
+        flow: A name, a letter or a `Flow`.
         parameters: Physical parameters by name, a number or one per sample each.
         inputs: What a system that has inputs is given, shape (steps, E), (steps, 1, E) or (steps, batch, E).
 
     Raises:
-        TypeError, ValueError: Arguments that do not fit; as for `rollout`, a combined flow of x0 and controls together
-            or on a named axis, when it is differentiated, if its two flows differ in an open loop.
+        TypeError, ValueError: Arguments that do not fit.
         Diverged: As for `rollout`.
     """
     check_instance("system", system)
     if not isinstance(system, System):
         raise TypeError(f"system must be a warp_phys.System, got {type(system).__name__}: scan over step instead")
+    linear = resolve_open_loop(flow)
     x0, controls = check_rows("x0", x0, system), jnp.asarray(controls)
     if controls.ndim != 3 or controls.shape[1:] != (len(x0), system.control_size) or len(controls) == 0:
         expected = ("steps", len(x0), system.control_size)
         raise ValueError(shape_message("controls", expected, controls.shape, ", ".join(system.controls)))
     if controls.dtype != x0.dtype:
         raise TypeError(f"controls must hold {x0.dtype} as x0 does, got {controls.dtype}")
-    flow, steps = resolve(flow), len(controls)
-    refuse_memory(flow)
-    refuse_whole("in JAX it must be elementwise", flow)
+    steps = len(controls)
     given = None if inputs is None else check_inputs(inputs, x0, steps)
     if given is not None and given.shape[2] != system.input_size:
         raise ValueError(f"{type(system).__name__} has {system.input_size} inputs a step, got {given.shape[2]}")
     inner, _ = rows_of(system, None, 0, 0 if given is None else given.shape[2])
-    all_gates(linear_parts(flow), steps, len(x0), inner)
+    all_gates([linear], steps, len(x0), inner)
     shared = shared_columns(system, parameters)
-    spec = _Spec(key_of(inner), None, steps, flow, bool(parameters), shared, _named_axes())
+    spec = _Spec(key_of(inner), None, steps, linear, bool(parameters), shared)
     rows = rows_of_parameters(system, parameters, x0)
     states = check_finite(_open_loop(spec, first_rows(inner, x0), controls, rows, given))
     return states if inner is system else states[:, :, : system.state_size]
@@ -322,7 +330,7 @@ def _unroll(
 
 def _unroll_forward(spec, *arguments):
     own, first, of_rows, of_given = map(_is_differentiated, arguments)
-    _refuse_parts(spec, "rollout", own, first, of_rows, of_given)
+    _refuse_parts(spec, own, first, of_rows, of_given)
     params, first, rows, given = _values(arguments)
     states, controls = _forward(spec, params, first, rows, given)
     return (states, controls), _Kept(params, states, controls, rows, given, () if of_given else None)
@@ -525,12 +533,7 @@ def _open_loop(
 
 
 def _open_loop_forward(spec, *arguments):
-    first, own, of_rows, of_given = map(_is_differentiated, arguments)
-    size = spec.system.own_size
-    gates = all_gates(linear_parts(spec.flow), spec.steps, arguments[0].value.shape[0], spec.system)
-    physics = gates.reshape(*gates.shape[:2], -1, 2 * size + 2)[..., :size] if are_single(gates) else gates[:, :, :1]
-    if (physics != physics[:1]).any():
-        _refuse_parts(spec, "trajectory", own, first, of_rows, of_given)
+    of_given = _is_differentiated(arguments[3])
     first, controls, rows, given = _values(arguments)
     states = _open_loop(spec, first, controls, rows, given)
     return states, _Kept(None, states, controls, rows, given, () if of_given else None)
@@ -572,13 +575,12 @@ def _named_axes() -> tuple[str, ...]:
     return tuple(str(name) for name in names if jax.lax.axis_size(name) > 1)
 
 
-def _refuse_parts(spec: _Spec, call: str, own: bool, first: bool, rows: bool, given: bool) -> None:
+def _refuse_parts(spec: _Spec, own: bool, first: bool, rows: bool, given: bool) -> None:
     """Raise a ValueError where a combined flow of parts would pass for that of the whole.
 
     Args:
         spec: The call.
-        call: Its name.
-        own: Whether params or controls are differentiated.
+        own: Whether params are differentiated.
         first: Whether x0 or the memory is.
         rows: Whether physical parameters are.
         given: Whether inputs are.
@@ -586,20 +588,20 @@ def _refuse_parts(spec: _Spec, call: str, own: bool, first: bool, rows: bool, gi
     flow = spec.flow
     if not isinstance(flow, Combined):
         return
-    rule, whose = getattr(flow.rule, "__name__", "rule"), "params" if call == "rollout" else "controls"
+    rule = getattr(flow.rule, "__name__", "rule")
     advice = f"differentiate by {flow.base.name!r} and by {flow.other.name!r} in two calls"
     if own and (first or given):
         start = "x0 or memory" if getattr(spec.system, "memory", 0) else "x0"
         name = start if first else "inputs"
         raise ValueError(
-            f"{name} and {whose} cannot be differentiated together by the flow {flow.name!r}, which is not linear: "
+            f"{name} and params cannot be differentiated together by the flow {flow.name!r}, which is not linear: "
             f"where {name} comes from an earlier rollout or from an encoder, that would be combined twice. Stop it "
             f"with jax.lax.stop_gradient({name}), or take one rollout over the whole horizon, or "
             f"{advice} and give the results to {rule}"
         )
     if spec.axes and (own or first or rows or given):
         raise ValueError(
-            f"{call} is mapped over the named axis {', '.join(spec.axes)}, and the flow {flow.name!r} is not linear: "
+            f"rollout is mapped over the named axis {', '.join(spec.axes)}, and the flow {flow.name!r} is not linear: "
             f"each part of a batch would be combined by itself. Instead {advice}, take jax.lax.pmean of both "
             f"results, and give the means to {rule}"
         )

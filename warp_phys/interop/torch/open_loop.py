@@ -16,7 +16,7 @@ from warp_phys.core.flow_gates import are_single
 from warp_phys.core.kernel_cache import start_warp
 from warp_phys.engine.phases import all_gates, check_gates
 from warp_phys.errors import shown
-from warp_phys.flow import Combined, Flow, resolve
+from warp_phys.flow import Flow, resolve_open_loop
 from warp_phys.interop.torch.dense import as_array, check_dense, is_finite
 from warp_phys.interop.torch.hybrid import Hybrid
 from warp_phys.interop.torch.loss import (
@@ -74,12 +74,7 @@ def trajectory(
     check_instance("system", system)
     if not isinstance(system, System | Hybrid):
         raise TypeError(f"system must be a warp_phys.System, got {type(system).__name__}: unroll Step instead")
-    resolved = resolve(flow)
-    if isinstance(resolved, Combined):
-        raise ValueError(
-            f"flow {resolved.name!r} compares feedback through a controller with that through the physics: an open "
-            "loop has the physics alone, give 'regular' or a Flow"
-        )
+    resolved = resolve_open_loop(flow)
     refuse_transforms("a trajectory")
     _check(system, x0, controls)
     check_gates([resolved], len(controls))
