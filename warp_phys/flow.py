@@ -433,7 +433,7 @@ def resolve(flow: str | Flow | Combined) -> Flow | Combined:
     raise ValueError(f"flow {shown(flow)} is unknown; known are {names}, or give a Flow(physics, controller)")
 
 
-def resolve_open_loop(flow: FlowLike) -> Flow:
+def resolve_open_loop(flow: str | Flow | Combined) -> Flow:
     """Return the flow that a name, a letter or a flow stands for, where there is no controller.
 
     Raises:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from controllers import MLP, GridCNN, Linear
+from controllers.networks import make_network
 
 SYSTEM = SimpleNamespace(state_size=6, control_size=2)
 
@@ -137,3 +138,18 @@ def test_grid_cnn_errors():
         GridCNN(SimpleNamespace(state_size=12, control_size=1))
     with pytest.raises(ValueError, match="activation must be one of"):
         GridCNN(SimpleNamespace(state_size=64, control_size=1), activation="cosine")
+
+
+def test_a_gru_remembers_by_its_cell_and_sees_inputs():
+    before = torch.get_rng_state()
+    network = make_network("auto", SYSTEM, (5,), "tanh", "glorot", seed=3, inputs=1, memory=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    gru = network.network
+    assert gru.cell.weight_ih.shape == (12, 7) and 0.45 < gru.cell.weight_hh.abs().max() <= 0.5
+    x, w, h = torch.randn(9, 6), torch.randn(9, 1), torch.randn(9, 4)
+    c, remembered = network(x, w, h)
+    expected = gru.cell(torch.cat([x, w], dim=1), h)
+    torch.testing.assert_close((c, remembered), (gru.layers(expected), expected))
+    again, other = (make_network("gru", SYSTEM, (5,), "tanh", "glorot", seed, memory=4) for seed in (3, 4))
+    assert not torch.equal(again.cell.weight_hh, other.cell.weight_hh)
+    assert [tensor.shape for tensor in again(x, h)] == [(9, 2), (9, 4)]
