@@ -109,9 +109,9 @@ class RuleLoop(Loop):
             self.optimiser.step()
             self.minibatch += 1
 
-    def evaluate(self, initial_states: torch.Tensor) -> float:
+    def evaluate(self, initial_states: torch.Tensor, inputs: torch.Tensor) -> float:
         """Mean loss over test states; that over training states is not asked for."""
-        return math.nan if initial_states is self.train_states else super().evaluate(initial_states)
+        return math.nan if initial_states is self.train_states else super().evaluate(initial_states, inputs)
 
     def agree_with_any(self, initial_states: torch.Tensor) -> torch.Tensor:
         """Leave M in the gradients where it agrees with R or with the other flow; return the loss."""
