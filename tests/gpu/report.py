@@ -1,4 +1,4 @@
-"""What tests/gpu/run.sh prints: the device, and one table of what its steps have left. Needs no package for the table."""
+"""What tests/gpu/run.sh prints: the device, and one table of what its steps have left; the table needs no package."""
 
 import csv
 import os

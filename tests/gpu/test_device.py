@@ -13,7 +13,7 @@ import warp as wp
 from tests.problems import PROBLEMS
 from tests.rollout.reference import relative
 from warp_phys import CartPole
-from warp_phys.flow import NAMED
+from warp_phys.flow import NAMED, memory_in, resolve
 from warp_phys.interop.torch import Rollout, Update
 
 DRY = os.environ.get("WARP_PHYS_GPU_DRY") == "1"
@@ -32,8 +32,12 @@ def gradient(system, dtype, device, flow, steps=5, batch=4):
     layers = torch.nn.Linear(system.state_size, 8), torch.nn.Tanh(), torch.nn.Linear(8, system.control_size)
     net = torch.nn.Sequential(*layers).double().to(device, dtype)
     x0 = torch.as_tensor(system.sample(batch, seed=0, dtype=np.float64)).to(device, dtype)
-    states, controls = Rollout(system, net, steps, flow, backend="general")(x0)
-    system.loss(states, controls, control_cost=0.1).backward()
+    rollout = Rollout(system, net, steps, flow, backend="general")
+    states, controls = rollout(x0)
+    if memory_in(resolve(flow)):  # not by autograd
+        Update(rollout, torch.optim.SGD(net.parameters(), lr=0.0), control_cost=0.1)(x0)
+    else:
+        system.loss(states, controls, control_cost=0.1).backward()
     return states[-1].detach().cpu().double(), torch.cat([p.grad.flatten() for p in net.parameters()]).cpu().double()
 
 

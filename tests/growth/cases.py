@@ -87,10 +87,10 @@ def update() -> Callable[[int], object]:
 
 
 def batches() -> Callable[[int], object]:
-    """An update of another batch size every time."""
+    """An update of another batch size every time, of 401 sizes in all: more than any cache holds."""
     net = _network()
-    one, x0 = Update(Rollout(CartPole(), net, STEPS), torch.optim.Adam(net.parameters(), lr=1e-6)), _states(4096)
-    return lambda i: one(x0[: 1 + i % 4096])
+    one, x0 = Update(Rollout(CartPole(), net, STEPS), torch.optim.Adam(net.parameters(), lr=1e-6)), _states(401)
+    return lambda i: one(x0[: 1 + 37 * i % 401])  # large and small ones in every window
 
 
 def systems() -> Callable[[int], object]:
