@@ -33,8 +33,9 @@ def gradient(system, dtype, device, flow, steps=5, batch=4):
     net = torch.nn.Sequential(*layers).double().to(device, dtype)
     x0 = torch.as_tensor(system.sample(batch, seed=0, dtype=np.float64)).to(device, dtype)
     rollout = Rollout(system, net, steps, flow, backend="general")
-    states, controls = rollout(x0)
-    if memory_in(resolve(flow)):  # not by autograd
+    has_memory = memory_in(resolve(flow))
+    states, controls = Rollout(system, net, steps, "R", backend="general")(x0) if has_memory else rollout(x0)
+    if has_memory:  # not by autograd
         Update(rollout, torch.optim.SGD(net.parameters(), lr=0.0), control_cost=0.1)(x0)
     else:
         system.loss(states, controls, control_cost=0.1).backward()
