@@ -19,7 +19,7 @@ from controllers.checkpoint import CHECKPOINT, CONFIG, load_checkpoint
 from controllers.config import field_help, read_config
 from controllers.log import Log, TensorBoard, make_log
 from controllers.progress import Progress
-from controllers.ranks import Ranks, launched_ranks
+from controllers.ranks import Ranks, RanksLost, launched_ranks
 from controllers.settings import Training
 from controllers.training import train
 from warp_phys import Diverged, quiet
@@ -174,7 +174,8 @@ def stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status.
 
-    0 done, 1 diverged, 2 a mistake in the arguments, 130 and 143 stopped by SIGINT and SIGTERM, with all saved.
+    0 done, 1 diverged, 2 a mistake in the arguments, 3 another process of the training was lost, 130 and 143 stopped by
+    SIGINT and SIGTERM, with all saved.
     """
     command = parse(sys.argv[1:] if arguments is None else arguments)
     quiet()
@@ -204,13 +205,17 @@ def run(command: Command, stop: threading.Event, received: list[int]) -> int:
     except (ImportError, OSError, ValueError) as error:
         say(f"python -m controllers: error: {error}")
         return 2
-    except Diverged as error:
+    except (Diverged, RanksLost) as error:  # told by any rank: the others may be gone
         kept = settings.out and (Path(settings.out) / CHECKPOINT).exists()
-        say(f"\nThe training diverged: {error}.")
-        say(
-            f"The last checkpoint and the record are kept in {settings.out}." if kept else "There is no checkpoint yet."
-        )
-        return 1
+        lost = isinstance(error, RanksLost)
+        told = f"The training ended: {error}." if lost else f"The training diverged: {error}."
+        if kept:
+            told += f"\nThe last checkpoint and the record are kept in {settings.out}."
+            told += f" To go on, with any number of ranks:\n    {again}" if lost else ""
+        else:
+            told += "\nThere is no checkpoint yet."
+        print(f"\n{told}", file=sys.stderr)
+        return 3 if lost else 1
     finally:
         for tell in (progress, command.log):
             if isinstance(tell, (Progress, TensorBoard)):

@@ -20,7 +20,7 @@ from controllers.settings import Training, check_resume, derive_seeds
 from warp_phys import Diverged
 from warp_phys.core.checks import check_flag, check_function
 from warp_phys.errors import shown
-from warp_phys.flow import MODIFIED, REGULAR, memory_in, resolve
+from warp_phys.flow import MODIFIED, REGULAR, resolve
 from warp_phys.interop.extras import require
 from warp_phys.interop.torch import Report, Rollout, Update
 from warp_phys.interop.torch.optimiser import clip_gradients, gradients_of
@@ -71,6 +71,7 @@ def train(
         FileNotFoundError: There is nothing to resume.
         TypeError, ValueError: An argument of another kind; the saved run had other settings.
         Diverged: A trajectory left the finite numbers; the last checkpoint, where there is one, is kept.
+        RanksLost: Another process that takes part has ended; the last checkpoint is kept, and any number resumes.
         ImportError: The curves of a run with a folder need matplotlib.
 
     >>> trained = train(Training(epochs=2, train_states=8, test_states=8, steps=10, hidden=(8,), out=""))
@@ -133,8 +134,6 @@ class Loop:
     def __init__(self, settings: Training, graph: bool = False) -> None:
         self.settings, self.ranks, self.seeds = settings, Ranks(), derive_seeds(settings.seed)
         self.ranks.check(settings.batch // settings.accumulate, settings.test_states)
-        if self.ranks.world > 1 and memory_in(resolve(settings.flow)):
-            raise ValueError(f"flow {settings.flow!r} has a memory, which is for one process, got {self.ranks.world}")
         self.device = torch.device(settings.device)
         dtype = getattr(torch, settings.precision)
         self.system = settings.make_system()
@@ -154,7 +153,7 @@ class Loop:
             device=settings.device,
             # In kernels from the first pass on, not after a few, so that a resumed run has the same bits.
             backend="fused" if self.device.type == "cpu" and any(sizes) else "auto",
-            reduce=self.ranks.sum if self.ranks.world > 1 else None,
+            reduce=self.ranks.average if self.ranks.world > 1 else None,
             memory=settings.memory,
             inputs=len(settings.inputs),
         )
@@ -233,9 +232,10 @@ class Loop:
             return
         epoch, size = len(self.records), minibatches.shape[1]
         drawn = [self.draw_inputs(size, epoch, self.minibatch + i) for i in range(len(minibatches))]
-        if self.settings.accumulate == 1 and self.ranks.world == 1:
-            losses = self.step.minibatches(minibatches, stop, inputs=self.given(torch.stack(drawn)))
-            self.losses[self.minibatch : self.minibatch + len(losses)] += losses
+        if self.settings.accumulate == 1:
+            given = self.given(self.ranks.share(torch.stack(drawn), dim=1))
+            losses = self.step.minibatches(self.ranks.share(minibatches, dim=1), stop, inputs=given)
+            self.losses[self.minibatch : self.minibatch + len(losses)] += losses * self.ranks.weight
             self.minibatch += len(losses)
             self.report = self.rollout.report
             return
@@ -248,16 +248,16 @@ class Loop:
             self.minibatch += 1
 
     def accumulate(self, states: torch.Tensor, inputs: torch.Tensor) -> None:
-        """Leave the gradient of a minibatch that comes in parts, or that several ranks share."""
+        """Leave the gradient of a minibatch that comes in parts."""
         self.optimiser.zero_grad(set_to_none=True)
         updates: Any = 0.0
         parts = (tensor.tensor_split(self.settings.accumulate) for tensor in (states, inputs))
         for part in zip(*parts, strict=True):
             rows, own_inputs = map(self.ranks.share, part)
             # Each part counts by its share of the minibatch's mean.
-            loss = self.loss(rows, own_inputs) * (len(rows) / len(states))
+            loss = self.loss(rows, own_inputs) * (len(part[0]) / len(states))
             loss.backward()
-            self.losses[self.minibatch] += loss.detach()
+            self.losses[self.minibatch] += loss.detach() * self.ranks.weight
             if self.rollout.observe:
                 updates = updates + self.rollout.report.updates
         if self.rollout.observe:
@@ -273,9 +273,8 @@ class Loop:
     @torch.no_grad()
     def evaluate(self, initial_states: torch.Tensor, inputs: torch.Tensor) -> float:
         """Mean loss over many states and their inputs, each rank taking its share of them."""
-        rows = self.ranks.share(initial_states)
-        total = self.loss(rows, self.ranks.share(inputs)) * (len(rows) / len(initial_states))
-        self.ranks.sum(total)
+        total = self.loss(self.ranks.share(initial_states), self.ranks.share(inputs))
+        self.ranks.average(total)
         return float(total)
 
     def make_record(self, train_loss: float, test_loss: float) -> Record:

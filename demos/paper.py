@@ -24,6 +24,7 @@ from typing import Any
 
 from controllers.commandline import Parser, add_flags, stop_on_signals
 from controllers.settings import check_setting
+from demos.experiments.cluster import CLUSTERS, read_options, run_on_cluster
 from demos.experiments.plan import (
     BEGUN,
     DIVERGED,
@@ -67,11 +68,15 @@ class Paper:
     test_states: int = 256
     """Initial states to test on."""
     processes: int = 0
-    """Runs at the same time; 0 for as many as there are cores."""
+    """Runs at the same time; 0 for as many as there are cores, or on SLURM as there is room for."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1."""
     out: str = "paper"
     """Folder for all results; what is there is added to, and finished runs are not run again."""
+    cluster: str = ""
+    """Run as jobs: slurm; local, as jobs of this machine; without this, in processes of this program."""
+    cluster_options: tuple[str, ...] = ()
+    """Options of jobs, such as slurm_partition=gpu timeout_min=60."""
     svg: bool = False
     """Draw the figures as SVG too."""
 
@@ -81,6 +86,11 @@ class Paper:
             values = [part for text in getattr(self, name) for part in text.split(",") if part]
             object.__setattr__(self, name, tuple(dict.fromkeys(values)))
         check_setting("processes", self.processes, int, at_least=0)
+        if self.cluster and self.cluster not in CLUSTERS:
+            raise ValueError(f"cluster must be one of {', '.join(CLUSTERS)}, got {self.cluster!r}")
+        if self.cluster_options and not self.cluster:
+            raise ValueError("cluster-options need a cluster")
+        read_options(self.cluster_options)
         if not self.out:
             raise ValueError("out must name a folder, got an empty name")
 
@@ -104,6 +114,11 @@ class Paper:
         """Number of processes."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return self.processes or cores
+
+    @property
+    def place(self) -> str:
+        """Where the runs are, in words."""
+        return f"jobs ({self.cluster})" if self.cluster else f"{self.workers} processes"
 
 
 QUICK: Mapping[str, Any] = {
@@ -193,11 +208,16 @@ def perform_plan(settings: Paper, stop: threading.Event) -> dict[str, State]:
             pass
         display = Display(runs, settings.workers)
         display.say(
-            f"{len(left)} of {len(runs)} runs to do in {settings.workers} processes, results in {settings.out}; "
+            f"{len(left)} of {len(runs)} runs to do in {settings.place}, results in {settings.out}; "
             "the first runs compile for some seconds …"
         )
         try:
-            states |= run_all(left, settings.out, settings.workers, display, stop)
+            if settings.cluster:
+                options, at_once = read_options(settings.cluster_options), settings.processes
+                at_once = at_once if settings.cluster == "slurm" else settings.workers
+                states |= run_on_cluster(left, settings.out, settings.cluster, at_once, options, display, stop)
+            else:
+                states |= run_all(left, settings.out, settings.workers, display, stop)
         finally:
             display.close()
     return states
@@ -257,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(settings)
     except BlockingIOError:
         print(f"python -m demos.paper: error: out: another call is at work in {settings.out}", file=sys.stderr)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"python -m demos.paper: error: {error}", file=sys.stderr)
     return 2
 

@@ -99,12 +99,6 @@ def _types(structure: "System", real: type) -> SystemTypes:
     return SystemTypes(real, State, Control, struct, structure.state_size, structure.control_size, Input)
 
 
-@functools.cache
-def _defaults(system: "System", real: type, device: str) -> wp.array:
-    """Return the system's own parameters on a device, shape (1,); made once, so that a step allocates nothing."""
-    return for_all_streams(system.parameter_array(device=device, dtype=real))
-
-
 @dataclass(frozen=True)
 class System(ABC):
     """A physical system x_{n+1} = S(x_n, c_n; p), batched over rows, differentiable in x, c and p.
@@ -419,7 +413,7 @@ class System(ABC):
     ) -> wp.array:
         """Return `parameters`, or the system's own on the device and in the precision of `like`."""
         if parameters is None:
-            return _defaults(self, like.dtype, str(like.device))
+            return self._own_parameters(like.dtype, str(like.device))
         struct = self.types(like.dtype).Parameters
         if not isinstance(parameters, wp.array) or parameters.dtype is not struct:
             raise TypeError(f"{name} must come from {type(self).__name__}.parameter_array(dtype={like.dtype.__name__})")
@@ -428,6 +422,19 @@ class System(ABC):
         if parameters.device != like.device:
             raise ValueError(f"{name} must be on device {like.device}, got {parameters.device}")
         return parameters
+
+    def _own_parameters(self, real: type, device: str) -> wp.array:
+        """Return the system's own parameters on a device, shape (1,); made once, so that a step allocates nothing."""
+        numbers = tuple(getattr(self, name) for name in self.parameter_names)
+        known = self._parameter_arrays.get((real, device))
+        if known is None or known[0] != numbers:
+            known = numbers, for_all_streams(self.parameter_array(device=device, dtype=real))
+            self._parameter_arrays[real, device] = known
+        return known[1]
+
+    @functools.cached_property
+    def _parameter_arrays(self) -> dict[tuple[type, str], tuple[tuple[float, ...], wp.array]]:
+        return {}
 
     def _check_step(self, x, c, y, y_name, parameters):
         self._refuse_inputs()

@@ -13,7 +13,7 @@ import torch
 from warp_phys.interop.torch.contract import check_repeated_controls
 from warp_phys.interop.torch.loss import costs_at, costs_vjp
 from warp_phys.interop.torch.node import Sources
-from warp_phys.interop.torch.ops import autograd_inside, system_of
+from warp_phys.interop.torch.ops import autograd_inside, known_of, system_of
 from warp_phys.interop.torch.rows import Beside
 
 _ROLLOUTS: Any = weakref.WeakValueDictionary()
@@ -181,6 +181,7 @@ def _(states, rows, times, adj_costs, want_rows, name):
 
 def _keep_cost(ctx, inputs, output):
     states, rows, ctx.times, ctx.name = inputs
+    ctx.known = known_of(ctx.name)
     ctx.save_for_backward(states, rows)
 
 

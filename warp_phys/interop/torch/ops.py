@@ -4,7 +4,9 @@ Operators take tensors, numbers and text, so systems are known to them by a name
 """
 
 import contextlib
+import copy
 import itertools
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +20,18 @@ from warp_phys.interop.torch.loss import in_transform, rows_of_parameters, struc
 from warp_phys.rollout import check_sizes
 from warp_phys.systems.base import Simulator, System
 
-_SYSTEMS: dict[str, Simulator] = {}
-"""The systems by name; they are kept for good, since compiled code knows the name only."""
-_NAMES: dict[System, str] = {}
+
+class _Known:
+    """A name, and the system that it stands for. All equal systems hold it, so it lasts as long as the last of them."""
+
+    def __init__(self, name: str, system: Simulator):
+        self.name, self.system = name, system
+
+
+_KNOWN: Any = weakref.WeakValueDictionary()
+"""By name."""
+_EQUAL: Any = weakref.WeakValueDictionary()
+"""Of systems that can be told equal, by the system."""
 _NUMBERS = itertools.count()
 
 
@@ -30,7 +41,8 @@ class Step:
     A custom operator: it stays whole inside `torch.compile`, and `torch.func.vmap`, `grad` and `vjp` go through it.
 
     Args:
-        system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`); it is kept for good.
+        system: A `System`, or anything with `step` and `step_vjp` (see `Simulator`). Compiled code does not
+            keep it alive.
 
     Raises:
         TypeError: The system lacks a verb.
@@ -88,31 +100,47 @@ def _check(name: str, tensor: Any, shape: Sequence[int], like: torch.Tensor) -> 
 
 
 def system_of(name: str) -> Any:
-    """Return the system of a name."""
-    return _SYSTEMS[name]
+    """Return the system of a name.
+
+    Raises:
+        RuntimeError: No object holds it any more.
+    """
+    return known_of(name).system
+
+
+def known_of(name: str) -> _Known:
+    """Return a name with its system; whoever keeps it keeps the system."""
+    known = _KNOWN.get(name)
+    if known is None:
+        raise RuntimeError("the system in compiled code is no more: keep it until the backward pass is done")
+    return known
 
 
 def name_of(system: Any) -> str:
-    """Return the name of a system, the same one for equal systems.
+    """Return the name of a system, the same one for equal systems; it does not keep the system alive.
 
     It is left on the object too, where code that torch compiles finds it.
     """
-    name = getattr(system, "_torch_name", None)
-    known = None if name is None else _SYSTEMS.get(name)  # a copy, or one from another process, may bear a name too
-    if known is system or (isinstance(system, System) and known == system):
-        return str(name)
-    own = isinstance(system, System)
-    name = (_NAMES.get(system) if own else None) or f"{type(system).__name__} {next(_NUMBERS)}"
-    if own:
-        _NAMES[system] = name
-    _SYSTEMS.setdefault(name, system)
+    known, own = getattr(system, "_torch_known", None), isinstance(system, System)
+    # a copy, or one from another process, may bear a name too
+    if known is not None and _KNOWN.get(known.name) is known:
+        if known.system is system or (own and known.system == system):
+            return known.name
+    known = _EQUAL.get(system) if own else None
+    if known is None:
+        # a copy has no name, so that it is not in a circle with what it stands for
+        known = _Known(f"{type(system).__name__} {next(_NUMBERS)}", copy.copy(system) if own else system)
+        _KNOWN[known.name] = known
+        if own:
+            known = _EQUAL.setdefault(known.system, known)
     try:
-        object.__setattr__(system, "_torch_name", name)
+        object.__setattr__(system, "_torch_known", known)
+        object.__setattr__(system, "_torch_name", known.name)
     except AttributeError:
         raise TypeError(
             f"system must be able to bear a name for torch's operators, {type(system).__name__} has slots"
         ) from None
-    return name
+    return known.name
 
 
 @contextlib.contextmanager
@@ -175,6 +203,7 @@ def _structs(system: Any, rows: torch.Tensor | None, like: wp.array) -> tuple:
 
 def _keep(ctx, inputs, output):
     x, c, rows, ctx.name = inputs
+    ctx.known = known_of(ctx.name)  # the system may be needed by nobody else when the backward pass comes
     ctx.save_for_backward(x, c, rows)
 
 
