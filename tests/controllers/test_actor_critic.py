@@ -190,7 +190,8 @@ def test_the_usual_reset():
     assert torch.equal(after[~anew], states[~anew])
     begun, _ = begin_anew(system, 1, scatter=(0.0, 0.0, 3.0, 0.0, 0.0, 0.0))(states[:3], ages[:3], 7)
     moved = begun - torch.from_numpy(system.sample(3, seed=7))
-    assert (moved[:, [0, 1, 3, 4, 5]] == 0).all() and (moved[:, 2].abs() <= 3.0).all() and len(set(moved[:, 2].tolist())) == 3
+    assert (moved[:, [0, 1, 3, 4, 5]] == 0).all()
+    assert (moved[:, 2].abs() <= 3.0).all() and len(set(moved[:, 2].tolist())) == 3
 
 
 def test_fresh_states_are_scattered_in_training_alone():
