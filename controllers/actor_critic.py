@@ -16,6 +16,7 @@ Sources: Xu et al., Accelerated policy learning with parallel differentiable sim
 Stabilizing reinforcement learning in differentiable multiphysics simulation, ICLR 2025 (SAPO).
 """
 
+import functools
 import math
 import os
 import signal
@@ -45,7 +46,6 @@ from warp_phys.flow import Combined, FlowLike, linear_parts, memory_in, resolve
 from warp_phys.interop.torch import Rollout, Update, pointwise_cost
 from warp_phys.interop.torch.combine import split
 from warp_phys.interop.torch.memory import Memory, combine_remembering
-from warp_phys.interop.torch.optimiser import clip_gradients, gradients_of
 from warp_phys.systems import SYSTEMS, System
 
 Cost = Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
@@ -99,6 +99,9 @@ class Settings:
     limits: tuple[float, ...] = ()
     """Largest magnitudes of the state's components, one for each: an environment beyond them begins anew at the end of
     the window; none given: no limits."""
+    scatter: tuple[float, ...] = ()
+    """Largest magnitudes of what is added to the components of a fresh state in training, one for each, drawn evenly:
+    with π for an angle, episodes begin at any; none given: nothing. Episodes that are only played begin without it."""
     discount: float = 0.99
     """Discount γ of a step."""
     trace: float = 0.95
@@ -160,7 +163,7 @@ class Settings:
                 f"critic_minibatches must divide environments × horizon ({rows}), got {self.critic_minibatches}"
             )
         set_field = object.__setattr__  # a frozen dataclass sets its own fields this way
-        for name in ("hidden", "betas", "randomise", "observe", "state_cost", "limits"):
+        for name in ("hidden", "betas", "randomise", "observe", "state_cost", "limits", "scatter"):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise TypeError(f"{name} must be a sequence, got {value!r}; write ({value!r},)")
@@ -204,7 +207,7 @@ class Settings:
             )
         self.ranges(system)
         columns_of(system.states, self.observe)
-        for name, least in (("state_cost", {"at_least": 0}), ("limits", {"above": 0})):
+        for name, least in (("state_cost", {"at_least": 0}), ("limits", {"above": 0}), ("scatter", {"at_least": 0})):
             numbers = getattr(self, name)
             if len(numbers) not in (0, system.state_size):
                 raise ValueError(f"{name} must have a number for each of {', '.join(system.states)}, got {numbers!r}")
@@ -321,7 +324,9 @@ class Observer(torch.nn.Module):
     @torch.no_grad()
     def take_up(self, rows: torch.Tensor, share: float) -> None:
         """Have rows (N, D) make up this share of mean and deviation; what is constant keeps the deviation 1."""
-        variance, mean = torch.var_mean(self.raw(rows).double(), dim=0, correction=0)
+        raw = self.raw(rows).double()
+        mean = raw.mean(dim=0)
+        variance = (raw - mean).square_().mean(dim=0)
         shift = mean - self.mean
         self.variance.mul_(1 - share).add_(share * (variance + (1 - share) * shift.square()))
         self.mean.add_(share * shift)
@@ -428,16 +433,30 @@ def td_lambda(costs: torch.Tensor, values: torch.Tensor, discount: float, trace:
     >>> td_lambda(torch.ones(2, 1), torch.zeros(2, 1), 0.5, 1.0).flatten()
     tensor([0.7500, 0.5000])
     """
-    steps, decay = len(costs), discount * trace
+    decay = discount * trace
     own = (1.0 - discount) * costs + discount * (1.0 - trace) * values
-    own = torch.cat([own[:-1], own[-1:] + decay * values[-1:]])
-    apart = torch.arange(steps, device=costs.device)[None, :] - torch.arange(steps, device=costs.device)[:, None]
-    weights = torch.where(apart >= 0, decay ** apart.clamp(min=0).to(costs.dtype), 0.0)
-    return weights @ own
+    own[-1] += decay * values[-1]
+    return decays(decay, len(costs), costs.dtype, costs.device) @ own
 
 
-def begin_anew(system: System, episode: int, limits: Sequence[float] = ()) -> Reset:
-    """Return the usual reset: what is of this age, beyond the limits or diverged starts from a sample of the system."""
+@functools.lru_cache(maxsize=32)
+def decays(decay: float, steps: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the powers with which what follows counts, shape (steps, steps): decay^(m − n) for m ≥ n, else 0."""
+    with torch.inference_mode(False):  # or autograd could not use them later
+        n = torch.arange(steps, device=device)
+        apart = n[None, :] - n[:, None]
+        return torch.where(apart >= 0, decay ** apart.clamp(min=0).to(dtype), 0.0)
+
+
+def begin_anew(system: System, episode: int, limits: Sequence[float] = (), scatter: Sequence[float] = ()) -> Reset:
+    """Return the usual reset: what is of this age, beyond the limits or diverged starts from a sample of the system.
+
+    Args:
+        system: The system.
+        episode: The age, in steps.
+        limits: Largest magnitudes of the state's components; none if empty.
+        scatter: Largest magnitudes of what is added to the components of a sample; nothing if empty.
+    """
 
     def reset(states: torch.Tensor, ages: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         anew = (ages >= episode) | ~states.isfinite().all(dim=1)
@@ -445,6 +464,9 @@ def begin_anew(system: System, episode: int, limits: Sequence[float] = ()) -> Re
             anew |= (states.abs() > states.new_tensor(limits)).any(dim=1)
         if anew.any():
             fresh = system.sample(len(states), seed=seed, dtype=np.dtype(str(states.dtype).removeprefix("torch.")))
+            if scatter:
+                more = np.random.default_rng((seed, 1)).uniform(-1.0, 1.0, fresh.shape) * scatter
+                fresh = fresh + more.astype(fresh.dtype)
             states = torch.where(anew[:, None], torch.as_tensor(fresh).to(states), states)
         return states, anew
 
@@ -460,6 +482,8 @@ class ActorCritic:
         flow: A flow without a name, in place of the settings'.
         cost: The cost of the steps, in place of the system's pointwise cost; the settings' costs are added to either.
         reset: Where environments go on after a window; see `begin_anew`, which is the default.
+        graph: Whether the critic's updates are graphs, see `Update`: a little faster, but no other thread may launch
+            kernels while the first one is captured.
 
     Raises:
         TypeError, ValueError: Arguments that do not fit.
@@ -476,20 +500,23 @@ class ActorCritic:
         flow: FlowLike | None = None,
         cost: Cost | None = None,
         reset: Reset | None = None,
+        graph: bool = False,
     ) -> None:
         self.settings = settings
         self.system = settings.make_system() if system is None else system
         settings.check_system(self.system)
         self.dtype, self.device = getattr(torch, settings.precision), torch.device(settings.device)
         self.ranges = settings.ranges(self.system)
-        self.cost, self.reset = cost, reset or begin_anew(self.system, settings.episode, settings.limits)
+        beginning = self.system, settings.episode, settings.limits
+        self.cost, self.reset = cost, reset or begin_anew(*beginning, settings.scatter)
+        self.played = reset or begin_anew(*beginning)  # episodes that are only played
         seeds = np.random.SeedSequence(settings.seed).generate_state(3).tolist()
         # On the CPU whatever the device is: a seed then means the same numbers everywhere.
         self.generator = torch.Generator().manual_seed(seeds[2])
 
         self.actor = make_actor(self.system, settings, seeds[0])
         self.trained = list(self.actor.parameters())
-        self.actor_optimiser = torch.optim.Adam(self.trained, lr=settings.rate, betas=settings.betas)
+        self.actor_optimiser = torch.optim.Adam(self.trained, lr=settings.rate, betas=settings.betas, fused=True)
         backend = settings.backend
         if backend == "auto" and self.device.type == "cpu":
             backend = "fused"  # at once, so that a resumed run has the same bits
@@ -514,19 +541,18 @@ class ActorCritic:
             self.critic.parameters(), lr=settings.critic_rate, betas=settings.betas
         )
         features = Regression(features=self.observer.size)
-        self.fit = Update(
-            Rollout(features, self.critic, 1, "regular", backend=backend, inputs=1), self.critic_optimiser
-        )
+        fitted = Rollout(features, self.critic, 1, "regular", backend=backend, inputs=1)
+        self.fit = Update(fitted, self.critic_optimiser, graph=graph and self.device.type == "cpu")
 
-        self.states, self.ages = self.environments(settings.environments)
+        self.states, self.ages = self.environments(settings.environments, self.reset)
         self.randomised = self.draw(settings.environments)
         self.memory = self.states.new_zeros((settings.environments, self.actor.memory))
         self.updates, self.seconds = 0, 0.0
         self.take_up(self.states[None])  # until the first window takes its place
 
-    def environments(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def environments(self, count: int, reset: Reset) -> tuple[torch.Tensor, torch.Tensor]:
         """Return fresh states and ages; ages anywhere in an episode, so that not all begin anew at once."""
-        fresh, _ = self.reset(
+        fresh, _ = reset(
             torch.full((count, self.system.state_size), math.nan, device=self.device, dtype=self.dtype),
             torch.full((count,), self.settings.episode, device=self.device),
             self.seed(),
@@ -614,7 +640,7 @@ class ActorCritic:
         if settings.entropy:
             assert memories is not None
             costs = costs + settings.entropy * memories[1:, :, -1]
-        powers = discount ** torch.arange(len(costs), device=self.device, dtype=self.dtype)
+        powers = decays(discount, len(costs), self.dtype, self.device)[0]
         end = self.target(self.observer(self.rows(states[-1])))
         loss = (1.0 - discount) * (powers @ costs).mean() + discount ** len(costs) * end.mean()
         self.actor_optimiser.zero_grad()
@@ -648,21 +674,19 @@ class ActorCritic:
             update = combine_remembering(self.flow, base, other, mean)
             for parameter, part in zip(self.trained, split(update, self.trained), strict=True):
                 parameter.grad = part.clone()
-        gradients = gradients_of(self.trained)
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in gradients])))
-        if self.settings.clip:
-            clip_gradients(gradients, "norm", self.settings.clip)
-        return norm
+        return float(torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip or math.inf))
 
     def fit_critic(self, features: torch.Tensor, targets: torch.Tensor, diverged: Sequence[int]) -> float:
         """Fit the critic to the states of a window, but for those of environments that diverged; return its loss."""
-        rows = torch.arange(targets.numel()).view(targets.shape)
-        rows = rows[:, [b for b in range(targets.shape[1]) if b not in set(diverged)]].flatten()
-        size = targets.numel() // self.settings.critic_minibatches
-        order = []
+        count, rows = targets.numel(), torch.arange(targets.numel())
+        if diverged:
+            left = torch.ones(targets.shape, dtype=torch.bool)
+            left[:, list(diverged)] = False
+            rows = rows[left.flatten()]
+        size, order = count // self.settings.critic_minibatches, []
         for _ in range(self.settings.critic_epochs):
             drawn = rows[torch.randperm(len(rows), generator=self.generator)]
-            order.append(drawn.repeat(-(-targets.numel() // len(drawn)))[: targets.numel()])
+            order.append(drawn.repeat(-(-count // len(drawn)))[:count] if diverged else drawn)
         chosen = torch.cat(order).to(self.device)
         inputs = targets.flatten()[chosen].view(-1, 1, size, 1)
         return float(self.fit.minibatches(features[chosen].view(len(inputs), size, -1), inputs=inputs).mean())
@@ -693,7 +717,7 @@ class ActorCritic:
         steps, kept = steps or self.settings.episode, (self.generator, self.randomised, self.rollout.flow)
         self.generator = torch.Generator().manual_seed(seed)
         try:
-            x0, _ = self.environments(episodes)
+            x0, _ = self.environments(episodes, self.played)
             self.randomised = self.draw(episodes)
             given: dict[str, Any] = {"parameters": self.randomised or None}
             if self.inputs:
@@ -770,7 +794,7 @@ def learn(
         overwrite: Replace the run in `settings.out`.
         stop: Asked before every update, as an Event or a function.
         progress: Called with every new record.
-        **own: A system, flow, cost or reset of one's own, for `ActorCritic`.
+        **own: A system, flow, cost or reset of one's own, and whether to use graphs, for `ActorCritic`.
 
     Raises:
         FileExistsError: `settings.out` holds a run, and neither `resume` nor `overwrite` is set.
@@ -879,9 +903,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("Preparing; the first run of a system compiles its kernels …", file=sys.stderr)
     with stop_on_signals() as (stop, received):
         try:
-            learner = learn(
-                settings, resume=resume, overwrite=overwrite, stop=stop, progress=Progress(settings.updates)
-            )
+            progress = Progress(settings.updates)
+            learner = learn(settings, resume=resume, overwrite=overwrite, stop=stop, progress=progress, graph=True)
         except (OSError, ValueError) as error:
             print(f"python -m controllers.actor_critic: error: {error}", file=sys.stderr)
             return 2

@@ -188,6 +188,18 @@ def test_the_usual_reset():
     assert anew.tolist() == [False, True, True, True, False]
     assert torch.equal(after[anew], torch.from_numpy(system.sample(5, seed=7))[anew])
     assert torch.equal(after[~anew], states[~anew])
+    begun, _ = begin_anew(system, 1, scatter=(0.0, 0.0, 3.0, 0.0, 0.0, 0.0))(states[:3], ages[:3], 7)
+    moved = begun - torch.from_numpy(system.sample(3, seed=7))
+    assert (moved[:, [0, 1, 3, 4, 5]] == 0).all()
+    assert (moved[:, 2].abs() <= 3.0).all() and len(set(moved[:, 2].tolist())) == 3
+
+
+def test_fresh_states_are_scattered_in_training_alone():
+    plain, scattered = ActorCritic(small()), ActorCritic(small(scatter=(0.0, 0.0, 3.0, 0.0, 0.0, 0.0)))
+    assert not torch.equal(plain.states[:, 2], scattered.states[:, 2])
+    assert torch.equal(plain.states[:, :2], scattered.states[:, :2])
+    starts = [learner.evaluate(episodes=4, steps=1)[0][0] for learner in (plain, scattered)]
+    assert torch.equal(*starts)
 
 
 def test_what_diverges_begins_anew():
@@ -264,6 +276,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(changes, tmp_path):
         ({"randomise": ("mass:-1:1",)}, "mass must be positive"),
         ({"observe": ("altitude",)}, "observe must name each component once"),
         ({"limits": (1.0,)}, "limits must have a number for each of x"),
+        ({"scatter": (1.0,)}, "scatter must have a number for each of x"),
         ({"state_cost": (-1.0,) * 6}, "state_cost must be a number at least 0"),
         ({"flow": "Q"}, "flow 'Q' is unknown"),
         ({"memory": -1}, "memory must be an integer at least 0"),

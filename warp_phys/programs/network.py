@@ -80,14 +80,19 @@ class Network:
         self._buffers = Buffers(real)
         self._lasting: dict[tuple, wp.array] = {}
         self._deltas = f"deltas of {plan}"
+        self._read: tuple[tuple[int, ...], wp.array, Any] | None = None  # addresses, as an array, and the launch
 
     def pack(self, weights: Sequence[int], lasting: bool = False) -> None:
         """Read the weights and biases, given by their addresses in turn; the memory must be the CPU's, contiguous.
 
         The addresses are kept for the life of the network if they are `lasting`: a captured graph reads them.
         """
-        addresses = self._addresses([weights], lasting)
-        self.pack_launch(addresses).launch()
+        key = tuple(weights)
+        read = self._read
+        if read is None or read[0] != key:
+            addresses = self._addresses([weights], lasting)
+            read = self._read = key, addresses, self.pack_launch(addresses)
+        read[2].launch()
 
     def unroll(
         self, system: Any, states: wp.array, controls: wp.array, parameters: wp.array, keep: bool

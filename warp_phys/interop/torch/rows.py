@@ -174,7 +174,8 @@ def fill(states: torch.Tensor, x0: torch.Tensor, beside: Beside, system: Any) ->
     if beside.inputs is not None:
         states[:-1, :, written:] = beside.inputs
         states[-1, :, written:] = 0.0
-        states[0, :, end:written] = beside.inputs[0, :, : written - end]
+        if written > end:
+            states[0, :, end:written] = beside.inputs[0, :, : written - end]
 
 
 def first_row(x0: torch.Tensor, beside: Beside, system: Any) -> torch.Tensor:
