@@ -80,15 +80,14 @@ class Network:
         self._buffers = Buffers(real)
         self._lasting: dict[tuple, wp.array] = {}
         self._deltas = f"deltas of {plan}"
-        self._read: tuple[tuple[int, ...], wp.array, Any] | None = None  # addresses, as an array, and the launch
+        self._read: tuple[tuple, wp.array, Any] | None = None  # addresses, and if they last; as an array; the launch
 
     def pack(self, weights: Sequence[int], lasting: bool = False) -> None:
         """Read the weights and biases, given by their addresses in turn; the memory must be the CPU's, contiguous.
 
         The addresses are kept for the life of the network if they are `lasting`: a captured graph reads them.
         """
-        key = tuple(weights)
-        read = self._read
+        key, read = (tuple(weights), lasting), self._read
         if read is None or read[0] != key:
             addresses = self._addresses([weights], lasting)
             read = self._read = key, addresses, self.pack_launch(addresses)
