@@ -14,13 +14,14 @@ if find_spec("torch") is None:
 
 if TYPE_CHECKING:
     from controllers.exporting import export
-    from controllers.networks import MLP, GridCNN, Linear
+    from controllers.networks import GRU, MLP, GridCNN, Linear
     from controllers.settings import Training
     from controllers.training import train
 
-__all__ = ["MLP", "GridCNN", "Linear", "Training", "export", "train"]
+__all__ = ["GRU", "MLP", "GridCNN", "Linear", "Training", "export", "train"]
 
 _HOMES = {
+    "GRU": "networks",
     "MLP": "networks",
     "GridCNN": "networks",
     "Linear": "networks",
