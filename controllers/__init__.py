@@ -13,12 +13,12 @@ if find_spec("torch") is None:
     require("torch", "torch")  # it raises; where torch is there, Warp is not loaded yet
 
 if TYPE_CHECKING:
-    from controllers.exporting import export
+    from controllers.exporting import export, load_controller
     from controllers.networks import GRU, MLP, GridCNN, Linear
     from controllers.settings import Training
     from controllers.training import train
 
-__all__ = ["GRU", "MLP", "GridCNN", "Linear", "Training", "export", "train"]
+__all__ = ["GRU", "MLP", "GridCNN", "Linear", "Training", "export", "load_controller", "train"]
 
 _HOMES = {
     "GRU": "networks",
@@ -27,6 +27,7 @@ _HOMES = {
     "Linear": "networks",
     "Training": "settings",
     "export": "exporting",
+    "load_controller": "exporting",
     "train": "training",
 }
 

@@ -23,7 +23,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,12 +36,14 @@ import numpy as np
 import torch
 import warp
 
-from controllers.checkpoint import atomic_write
+from controllers.checkpoint import CHECKPOINT, RECORD, atomic_write, load_tensors, save_tensors
 from controllers.commandline import Parser, add_flags, stop_on_signals
 from controllers.networks import MLP, check_network
 from controllers.regression import Regression
 from controllers.settings import check_device, check_setting, choices, make_system, parameters_of
 from warp_phys import Diverged
+from warp_phys.core.checks import check_seed
+from warp_phys.errors import shown
 from warp_phys.flow import Combined, FlowLike, linear_parts, memory_in, resolve
 from warp_phys.interop.torch import Rollout, Update, pointwise_cost
 from warp_phys.interop.torch.combine import split
@@ -147,10 +149,19 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every setting; store names in full and the system's parameters complete."""
+        set_field = object.__setattr__  # a frozen dataclass sets its own fields this way
+        for name in ("hidden", "betas", "randomise", "observe", "state_cost", "limits", "scatter"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise TypeError(f"{name} must be a sequence, got {value!r}; write ({value!r},)")
+            set_field(self, name, tuple(value))
         self._check_numbers()
         for name, values in choices(Settings).items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {shown(value)}")
+        if not isinstance(self.out, str):
+            raise TypeError(f"out must be text, the name of a folder, got {shown(self.out)}")
         check_network(self.hidden, self.activation, "glorot")
         check_device(self.device)
         if self.entropy and self.actor != "stochastic":
@@ -162,12 +173,6 @@ class Settings:
             raise ValueError(
                 f"critic_minibatches must divide environments × horizon ({rows}), got {self.critic_minibatches}"
             )
-        set_field = object.__setattr__  # a frozen dataclass sets its own fields this way
-        for name in ("hidden", "betas", "randomise", "observe", "state_cost", "limits", "scatter"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise TypeError(f"{name} must be a sequence, got {value!r}; write ({value!r},)")
-            set_field(self, name, tuple(value))
         set_field(self, "flow", resolve(self.flow).name)
         system = self.make_system()
         set_field(self, "parameters", parameters_of(system))
@@ -178,7 +183,8 @@ class Settings:
         counts = ("environments", "horizon", "episode", "updates", "critic_epochs", "critic_minibatches")
         for name in (*counts, "checkpoint_every"):
             check_setting(name, getattr(self, name), int, at_least=1)
-        for name in ("seed", "threads", "memory"):
+        check_seed(self.seed)
+        for name in ("threads", "memory"):
             check_setting(name, getattr(self, name), int, at_least=0)
         for name in ("bound", "rate", "critic_rate", "deviation"):
             check_setting(name, getattr(self, name), float, above=0)
@@ -766,13 +772,15 @@ def check_resume(saved: Mapping[str, Any], settings: Settings) -> None:
     """Raise a ValueError where `settings` would make the saved run another run."""
     free = (*FREE_ON_RESUME, *(["updates"] if settings.schedule == "constant" else []))
     wanted = asdict(settings)
-    names = [name for name in wanted if name not in free and saved.get(name) != wanted[name]]
+    # A setting that the saved run lacks came later, and its default is what was there before.
+    saved = asdict(Settings()) | dict(saved)
+    names = [name for name in wanted if name not in free and saved[name] != wanted[name]]
     if names:
-        differences = "; ".join(f"{name} was {saved.get(name)!r}, is {wanted[name]!r}" for name in names)
+        differences = "; ".join(f"{name} was {saved[name]!r}, is {wanted[name]!r}" for name in names)
         raise ValueError(f"a resumed run keeps its settings (only {', '.join(free)} may change), but {differences}")
 
 
-CHECKPOINT, ACTOR, RECORD = "checkpoint.pt", "actor.pt", "record.csv"
+ACTOR = "actor.pt"
 
 
 def learn(
@@ -806,16 +814,22 @@ def learn(
     if resume:
         learner.load_state_dict(load_checkpoint(folder))
         records = (folder / RECORD).read_text(encoding="utf-8").splitlines()[1 : learner.updates + 1]
-    elif settings.out and (folder / CHECKPOINT).exists() and not overwrite:
-        raise FileExistsError(f"out: {folder} already holds a run; resume it, overwrite it, or choose another out")
+    elif settings.out:
+        found = [name for name in (CHECKPOINT, RECORD, ACTOR) if (folder / name).exists()]
+        if found and not overwrite:
+            raise FileExistsError(
+                f"out: {folder} already holds a run ({', '.join(found)}); "
+                "resume it, overwrite it, or choose another out"
+            )
+        for name in found:  # nothing of another run stays beside this one
+            (folder / name).unlink()
 
     def save() -> None:
         if not settings.out:
             return
         with atomic_write(folder / RECORD) as file:
             file.write(("\n".join([",".join(Record._fields), *records]) + "\n").encode())
-        with atomic_write(folder / CHECKPOINT) as file:
-            torch.save(learner.state_dict(), file)
+        save_tensors(folder / CHECKPOINT, learner.state_dict())
 
     asked = stop.is_set if isinstance(stop, threading.Event) else stop or (lambda: False)
     while learner.updates < settings.updates and not asked():
@@ -827,17 +841,19 @@ def learn(
             save()
     save()
     if settings.out and learner.updates >= settings.updates:
-        with atomic_write(folder / ACTOR) as file:
-            torch.save(learner.actor.state_dict(), file)
+        save_tensors(folder / ACTOR, learner.actor.state_dict())
     return learner
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read the checkpoint of a run; raise FileNotFoundError if there is none."""
+    """Read the checkpoint of a run; raise FileNotFoundError if there is none, ValueError for another file."""
     path = folder / CHECKPOINT
     if not path.exists():
         raise FileNotFoundError(f"out: {folder} holds no {CHECKPOINT}, so there is nothing to resume")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    content = load_tensors(path)
+    if not isinstance(content, dict) or not {"settings", "averages"} <= content.keys():
+        raise ValueError(f"{path} is no checkpoint of an actor-critic")
+    return content
 
 
 class Progress:
@@ -871,7 +887,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Settings, bool, bool]:
     glance = first.parse_known_args(arguments)[0]
     try:
         saved = load_checkpoint(Path(glance.out or ""))["settings"] if glance.resume else {}
-    except (OSError, KeyError) as error:
+    except (OSError, ValueError) as error:
         first.error(str(error))
     name = glance.system or saved.get("system", Settings.system)
     if name not in SYSTEMS:

@@ -9,13 +9,38 @@ from typing import Any
 import numpy as np
 import torch
 
-from controllers.checkpoint import atomic_write
+from controllers.checkpoint import CONFIG, CONTROLLER, atomic_write, load_tensors
+from controllers.config import read_config
+from controllers.networks import make_network
+from controllers.settings import Training
 from warp_phys.errors import check_count
 from warp_phys.interop.extras import require
 
 SUFFIXES = (".onnx", ".pt2")
 APART = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Refused is a file that computes something farther from the module than this, relative to the largest control."""
+
+
+def load_controller(folder: str | Path) -> tuple[torch.nn.Module, Training]:
+    """Return the controller of a finished training, and its settings.
+
+    Args:
+        folder: Where the training left controller.pt and run.toml.
+
+    Raises:
+        OSError: A file is not there.
+        ValueError, TypeError: One is damaged, or something else.
+    """
+    settings = Training(**read_config(Path(folder) / CONFIG))
+    shape = settings.network, settings.make_system(), settings.hidden, settings.activation, settings.init, None
+    controller = make_network(*shape, inputs=len(settings.inputs), memory=settings.memory)
+    try:
+        controller.load_state_dict(load_tensors(Path(folder) / CONTROLLER))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{Path(folder) / CONTROLLER} is not of the network that {CONFIG} describes: {error}"
+        ) from None
+    return controller, settings
 
 
 def export(controller: torch.nn.Module, path: str | Path, system: Any, *, inputs: int = 0, memory: int = 0) -> None:
@@ -40,7 +65,12 @@ def export(controller: torch.nn.Module, path: str | Path, system: Any, *, inputs
         ValueError: Another ending; a module that gives other shapes, or that the file does not compute.
         ImportError: ONNX needs the extra `export`.
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"path must be text or a path, got {type(path).__name__}")
     path = Path(path)
+    for name in ("state_size", "control_size"):
+        if not hasattr(system, name):
+            raise TypeError(f"system must have {name}, {type(system).__name__} has none")
     if not isinstance(controller, torch.nn.Module):
         raise TypeError(f"controller must be a torch.nn.Module, got {type(controller).__name__}")
     if path.suffix not in SUFFIXES:

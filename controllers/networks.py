@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from warp_phys.core.checks import check_seed
-from warp_phys.errors import shown
+from warp_phys.errors import check_count, shown
 from warp_phys.interop.torch.grid import FromGrid, ToGrid
 
 ACTIVATIONS: dict[str, type[torch.nn.Module]] = {
@@ -177,7 +177,8 @@ class GRU(torch.nn.Module):
         init: str = "glorot",
         seed: int | None = None,
     ) -> None:
-        check_network((units,), activation, init, seed)
+        check_count("units", units, 1, WIDEST)
+        check_network(hidden, activation, init, seed)
         super().__init__()
         self.cell = torch.nn.utils.skip_init(torch.nn.GRUCell, system.state_size, units)
         self.layers = MLP(_Sizes(units, system.control_size), hidden, activation, init, seed)

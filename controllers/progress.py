@@ -9,6 +9,15 @@ from tqdm import tqdm
 
 from controllers.record import Record
 
+
+class _Nowhere(io.StringIO):
+    """Takes text and keeps nothing of it."""
+
+    def write(self, text: str) -> int:
+        """Forget it."""
+        return len(text)
+
+
 LINE = "{desc}epoch {n_fmt}/{total_fmt}{postfix}, {rate_fmt}, {remaining} left"
 
 
@@ -33,7 +42,7 @@ class Progress:
             desc=name if self.terminal or not name else f"{name}: ",
             unit=" epochs",
             # Elsewhere than in a terminal it counts, and its line is written below.
-            file=self.stream if self.terminal else io.StringIO(),
+            file=self.stream if self.terminal else _Nowhere(),
             bar_format=None if self.terminal else LINE,
             position=position,
             dynamic_ncols=self.terminal,

@@ -29,6 +29,8 @@ def tracking(system: System, component: str, weight: float = 1.0) -> System:
     >>> follower.inputs, follower.tracking_weight
     (('reference of position [m]',), 1.0)
     """
+    if not isinstance(system, System):
+        raise TypeError(f"system must be a warp_phys.System, got {type(system).__name__}")
     if system.inputs:
         own = ", ".join(system.inputs)
         raise TypeError(

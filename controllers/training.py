@@ -78,7 +78,7 @@ def train(
     >>> [record.epoch for record in trained.records]
     [1, 2]
     """
-    _check_arguments(settings, stop, progress, resume=resume, overwrite=overwrite, graph=graph)
+    _check_arguments(settings, stop, progress, log, resume=resume, overwrite=overwrite, graph=graph)
     if settings.out:
         require("matplotlib", "plots")
     loop = Loop(settings, graph)
@@ -117,7 +117,7 @@ def train(
     return Trained(loop.controller, loop.records, finished)
 
 
-def _check_arguments(settings: Any, stop: Any, progress: Any, **flags: Any) -> None:
+def _check_arguments(settings: Any, stop: Any, progress: Any, log: Any, **flags: Any) -> None:
     """Raise a TypeError for arguments of `train` that are of another kind."""
     if not isinstance(settings, Training):
         raise TypeError(f"settings must be a Training, got {shown(settings)}")
@@ -126,6 +126,7 @@ def _check_arguments(settings: Any, stop: Any, progress: Any, **flags: Any) -> N
     if not isinstance(stop, threading.Event):
         check_function("stop", stop, "no arguments")
     check_function("progress", progress, "a record")
+    check_function("log", log, "a record")
 
 
 class Loop:

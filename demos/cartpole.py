@@ -221,13 +221,13 @@ class CartPoleDemo(Demo):
     def pull(self, pole: int, ray: Ray) -> None:
         """Pull a pole to where somebody points."""
         place = ray.meet((0.0, 0.0, 0.0), (0.0, 1.0, 0.0))
-        if place is not None:
+        if place is not None and pole < self.poles:  # else it was there when the event was sent
             self.pulled = pole, float(np.arctan2(place[0] - self.simulation.state[0], place[2]))
 
     def hit(self, pole: int, ray: Ray) -> None:
         """Kick a pole away from where it was clicked."""
         place = ray.meet((0.0, 0.0, 0.0), (0.0, 1.0, 0.0))
-        if place is not None:
+        if place is not None and pole < self.poles:
             x, angle = self.simulation.state[0], self.simulation.state[2 + 2 * pole]
             # positive rates turn clockwise
             beside = (place[0] - x) * np.cos(angle) - place[2] * np.sin(angle)

@@ -203,9 +203,9 @@ def perform_plan(settings: Paper, stop: threading.Event) -> dict[str, State]:
     states = {run.name: state for run, state in runs}
     left = [run for run, state in runs if not state.counts]
     if left and not stop.is_set():
-        # Processes of a program that was killed save their runs before they end.
-        with locked(Path(settings.out) / ".processes", patience=PATIENCE):
-            pass
+        if not settings.cluster:  # processes of a program that was killed save their runs before they end
+            with locked(Path(settings.out) / ".processes", patience=PATIENCE):
+                pass
         display = Display(runs, settings.workers)
         display.say(
             f"{len(left)} of {len(runs)} runs to do in {settings.place}, results in {settings.out}; "

@@ -57,7 +57,7 @@ class RaceDemo(Demo):
     """A lane for the cart of each flow, learning curves beside them."""
 
     says = (
-        "Five networks with the same first weights learn to swing up four poles; only the backward pass differs. Watch "
+        "Five networks with the same first weights learn to swing up poles; only the backward pass differs. Watch "
         "whose curve falls: press restart for other weights."
     )
     clip = 30.0

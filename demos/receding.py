@@ -69,9 +69,7 @@ def upright(states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
 class RecedingDemo(Demo):
     """The cart, and where the latest plan sees the end of its pole."""
 
-    says = (
-        "This cart plans its next 0.8 s anew at every step (green): drag the cart or kick the pole, and it plans again."
-    )
+    says = "This cart plans ahead anew at every step (green): drag the cart or kick the pole, and it plans again."
     clip = 8.0
 
     def __init__(self, settings: Settings) -> None:
@@ -106,7 +104,8 @@ class RecedingDemo(Demo):
 
     def words(self) -> str:
         """What the controller is not told."""
-        return f"the pole is {100.0 * self.error:.0f} % longer and heavier than the plan believes"
+        kind = "longer and heavier" if self.error >= 0.0 else "shorter and lighter"
+        return f"the pole is {100.0 * abs(self.error):.0f} % {kind} than the plan believes"
 
     def act(self) -> np.ndarray:
         """The force of this step: the first of a new plan, the hand's, and noise."""

@@ -1,4 +1,4 @@
-"""Swing-up of a cart with poles, trained side by side with the gradient (R) and with the combined update (C).
+"""Swing-up of a cart with poles, trained side by side with the gradient (R) and a form of the combined update (C).
 
     python -m demos.swingup
 

@@ -29,9 +29,9 @@ import warp
 
 from controllers.actor_critic import Settings as Learning
 from controllers.actor_critic import learn
-from controllers.checkpoint import CONTROLLER, load_tensors
+from controllers.checkpoint import CONTROLLER
 from controllers.commandline import Parser
-from controllers.networks import make_network
+from controllers.exporting import load_controller
 from controllers.settings import Training, check_setting
 from controllers.training import train
 from demos import cartpole, herd, quadrotor, quantum, weather_numbers
@@ -216,13 +216,8 @@ def make_controller(
 def finished_run(settings: Training, runs: str) -> torch.nn.Module | None:
     """The controller of a finished run of `demos.paper` with these settings, None where there is none."""
     for run in find_runs(runs):
-        path = run.folder / CONTROLLER
-        if replace(run.settings, out="") == settings and path.exists():
-            controller = make_network(
-                settings.network, settings.make_system(), settings.hidden, settings.activation, settings.init, None
-            )
-            controller.load_state_dict(load_tensors(path))
-            return controller
+        if replace(run.settings, out="") == settings and (run.folder / CONTROLLER).exists():
+            return load_controller(run.folder)[0]
     return None
 
 

@@ -6,6 +6,7 @@ A demo's module ends with
         return run("cartpole", __doc__, CartPoleDemo, Settings, arguments)
 """
 
+import itertools
 import shutil
 import subprocess
 import time
@@ -109,7 +110,7 @@ def show(parser: Parser, make: Callable[[], Demo], view: View, name: str) -> int
     try:
         with parser.answering("the demo"), stop_on_signals() as (stop, received):
             (save if view.save else serve)(make, view, name, stop)
-    except CannotShow as error:
+    except (CannotShow, ValueError) as error:  # a damaged file of weights is one
         parser.error(str(error))
     return 128 + received[0] if received else 0
 
@@ -132,7 +133,7 @@ def serve(make: Callable[[], Demo], view: View, name: str, stop: Event) -> None:
             demo = make()
             try:
                 shown = page.Page(server, demo)
-                address = f"http://{view.host}:{view.port}"
+                address = f"http://{f'[{view.host}]' if ':' in view.host else view.host}:{view.port}"
                 print(f"Open {address} in a browser; Ctrl-C here ends the demo.")
                 print(f"From afar, first: ssh -L {view.port}:127.0.0.1:{view.port} <this machine>", flush=True)
                 if view.open and has_display():
@@ -171,11 +172,14 @@ def save(make: Callable[[], Demo], view: View, _name: str, stop: Event) -> None:
         print(f"{KINDS[kind]}: {path.resolve()}")
 
 
-def write_scene(demo: Demo, view: View, path: Path, _stop: Event) -> None:
+def write_scene(demo: Demo, view: View, path: Path, stop: Event) -> None:
     """Write a page that plays what a demo does, to be turned and zoomed without a server."""
     from demos import page  # noqa: PLC0415, needs an extra
 
-    text = page.record(demo, play(demo, view.seconds or demo.clip, view.rate), view.rate)
+    steps = itertools.takewhile(lambda _: not stop.is_set(), play(demo, view.seconds or demo.clip, view.rate))
+    text = page.record(demo, steps, view.rate)
+    if stop.is_set():
+        return
     with atomic_write(path) as file:
         file.write(text.encode())
 

@@ -38,7 +38,7 @@ class Job:
         try:
             with (
                 stop_on_signals() as (stop, _),
-                locked(Path(self.out) / ".processes", shared=True),
+                locked(Path(self.out) / ".processes", shared=True, patience=PATIENCE),
                 locked(self.run.folder / ".job"),
             ):
                 return perform(self.run, stop.is_set, lambda record: None)
@@ -66,7 +66,7 @@ def read_options(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise ValueError(f"cluster-options must be name=value, such as timeout_min=60, got {text!r}")
-        options[name] = int(value) if value.lstrip("-").isdigit() else value
+        options[name] = int(value) if value.removeprefix("-").isdecimal() else value
     return options
 
 
@@ -82,7 +82,7 @@ def run_on_cluster(
     """Perform runs as jobs, and wait for them; returns how each run ended that was taken up.
 
     When `stop` is set, jobs are asked to save what they are at and end. Where this process is killed, they go on; the
-    same command then waits for those that run, and leaves alone what is done.
+    same command then leaves alone what is done, and tells of what they are at that it has begun.
 
     Args:
         runs: The runs.

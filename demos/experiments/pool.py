@@ -239,7 +239,7 @@ def locked(path: Path, shared: bool = False, patience: float = 0.0) -> Iterator[
 
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
-    with open(path, "ab") as file:
+    with open(path, "a+b") as file:  # a shared lock on a network file system needs a file that can be read
         while True:
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

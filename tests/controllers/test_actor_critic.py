@@ -1,13 +1,23 @@
 """The short-horizon actor-critic: its update against torch's, its targets against a loop, going on, resuming."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
-from controllers.actor_critic import ActorCritic, Observer, Settings, begin_anew, learn, main, td_lambda
+from controllers.actor_critic import (
+    ActorCritic,
+    Observer,
+    Settings,
+    begin_anew,
+    check_resume,
+    learn,
+    main,
+    td_lambda,
+)
+from controllers.checkpoint import save_tensors
 from warp_phys import Quadrotor
 from warp_phys.flow import Combined, agree, resolve
 
@@ -310,3 +320,48 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             main(wrong)
         assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_nothing_of_another_run_stays(tmp_path):
+    settings = small(updates=1, out=str(tmp_path))
+    learn(settings)
+    old = (tmp_path / "actor.pt").read_bytes()
+    learn(replace(settings, seed=7, updates=2), overwrite=True, stop=lambda: True)
+    assert not (tmp_path / "actor.pt").exists() and old
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"garbage", "is no file of tensors"), (None, "is no checkpoint of an actor-critic")],
+)
+def test_other_files_are_not_resumed(tmp_path, content, message, capsys):
+    if content is None:
+        save_tensors(tmp_path / "checkpoint.pt", {"settings": {}})
+    else:
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(SystemExit):
+        main(["--resume", "--out", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"betas": 0.9}, "betas must be a sequence"),
+        ({"limits": None}, "limits must be a sequence"),
+        ({"out": 3}, "out must be text"),
+        ({"seed": 2**64}, "seed must be at most"),
+        ({"schedule": 1}, "schedule must be one of"),
+    ],
+)
+def test_settings_of_another_kind(changes, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        small(**changes)
+
+
+def test_a_setting_that_came_later_has_its_default():
+    settings = small()
+    saved = {name: value for name, value in asdict(settings).items() if name != "scatter"}
+    check_resume(saved, settings)
+    with pytest.raises(ValueError, match="scatter was"):
+        check_resume(saved, small(scatter=(0.1, 0.0, 0.0, 0.0, 0.0, 0.0)))

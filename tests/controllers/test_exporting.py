@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from small_training import GIVEN, small
 
-from controllers import MLP
-from controllers.exporting import export
+from controllers import MLP, export, load_controller, train
+from controllers.checkpoint import save_tensors
 from warp_phys import CartPole
 
 SYSTEM = CartPole(poles=1)
@@ -91,6 +92,7 @@ class Constant(torch.nn.Module):
     ("controller", "name", "kind", "message"),
     [
         (MLP(SYSTEM, seed=0), "c.pt", ValueError, "path must end in .onnx or .pt2, got"),
+        (MLP(SYSTEM, seed=0), 5, TypeError, "path must be text or a path, got int"),
         (np.tanh, "c.pt2", TypeError, "controller must be a torch.nn.Module, got ufunc"),
         (Constant(), "c.pt2", ValueError, r"control of shapes \[\(3, 1\)\] for 3 states, got \[\(1, 1\)\]"),
         (Counting(), "c.pt2", ValueError, "c.pt2 would compute something else than the controller, by"),
@@ -98,7 +100,7 @@ class Constant(torch.nn.Module):
 )
 def test_refusals(tmp_path, controller, name, kind, message):
     with pytest.raises(kind, match=message):
-        export(controller, tmp_path / name, SYSTEM)
+        export(controller, tmp_path / name if isinstance(name, str) else name, SYSTEM)
     assert not any(tmp_path.iterdir())
 
 
@@ -106,3 +108,16 @@ def test_a_missing_library_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match=r'onnx is not installed: pip install "warp_phys\[export\]"'):
         export(MLP(SYSTEM, seed=0), tmp_path / "c.onnx", SYSTEM)
+
+
+def test_the_controller_of_a_training(tmp_path):
+    """With inputs and a memory; a file of another network is refused."""
+    settings = small(out=str(tmp_path / "run"), epochs=1, **GIVEN)
+    trained = train(settings)
+    controller, found = load_controller(tmp_path / "run")
+    assert found == settings
+    for mine, its in zip(controller.state_dict().values(), trained.controller.state_dict().values(), strict=True):
+        assert torch.equal(mine, its)
+    save_tensors(tmp_path / "run" / "controller.pt", MLP(SYSTEM, seed=0).state_dict())
+    with pytest.raises(ValueError, match="controller.pt is not of the network that run.toml describes"):
+        load_controller(tmp_path / "run")

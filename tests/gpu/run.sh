@@ -10,6 +10,7 @@
 #
 # Status 0 where every step passed, 1 where one failed or ran out of time, 2 for a mistake in the arguments.
 set -uo pipefail
+called_from=$PWD
 cd "$(dirname "$0")/../.."
 wheels="" out=out/gpu limit=470 dry=""
 while [ $# -gt 0 ]; do
@@ -23,8 +24,11 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
+# folders count from where the script was called
+[ -z "$wheels" ] || [[ "$wheels" = /* ]] || wheels=$called_from/$wheels
+[[ "$out" = /* ]] || out=$called_from/$out
 [ -z "$wheels" ] || [ -d "$wheels" ] || { echo "wheels: there is no folder $wheels" >&2; exit 2; }
-[[ "$limit" =~ ^[0-9]+$ ]] || { echo "limit must be a number of seconds, got $limit" >&2; exit 2; }
+[[ "$limit" =~ ^[1-9][0-9]*$ ]] || { echo "limit must be a number of seconds, got $limit" >&2; exit 2; }
 
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)

@@ -318,8 +318,9 @@ def test_what_is_refused():
         Hybrid(TorchSystem(lambda x, c: x, 2, 1), network)
     with pytest.raises(TypeError, match="module must be a torch.nn.Module, got function"):
         Hybrid(SYSTEM, lambda x, c: x)
-    with pytest.raises(ValueError, match="gives must be one of 'residual', 'controls', 'inputs', got 'forces'"):
-        Hybrid(SYSTEM, network, "forces")
+    for unknown in ("forces", 3, None):
+        with pytest.raises(ValueError, match=f"gives must be 'residual', .* among dt, gravity, .*, got {unknown!r}"):
+            Hybrid(SYSTEM, network, unknown)
     with pytest.raises(ValueError, match="must not be 'inputs': CartPole declares none"):
         Hybrid(SYSTEM, network, "inputs")
     with pytest.raises(ValueError, match="must not be 'inputs': the cost of Wind reads them"):

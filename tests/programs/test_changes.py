@@ -19,7 +19,21 @@ GAIN, SETTINGS, TABLE, SHARED = 1.0, SimpleNamespace(gain=1.0), np.ones(1000), n
 class Slots:
     """An object without a dictionary."""
 
-    __slots__ = ("gain",)
+    __slots__ = "gain"
+
+
+class Empty:
+    """An object that gets attributes later."""
+
+
+ANOTHER = 0.5
+
+
+def ACT(x):
+    return x + 0.1
+
+
+act = ACT
 
 
 def helper(x):
@@ -39,7 +53,8 @@ class Policy(NN.Module):
         self.register_buffer("mean", torch.zeros(size))
         self.gain, self.options, self.act = 1.0, {"shift": [0.0]}, torch.tanh
         self.table, self.plain, self.slots = np.ones(3), torch.zeros(()), Slots()
-        self.slots.gain, self.taken = 1.0, torch.from_numpy(SHARED)
+        self.slots.gain, self.taken, self.empty = 1.0, torch.from_numpy(SHARED), Empty()
+        self.unused = torch.ones(2, dtype=torch.complex64).conj()
 
     @property
     def factor(self):
@@ -50,7 +65,8 @@ class Policy(NN.Module):
 
     def forward(self, x):
         h = self.drop(helper(self.inside(self.first(x - self.mean)))) + self.options["shift"][0] + self.plain
-        return self.last(h) * self.factor * float(self.table[0]) * self.slots.gain + self.taken[0]
+        factor = self.factor * float(self.table[0]) * self.slots.gain
+        return self.last(h) * factor + self.taken[0] + getattr(self.empty, "more", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +148,7 @@ CHANGES = {
     "an array that a property reads": lambda m: TABLE.__setitem__(0, TABLE[0] + 0.5),
     "an array of its own": lambda m: m.table.__setitem__(0, m.table[0] + 0.5),
     "a tensor that is no buffer": lambda m: m.plain.add_(0.3),
+    "an attribute that was not there": lambda m: setattr(m.empty, "more", 0.5),
     "an object with slots": lambda m: setattr(m.slots, "gain", m.slots.gain + 0.5),
     "a tensor's memory, not by the tensor": lambda m: SHARED.__setitem__(0, SHARED[0] + 0.5),
     "an epsilon": lambda m: setattr(m.norm, "eps", 0.5),
@@ -229,3 +246,68 @@ def test_a_module_that_counts_its_calls():
     for _ in range(6):
         assert not differences(module, rollout, states(5), "R")
     assert rollout.backend == "general" and rollout.why_general
+
+
+def test_what_another_helper_reads():
+    """A function that takes the place of one reads other globals."""
+
+    class Helped(NN.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = NN.Linear(SYSTEM.state_size, 4), NN.Linear(4, 1)
+
+        def forward(self, x):
+            return self.last(act(self.first(x)).tanh())
+
+    module = double(Helped)
+    rollout = Rollout(SYSTEM, module, STEPS, backend="fused")
+    same(rollout)
+    set_global("act", lambda x: x * ANOTHER)
+    try:
+        same(rollout)
+        set_global("ANOTHER", 1.5)
+        same(rollout)
+    finally:
+        set_global("act", ACT)
+
+
+def test_strides_of_weights():
+    class Square(NN.Module):
+        def __init__(self):
+            super().__init__()
+            size = SYSTEM.state_size
+            self.first, self.last = NN.Linear(size, size), NN.Linear(size, 1)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.first(x)) + x)
+
+    module = double(Square)
+    rollout = Rollout(SYSTEM, module, STEPS, backend="auto")
+    for _ in range(4):
+        same(rollout, backend=rollout.backend)
+    assert rollout.backend == "fused"
+    module.first.weight.data = module.first.weight.data.t()
+    same(rollout, backend="general")
+    assert "not contiguous" in rollout.why_general
+
+
+def test_a_chain_that_is_none():
+    """What was kept for a program is not found under the key of a chain."""
+
+    class Scaled(NN.Module):
+        gain = 1.0
+
+        def forward(self, x):
+            return self.gain * torch.tanh(x)
+
+    module = double(lambda: NN.Sequential(NN.Linear(SYSTEM.state_size, 8), Scaled(), NN.Linear(8, 1)))
+    rollout = Rollout(SYSTEM, module, STEPS, "M", backend="fused")
+    for phase, gain in enumerate((1.0, 1.0, 1.0, 4.0, 4.0)):
+        module[1].gain = gain
+        module[0].bias.requires_grad_(phase % 2 == 1)
+        wanted = gradients_of(Rollout(SYSTEM, module, STEPS, "M", backend="general"), "M", states(5))
+        for _ in range(3):
+            rollout.value_and_grad(states(5), "every", 0.3)
+            for name, p in module.named_parameters():
+                if p.requires_grad:
+                    torch.testing.assert_close(p.grad, wanted[name], rtol=1e-9, atol=1e-12)

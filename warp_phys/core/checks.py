@@ -119,10 +119,9 @@ def check_finite_array(name: str, value: Any, dtype: Any = np.float64) -> np.nda
 
 def numbers_of(name: str, value: Any) -> np.ndarray:
     """Return an argument as a numpy array of real numbers, or raise a TypeError or ValueError that names it."""
-    if hasattr(value, "detach"):  # torch's, which may have a gradient or be on a device
-        value = value.detach().cpu()
     try:
-        array = np.asarray(value)
+        # torch's may have a gradient or be on a device
+        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{name} must be an array, rows of one length, got {shown(value)}") from None
     if array.dtype.kind not in "fiu":
@@ -193,6 +192,8 @@ def check_given(names: Sequence[str], values: Any) -> None:
     if unknown:
         raise ValueError(f"parameters {', '.join(unknown)} are unknown; there are {', '.join(names) or 'none'}")
     for name, value in values.items():
+        if isinstance(value, list | tuple) and any(getattr(entry, "requires_grad", False) for entry in value):
+            raise TypeError(f"parameter {name} is a list of tensors with gradients: give one tensor, torch.stack([…])")
         is_array = hasattr(value, "shape") and _holds_numbers(getattr(value, "dtype", None))
         is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0
         is_list = is_list and not any(plain_number(entry) is None for entry in value)

@@ -6,6 +6,8 @@ import tempfile
 
 import warp as wp
 
+from warp_phys.core.kernel_cache import start_warp
+
 NO_DRIVER = b"Could not find or load the NVIDIA CUDA driver"
 
 
@@ -21,13 +23,13 @@ def quiet() -> None:
     try:
         stderr = os.dup(2)
     except OSError:  # a program without a standard error
-        wp.init()
+        start_warp()
         return
     # That there is no driver comes from C, past every setting: what comes meanwhile is kept, and passed on without it.
     with tempfile.TemporaryFile() as kept:
         os.dup2(kept.fileno(), 2)
         try:
-            wp.init()
+            start_warp()
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)

@@ -298,7 +298,7 @@ class System(ABC):
 
         Runs on the arrays' device and its current stream, is recorded by an active `wp.Tape`, and changes no setting of
         the process. Its first call loads a kernel and places the system's own parameters on the device; from then on
-        it allocates nothing, does not wait, and can be captured in a graph.
+        it allocates nothing, does not wait, and can be captured in a graph; keep the system as long as a graph of it.
 
         Args:
             x: States, shape (batch, D), float32 or float64, any strides.

@@ -221,9 +221,8 @@ class TorchController:
 
         Far cheaper than reading the plan again.
         """
-        own = self._chain_fingerprint()
-        if own is not None and (own != self._planned[0] or self._planned[1] is not None):
-            return own
+        if self._chain() is not None:
+            return self._planned[0]
         return self._program_fingerprint()
 
     def _program_fingerprint(self) -> Key | None:
@@ -236,7 +235,7 @@ class TorchController:
         if snapshot is None or not snapshot.is_current():
             snapshot, key = Snapshot(self.module, outside=True), None
         memory = [
-            *((p.data_ptr(), p.shape, has_own_hooks(p)) for p in snapshot.parameters),
+            *((p.data_ptr(), p.shape, p.stride(), p.dtype, has_own_hooks(p)) for p in snapshot.parameters),
             *(b.data_ptr() for b in snapshot.buffers),
         ]
         if key is None or memory != before:
@@ -261,13 +260,16 @@ class TorchController:
 
     def planned(self) -> Planned | None:
         """Return what `read_plan` reads; read again only where the fingerprint has changed."""
+        return self._chain() or self._program()
+
+    def _chain(self) -> Planned | None:
+        """Return the module as a chain of the engine's layers, read again where something about it has changed."""
         fingerprint = self._chain_fingerprint()
-        if fingerprint is not None:
-            if fingerprint != self._planned[0]:
-                self._planned = fingerprint, read_plan(self.module, self.inputs)
-            if self._planned[1] is not None:
-                return self._planned[1]
-        return self._program()
+        if fingerprint is None:
+            return None
+        if fingerprint != self._planned[0]:
+            self._planned = fingerprint, read_plan(self.module, self.inputs)
+        return self._planned[1]
 
     def _program(self) -> Planned | None:
         """Return the module as a row program, read again where something about it has changed.

@@ -44,7 +44,7 @@ class Given:
         """Whether no graph is needed to get from the parameters' rows to the leaves."""
         for name, value in values.items():
             i, is_tensor = names.index(name), isinstance(value, torch.Tensor)
-            self.columns.append((i, value.detach().cpu().numpy() if is_tensor else np.asarray(value)))
+            self.columns.append((i, value.detach().to("cpu", like.dtype).numpy() if is_tensor else np.asarray(value)))
             check_lengths(name, self.columns[-1][1].shape, len(like))
             if is_tensor and value.requires_grad:
                 self.leaves.append((i, value))
@@ -54,7 +54,7 @@ class Given:
         """1, or the batch."""
         ids = [id(leaf) for _, leaf in self.leaves]
         self.are_plain = self.are_plain and len(set(ids)) == len(ids)
-        self.key = (self.rows, tuple(values), tuple((i, id(leaf)) for i, leaf in self.leaves))
+        self.key = (self.rows, tuple(values), tuple((i, id(leaf), leaf.shape) for i, leaf in self.leaves))
 
     def write(self, rows: np.ndarray) -> bool:
         """Write the parameters' rows; return whether they are what physical parameters may be, dt apart."""

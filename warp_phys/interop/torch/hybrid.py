@@ -10,9 +10,8 @@ import warp as wp
 from warp_phys.core.arrays import check_array, shape_message
 from warp_phys.core.checks import check_instance
 from warp_phys.core.gate import active_tape
-from warp_phys.errors import check_choice
 from warp_phys.interop.torch.dense import as_array
-from warp_phys.interop.torch.rows import has_room
+from warp_phys.interop.torch.rows import takes_inputs
 from warp_phys.interop.torch.system import on_stream_of
 from warp_phys.systems.base import Parameters, System
 from warp_phys.systems.hybrid import HybridRows, given_size
@@ -28,7 +27,7 @@ class Network(torch.nn.Module):
 
     def __init__(self, module: torch.nn.Module, size: int):
         super().__init__()
-        self.module, self.size, self.takes_both = module, size, has_room(module, 0)
+        self.module, self.size, self.takes_both = module, size, takes_inputs(module, 0)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """Return what the module gives at x (N, D) and c (N, K)."""
@@ -51,7 +50,8 @@ class Hybrid:
         gives="controls"           x_{n+1} = S(x_n, c_n + r; p)          K numbers: forces where the controls act
         gives="inputs"             x_{n+1} = S(x_n, c_n, r; p)           for a system that declares inputs, E numbers:
                                                                          forces in its rate of change
-        gives=("drag", …)          x_{n+1} = S(x_n, c_n; p + r)          numbers added to these physical parameters
+        gives=("drag", …)          x_{n+1} = S(x_n, c_n; p + r)          numbers added to these physical parameters,
+                                                                         whose ranges are not watched
 
     A module whose numbers are zero leaves the system as it is. A torch `Rollout` and `trajectory` train the module's
     parameters, as they train a controller's: together with one, or alone, and with physical parameters. The module is
@@ -67,7 +67,7 @@ class Hybrid:
 
     Args:
         system: A `System`; its physical parameters, cost and initial states are those of the hybrid.
-        module: Maps rows [x | c], shape (B, D + K), to rows r; or x and c, where its forward takes two arguments. It
+        module: Maps rows [x | c], shape (B, D + K), to rows r; or x and c, where its forward needs two arguments. It
             goes row by row, the same way each time.
         gives: What r is.
 
@@ -179,6 +179,10 @@ class Hybrid:
         """Return the loss of a trajectory, that of the system, see `System.loss`."""
         return self.system.loss(*arguments, **options)
 
+    def picture(self, *arguments: Any, **options: Any) -> Any:
+        """Return what the system looks like, see `System.picture`."""
+        return self.system.picture(*arguments, **options)
+
     def sketch(self, axes: Any) -> Callable[..., Sequence[Any]]:
         """Draw the system, see `System.sketch`."""
         return self.system.sketch(axes)
@@ -264,8 +268,7 @@ class Hybrid:
 
 def _checked(system: System, gives: str | Sequence[str]) -> str | tuple[str, ...]:
     """Return what a module gives, or raise an error that says what it may be."""
-    if isinstance(gives, str) and gives not in system.parameter_names:
-        check_choice("gives", gives, ("residual", "controls", "inputs"))
+    if isinstance(gives, str) and gives in ("residual", "controls", "inputs") and gives not in system.parameter_names:
         if gives == "inputs" and not system.inputs:
             raise ValueError(f"gives must not be 'inputs': {type(system).__name__} declares none")
         if gives == "inputs" and system.cost_reads_inputs:
@@ -274,7 +277,7 @@ def _checked(system: System, gives: str | Sequence[str]) -> str | tuple[str, ...
                 "to the step alone"
             )
         return gives
-    names = (gives,) if isinstance(gives, str) else tuple(gives)
+    names = (gives,) if isinstance(gives, str) or not isinstance(gives, Sequence) else tuple(gives)
     unknown = [str(name) for name in names if name not in system.parameter_names]
     if unknown or not names or len(set(names)) != len(names):
         raise ValueError(

@@ -22,7 +22,7 @@ def controls_of(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         output = module(x)
     except RuntimeError as error:
         if any(word in str(error) for word in ("shape", "size", "dimension")):
-            raise ValueError(f"controller does not take states of shape {tuple(x.shape)}: {error}") from error
+            raise ValueError(f"controller fails at states of shape {tuple(x.shape)}: {error}") from error
         raise
     if not isinstance(output, torch.Tensor):
         raise TypeError(f"controller must return the controls alone, a torch.Tensor, got {type(output).__name__}")

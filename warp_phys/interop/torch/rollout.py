@@ -107,8 +107,7 @@ class Rollout:
     before one optimiser step add up as they should, for a combined flow M and R apart.
 
     Args:
-        system: A `System`, a `Hybrid`, or anything with `step` and `step_vjp` (see `Simulator`). A `System` is kept for
-            good, as is its array of parameters: to sweep numbers, hand them to calls as `parameters`.
+        system: A `System`, a `Hybrid`, or anything with `step` and `step_vjp` (see `Simulator`).
         controller: Any module that maps states (B, D) to controls (B, K) row by row, the same way each time, and leaves
             its input as it is. With inputs it is called with (x, w), with a memory with (x, h), with both with
             (x, w, h); one with a memory returns (c, h').
@@ -177,8 +176,7 @@ class Rollout:
         self._workspaces: list[Workspace] = []
         self._gates: dict[tuple, tuple[np.ndarray, wp.array]] = {}
         self._direct: dict[tuple, DirectPass] = {}
-        if isinstance(system, System):
-            name_of(system)  # for losses in compiled code
+        self._name_system()
         self._name = name_of_rollout(self)
         self.dtype, self.device = precision_and_device(self.trained, device)
         self._backend = check_choice("backend", backend, BACKENDS)
@@ -258,9 +256,14 @@ class Rollout:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy a name of its own."""
         vars(self).update(state)
-        if isinstance(self.system, System):
-            name_of(self.system)
+        self._name_system()
         self._name = name_of_rollout(self)
+
+    def _name_system(self) -> None:
+        """Give the system a name for losses in compiled code."""
+        system = self._system.system if isinstance(self._system, Hybrid) else self._system
+        if isinstance(system, System):
+            name_of(system)
 
     @property
     def flow(self) -> Flow | Combined:

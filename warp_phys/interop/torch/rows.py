@@ -114,8 +114,9 @@ def takes_inputs(controller: torch.nn.Module, memory: int) -> bool:
 
 def has_room(controller: torch.nn.Module, memory: int) -> bool:
     """Whether a controller's forward can be given another argument besides state and memory."""
-    while isinstance(inner := getattr(controller, "_orig_mod", getattr(controller, "module", None)), torch.nn.Module):
-        controller = inner  # compiled, or wrapped to run in parallel
+    while isinstance(controller, torch._dynamo.OptimizedModule) or _is_parallel(controller):
+        inner: Any = controller._orig_mod if hasattr(controller, "_orig_mod") else controller.module
+        controller = inner
     try:
         parameters = list(inspect.signature(controller.forward).parameters.values())
     except (TypeError, ValueError):
@@ -123,6 +124,12 @@ def has_room(controller: torch.nn.Module, memory: int) -> bool:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     several = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
     return several or sum(p.kind in kinds for p in parameters) > 1 + (memory > 0)
+
+
+def _is_parallel(module: torch.nn.Module) -> bool:
+    """Whether a module is another one, wrapped by torch to run in parallel."""
+    home = type(module).__module__
+    return home.startswith(("torch.nn.parallel", "torch.distributed")) and hasattr(module, "module")
 
 
 def check_inputs(name: str, value: torch.Tensor, like: torch.Tensor, steps: int, size: int | None) -> torch.Tensor:

@@ -136,31 +136,29 @@ _FIXED = {bool, int, float, str, type(None), torch.dtype}
 """What cannot change but by becoming another object."""
 
 
-@functools.lru_cache(maxsize=1024)
-def _read_outside(function: Any, owner: type, depth: int = 2) -> tuple[Callable[[], Any], ...]:
-    """Return what a function of somebody's reads that is no argument, each as a call that looks it up.
+def _read_outside(function: Any, owner: type, depth: int = 2) -> Iterator[Callable[[], Any]]:
+    """Yield what a function of somebody's reads that is no argument, each as a call that looks it up.
 
     These are globals by name, what is read of modules among them, what it closes over and what the class of its object
-    has; and likewise for functions, methods and properties among these.
+    has; and likewise for functions, methods and properties among these. What is not there, and may come, is None.
     """
     code = getattr(function, "__code__", None)
     if code is None or (getattr(function, "__module__", None) or "torch").partition(".")[0] == "torch":
-        return ()
-    outside, names, found = function.__globals__, _names(code), list[Callable[[], Any]]()
-    found += [functools.partial(outside.get, name) for name in names if name in outside]
+        return
+    names, found = _names(code), list[Callable[[], Any]]()
+    found += [functools.partial(function.__globals__.get, name) for name in names]
     found += [functools.partial(getattr, cell, "cell_contents", None) for cell in function.__closure__ or ()]
     places = [place for look in found if isinstance(place := look(), ModuleType | type)]
     for place in [*places, *owner.__mro__]:
         home = place.__name__ if isinstance(place, ModuleType) else place.__module__
         if home.partition(".")[0] not in _LIBRARIES:
-            found += [functools.partial(vars(place).get, name) for name in names if name in vars(place)]
-    helpers = [look() for look in found] if depth else []
-    for helper in helpers:
+            found += [functools.partial(vars(place).get, name) for name in names]
+    yield from found
+    for look in found if depth else ():
+        helper = look()
         inner = helper.fget if isinstance(helper, property) else helper
         if isinstance(inner, FunctionType) and inner is not function:
-            found += _read_outside(inner, owner, depth - 1)
-    kept = (look for look in found if not isinstance(look(), ModuleType))
-    return tuple(kept)
+            yield from _read_outside(inner, owner, depth - 1)
 
 
 _LIBRARIES = {"torch", "numpy", "math", "builtins"}
@@ -200,10 +198,12 @@ def _mark(value: Any, depth: int = 3) -> Any:  # noqa: PLR0911, a kind each
         return _Same(value), value.shape, hash(value.tobytes()) if value.size <= CONTENT else None
     if isinstance(value, Mapping | list | tuple | set | frozenset | deque):
         return _Same(value), len(value)
-    own = getattr(value, "__dict__", None) or _in_slots(value)
-    if depth and isinstance(own, dict) and len(own) <= LONGEST and not isinstance(value, _OPAQUE):
-        return _Same(value), tuple((name, _mark(entry, depth - 1)) for name, entry in own.items())
-    return _Same(value)
+    own = None if isinstance(value, _OPAQUE) else _held(value)
+    if own is None:
+        return _Same(value)
+    if not depth or len(own) > LONGEST:
+        return _Same(value), len(own)
+    return _Same(value), tuple((name, _mark(entry, depth - 1)) for name, entry in own.items())
 
 
 def _numbers(tensor: torch.Tensor) -> int | None:
@@ -212,14 +212,22 @@ def _numbers(tensor: torch.Tensor) -> int | None:
         return None
     if tensor.layout is not torch.strided or tensor.numel() > CONTENT:
         return None
-    return hash(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hash(
+        tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    )
 
 
-def _in_slots(value: Any) -> dict[str, Any] | None:
-    """Return what an object without a dictionary holds in slots; None if it has none."""
-    names = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()) if name[:2] != "__"]
-    return {name: getattr(value, name, None) for name in names} if names else None
+def _held(value: Any) -> dict[str, Any] | None:
+    """Return what an object holds, in its dictionary and in slots; None if it has neither."""
+    own, found = getattr(value, "__dict__", None), dict[str, Any]()
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        names = (slots,) if isinstance(slots, str) else tuple(slots)
+        found |= {name: getattr(value, name, None) for name in names if name[:2] != "__"}
+    if isinstance(own, dict):
+        return found | own
+    return found or None
 
 
 def _shape(tensor: torch.Tensor) -> tuple:
-    return _Same(tensor), tensor.shape
+    return _Same(tensor), tensor.shape, tensor.stride(), tensor.dtype
