@@ -1,8 +1,11 @@
 """Runs as jobs of a cluster, by submitit: the same files, the same results, and a run goes on from its checkpoint."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +127,7 @@ def run_on_cluster(
             listener.waited()
             stop.wait(POLL if jobs else 0.0)
     finally:
-        _dismiss(jobs, ended, listener)
+        _dismiss(jobs, cluster, ended, listener)
     return ended
 
 
@@ -165,10 +168,14 @@ def _state_of(run: Run, job: Any) -> State:
         return State(FAILED, recorded_epochs(run.folder), f"job {job.job_id}: {said[-1]}")
 
 
-def _dismiss(jobs: Sequence[tuple[Run, Any]], ended: dict[str, State], listener: Listener) -> None:
+def _dismiss(jobs: Sequence[tuple[Run, Any]], cluster: str, ended: dict[str, State], listener: Listener) -> None:
     """Have jobs save and end."""
     for _, job in jobs:
-        job.cancel(check=False)
+        if cluster == "local":  # cancel would send SIGINT, which does nothing where the caller ignores that
+            with suppress(ProcessLookupError):
+                os.kill(int(job.job_id), signal.SIGTERM)
+        else:
+            job.cancel(check=False)
     deadline = time.monotonic() + PATIENCE
     for run, job in jobs:
         while not job.done() and time.monotonic() < deadline:

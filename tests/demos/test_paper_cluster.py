@@ -1,5 +1,6 @@
 """Runs of the published experiments as jobs: the same results, one job a run, a stop that loses nothing."""
 
+import signal
 import sys
 import threading
 import time
@@ -64,9 +65,11 @@ def test_a_stop_has_jobs_save(tmp_path):
 
     watcher = threading.Thread(target=stop_when_begun)
     watcher.start()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
     try:
-        ended = run_on_cluster([run], tmp_path, "local", 1, {}, heard, stop)
+        ended = run_on_cluster([run], tmp_path, "local", 1, {"timeout_min": 5}, heard, stop)
     finally:
+        signal.signal(signal.SIGINT, before)
         stop.set()
         watcher.join()
     state = ended[run.name]
