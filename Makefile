@@ -4,7 +4,7 @@ PYTHON ?= python3
 # Which torch to install, in pip's words; whether that is a CPU or a CUDA build depends on the package index. The CPU build
 # is enough for both commands. For another one: make test TORCH="torch" (options of pip may follow).
 TORCH ?= torch==2.13.0
-# Processes that share the tests; each takes 2 GB.
+# Processes that share the tests; each takes up to 4 GB.
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin

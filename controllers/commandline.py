@@ -178,7 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SIGINT and SIGTERM, with all saved.
     """
     command = parse(sys.argv[1:] if arguments is None else arguments)
-    quiet()
+    try:
+        quiet()
+    except OSError as error:  # there is no place for kernels
+        print(f"python -m controllers: error: {error}", file=sys.stderr)
+        return 2
     if command.settings.threads:
         torch.set_num_threads(command.settings.threads)
     with stop_on_signals() as (stop, received), launched_ranks(command.settings.device) as device:

@@ -166,12 +166,17 @@ class Flow:
         return out
 
 
+def _is_mask(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype == bool
+
+
 def _gate(name: str, value: object) -> Gate:
     """Check one gate; a sequence becomes a tuple or `Gates`, so that a flow stays hashable."""
     if isinstance(value, Gates):
         return value
     try:
-        array = numbers_of(name, value).astype(float)
+        # an array of booleans is open and closed gates
+        array = numbers_of(name, np.asarray(value, float) if _is_mask(value) else value).astype(float)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number or an array of numbers, got {shown(value)}") from None
     if array.ndim > 3 or array.size == 0 or not np.isfinite(array).all():
