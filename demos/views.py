@@ -107,10 +107,17 @@ def run(
 
 def show(parser: Parser, make: Callable[[], Demo], view: View, name: str) -> int:
     """Show a demo; what cannot be done takes one line. Returns the exit status."""
+
+    def made() -> Demo:
+        try:
+            return make()
+        except ValueError as error:  # a damaged file of weights
+            raise CannotShow(str(error)) from None
+
     try:
         with parser.answering("the demo"), stop_on_signals() as (stop, received):
-            (save if view.save else serve)(make, view, name, stop)
-    except (CannotShow, ValueError) as error:  # a damaged file of weights is one
+            (save if view.save else serve)(made, view, name, stop)
+    except CannotShow as error:
         parser.error(str(error))
     return 128 + received[0] if received else 0
 

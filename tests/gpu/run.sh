@@ -28,7 +28,7 @@ done
 [ -z "$wheels" ] || [[ "$wheels" = /* ]] || wheels=$called_from/$wheels
 [[ "$out" = /* ]] || out=$called_from/$out
 [ -z "$wheels" ] || [ -d "$wheels" ] || { echo "wheels: there is no folder $wheels" >&2; exit 2; }
-[[ "$limit" =~ ^[1-9][0-9]*$ ]] || { echo "limit must be a number of seconds, got $limit" >&2; exit 2; }
+[[ "$limit" =~ ^(0|[1-9][0-9]*)$ ]] || { echo "limit must be a number of seconds, got $limit" >&2; exit 2; }
 
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
