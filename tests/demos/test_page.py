@@ -278,9 +278,9 @@ def test_in_a_browser(tmp_path):
             opened.goto(f"http://127.0.0.1:{port}")
             opened.wait_for_selector("canvas", timeout=60000)
             opened.get_by_text("controller on / off").click(timeout=60000)
-            wait_until(lambda: file.read_text().split()[1] == "False")
+            wait_until(lambda: file.read_text().split()[1:2] == ["False"])
             opened.get_by_text("pause / go on").click(timeout=60000)
-            wait_until(lambda: file.read_text().split()[0] == "True")
+            wait_until(lambda: file.read_text().split()[:1] == ["True"])
             browser.close()
     finally:
         process.terminate()
