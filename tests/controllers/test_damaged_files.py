@@ -204,25 +204,34 @@ def test_damage_of_a_file_without_a_checksum(tmp_path):
 
 
 class Malicious:
+    """Code that a pickle would run: it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return Path.touch, (Path("/tmp/never"),)
+        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize(
-    "content",
+    "made",
     [
-        [1, 2],
-        {"weights": 1},
-        {**content_of(1), "settings": 3},
-        {**content_of(1), "losses": [1.0]},
-        {**content_of(1), "more": 1},
-        {**content_of(1), "update": Malicious()},
+        lambda code: [1, 2],
+        lambda code: {"weights": 1},
+        lambda code: {**content_of(1), "settings": 3},
+        lambda code: {**content_of(1), "losses": [1.0]},
+        lambda code: {**content_of(1), "more": 1},
+        lambda code: {**content_of(1), "update": code},
     ],
+    ids=["list", "part", "settings", "losses", "more", "code"],
 )
-def test_foreign_files(content, tmp_path):
+def test_foreign_files(made, tmp_path):
+    never = tmp_path / "never"
+    content = made(Malicious(never))
     torch.save(content, tmp_path / CHECKPOINT, pickle_protocol=2)
     assert "is not a checkpoint of this program" in refused(tmp_path, (tmp_path / CHECKPOINT).read_bytes())
     assert "is not a checkpoint of this program" in refused(tmp_path, pickle.dumps(content, 2))
+    assert not never.exists()
 
 
 def test_a_checkpoint_that_does_not_fit_its_settings(tmp_path):
