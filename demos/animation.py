@@ -56,11 +56,11 @@ def write_pictures(
         keep: Colours that shall be in it, however few pixels have them.
     """
     # One palette for all, from the first picture and the last: no flicker, and what stands still costs no bytes.
-    own = np.array([to_rgb(name) for name in keep]).reshape(-1, 3)
-    rows = np.repeat((255.0 * own).round().astype(np.uint8), 16, axis=0)
-    swatches = np.broadcast_to(rows[:, None], (len(rows), pictures[0].width, 3))
-    ends = Image.fromarray(np.concatenate([np.asarray(pictures[0]), np.asarray(pictures[-1]), swatches]))
-    palette = ends.quantize(colors=colours, method=Image.Quantize.MAXCOVERAGE)
+    ends = Image.fromarray(np.concatenate([np.asarray(pictures[0]), np.asarray(pictures[-1])]))
+    found = ends.quantize(colors=colours - len(keep), method=Image.Quantize.MAXCOVERAGE).getpalette() or []
+    kept = [round(255.0 * part) for name in keep for part in to_rgb(name)]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(found[: 3 * (colours - len(keep))] + kept)
     flat = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     with atomic_write(path) as file:
         flat[0].save(

@@ -36,7 +36,7 @@ from warp_phys.systems.cartpole import POLE_COLOURS
 KINDS = {".gif": "Film", ".png": "Picture", ".mp4": "Film", ".html": "Scene"}
 INTERVAL = 1.0 / 50.0
 """Seconds between two pictures on a page at least."""
-INKS = (*(colour(letter) for letter in "RMSC"), *POLE_COLOURS)
+INKS = (*map(colour, ("R", "M", "S", "C", "either")), *POLE_COLOURS)
 """Colours that a .gif keeps exactly."""
 GIF_RATE = 50
 """Pictures a second at most in a GIF: browsers show what is to last less than 20 ms for 100."""
