@@ -150,7 +150,7 @@ class RaceDemo(Demo):
             own = tinted(system.picture(state, control).parts, colour(flow), ("cart", "force"))
             own = moved(own, (np.clip(x, -FREE, FREE) - x, away, 0.0))
             loss = f" {lane.losses[-1]:.2g}" if lane.losses else ""
-            own["name"] = Text((-REACH, away, 0.75), flow + loss, colour(flow))
+            own["name"] = Text((-REACH, away, 0.22), flow + loss, colour(flow))
             parts |= {f"{flow} {name}": part for name, part in own.items()}
         low, high = (-REACH - 0.3, -0.4, -1.2), (REACH, APART * (len(FLOWS) - 1), 1.2)
         return Picture(parts, low, high, view=ASLANT)
