@@ -70,3 +70,17 @@ def row_functions(length: int, real: type, written: int | None = None) -> RowFun
             target[n, row, i] = value[i]
 
     return RowFunctions(Row, load_row, store_row, load_row_at, store_row_at)
+
+
+@functools.cache
+def part_function(whole: Any, part: Any, first: int, count: int) -> Any:
+    """Return the function that takes so many numbers of a vector, from the first one on; what `part` has more is 0."""
+
+    @wp.func
+    def part_of(given: whole):
+        out = part()
+        for i in range(wp.static(count)):
+            out[i] = given[wp.static(first) + i]
+        return out
+
+    return part_of

@@ -20,7 +20,7 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import numpy_type, real_type
-from warp_phys.core.rows import row_functions
+from warp_phys.core.rows import part_function, row_functions
 from warp_phys.systems import losses
 from warp_phys.systems.base import Simulator, System, SystemFunctions, SystemTypes
 from warp_phys.systems.drawing import Picture
@@ -162,33 +162,9 @@ def _functions(structure: Any, real: type) -> SystemFunctions:
     carried, first_carried, first_input = structure.carried_size, structure.remembering_size, structure.written_size
     step, cost = own.step, own.cost
 
-    @wp.func
-    def state_of(z: Row):
-        x = State()
-        for i in range(wp.static(size)):
-            x[i] = z[i]
-        return x
-
-    @wp.func
-    def control_of(u: Given):
-        c = Control()
-        for i in range(wp.static(controls)):
-            c[i] = u[i]
-        return c
-
-    @wp.func
-    def input_of(z: Row):
-        w = Input()
-        for i in range(wp.static(base.input_size)):
-            w[i] = z[wp.static(first_input) + i]
-        return w
-
-    @wp.func
-    def input_before(z: Row):
-        w = Input()
-        for i in range(wp.static(carried)):
-            w[i] = z[wp.static(first_carried) + i]
-        return w
+    state_of, control_of = part_function(Row, State, 0, size), part_function(Given, Control, 0, controls)
+    input_of = part_function(Row, Input, first_input, base.input_size)
+    input_before = part_function(Row, Input, first_carried, carried)
 
     @wp.func
     def joined(x: State, u: Given, z: Row):

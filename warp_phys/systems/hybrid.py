@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import warp as wp
 
-from warp_phys.core.rows import row_functions
+from warp_phys.core.rows import part_function, row_functions
 from warp_phys.programs.trace import NATIVE
 from warp_phys.systems.base import System, SystemFunctions, SystemTypes
 from warp_phys.systems.drawing import Picture
@@ -107,26 +107,8 @@ def _functions(structure: Any, real: type) -> SystemFunctions:
     More = row_functions(structure.control_size - base.control_size, real).vector
     size, controls, more = base.state_size, base.control_size, structure.control_size - base.control_size
 
-    @wp.func
-    def state_of(z: Row):
-        x = State()
-        for i in range(wp.static(size)):
-            x[i] = z[i]
-        return x
-
-    @wp.func
-    def control_of(u: Given):
-        c = Control()
-        for i in range(wp.static(controls)):
-            c[i] = u[i]
-        return c
-
-    @wp.func
-    def given_of(u: Given):
-        r = More()
-        for i in range(wp.static(more)):
-            r[i] = u[wp.static(controls) + i]
-        return r
+    state_of, control_of = part_function(Row, State, 0, size), part_function(Given, Control, 0, controls)
+    given_of = part_function(Given, More, controls, more)
 
     @wp.func
     def twice(x: State):
