@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,14 +35,14 @@ if __name__ == "__main__":  # importing torch takes seconds; until the program l
 
 import numpy as np
 import torch
-import warp
 
 from controllers.checkpoint import CHECKPOINT, RECORD, atomic_write, load_tensors, save_tensors
 from controllers.commandline import Parser, add_flags, stop_on_signals
 from controllers.networks import MLP, check_network
+from controllers.progress import Progress
 from controllers.regression import Regression
 from controllers.settings import check_device, check_setting, choices, make_system, parameters_of
-from warp_phys import Diverged
+from warp_phys import Diverged, quiet
 from warp_phys.core.checks import check_seed
 from warp_phys.errors import shown
 from warp_phys.flow import Combined, FlowLike, linear_parts, memory_in, resolve
@@ -856,25 +857,10 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     return content
 
 
-class Progress:
-    """Prints a record now and then, on standard error."""
-
-    def __init__(self, updates: int, every: float = 5.0) -> None:
-        self.updates, self.every, self.shown = updates, every, -math.inf
-
-    def __call__(self, record: Record) -> None:
-        """Print it, unless one was printed a moment ago."""
-        now = time.perf_counter()
-        if now - self.shown < self.every and record.update < self.updates:
-            return
-        self.shown = now
-        entropy = "" if math.isnan(record.entropy) else f"  entropy {record.entropy:.2f}"
-        print(
-            f"update {record.update}/{self.updates}  cost {record.cost:.3e}  value {record.value:.3e}{entropy}  "
-            f"{record.seconds:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+def _words(record: Record) -> str:
+    """What is shown of an update."""
+    entropy = "" if math.isnan(record.entropy) else f", entropy {record.entropy:.2f}"
+    return f"cost {record.cost:.3e}, value {record.value:.3e}{entropy}"
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[Settings, bool, bool]:
@@ -913,14 +899,19 @@ def parse(arguments: Sequence[str] | None) -> tuple[Settings, bool, bool]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status: 0 done, 1 diverged, 2 a mistake, 130 and 143 stopped by a signal."""
     settings, resume, overwrite = parse(arguments)
-    warp.config.log_level = warp.LOG_WARNING
+    try:
+        quiet()
+    except OSError as error:  # there is no place for kernels
+        print(f"python -m controllers.actor_critic: error: {error}", file=sys.stderr)
+        return 2
     if settings.threads:
         torch.set_num_threads(settings.threads)
     print("Preparing; the first run of a system compiles its kernels …", file=sys.stderr)
     with stop_on_signals() as (stop, received):
         try:
-            progress = Progress(settings.updates)
-            learner = learn(settings, resume=resume, overwrite=overwrite, stop=stop, progress=progress, graph=True)
+            progress = Progress(settings.updates, unit="update", words=_words)
+            with closing(progress):
+                learner = learn(settings, resume=resume, overwrite=overwrite, stop=stop, progress=progress, graph=True)
         except (OSError, ValueError) as error:
             print(f"python -m controllers.actor_critic: error: {error}", file=sys.stderr)
             return 2

@@ -3,7 +3,8 @@
 import io
 import sys
 import time
-from typing import TextIO
+from collections.abc import Callable
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -18,44 +19,62 @@ class _Nowhere(io.StringIO):
         return len(text)
 
 
-LINE = "{desc}epoch {n_fmt}/{total_fmt}{postfix}, {rate_fmt}, {remaining} left"
+LINE = "{n_fmt}/{total_fmt}{postfix}, {rate_fmt}, {remaining} left"
+
+
+def _losses(record: Record) -> str:
+    """What is shown of an epoch."""
+    return f"loss {record.train_loss:.3e}, test {record.test_loss:.3e}"
 
 
 class Progress:
     """Shows each record that it is called with: `train(settings, progress=Progress(settings.epochs))`.
 
     Args:
-        epochs: Epochs of the whole training.
+        total: Epochs of the whole training, or what else there is a record of.
         stream: Where to write; standard error by default.
         every: Seconds between two lines where the stream is no terminal.
         name: Stands before the numbers.
         position: Line of the bar, where several trainings share a terminal.
+        unit: Of what there is a record each, whose first number counts them.
+        words: What is shown of a record.
     """
 
     def __init__(
-        self, epochs: int, stream: TextIO | None = None, every: float = 10.0, name: str = "", position: int = 0
+        self,
+        total: int,
+        stream: TextIO | None = None,
+        every: float = 10.0,
+        name: str = "",
+        position: int = 0,
+        unit: str = "epoch",
+        words: Callable[[Any], str] = _losses,
     ) -> None:
+        self.words = words
         self.stream, self.every, self.shown = stream or sys.stderr, every, float("-inf")
         self.terminal = self.stream.isatty()
         self.bar = tqdm(
-            total=epochs,
+            total=total,
             desc=name if self.terminal or not name else f"{name}: ",
-            unit=" epochs",
+            unit=unit,
             # Elsewhere than in a terminal it counts, and its line is written below.
             file=self.stream if self.terminal else _Nowhere(),
-            bar_format=None if self.terminal else LINE,
+            bar_format=None
+            if self.terminal
+            else "{desc}" + unit + " {n_fmt}/{total_fmt}{postfix}, {rate_fmt}, {remaining} left",
             position=position,
             dynamic_ncols=self.terminal,
         )
 
-    def __call__(self, record: Record) -> None:
+    def __call__(self, record: tuple[Any, ...]) -> None:
         """Show a record, unless one was shown a moment ago."""
+        done = record[0]
         if self.bar.n == 0:  # a resumed training does not begin at the first epoch
-            self.bar.n = self.bar.initial = record.epoch - 1
-        self.bar.set_postfix_str(f"loss {record.train_loss:.3e}, test {record.test_loss:.3e}", refresh=False)
-        self.bar.update(record.epoch - self.bar.n)
+            self.bar.n = self.bar.initial = done - 1
+        self.bar.set_postfix_str(self.words(record), refresh=False)
+        self.bar.update(done - self.bar.n)
         now = time.perf_counter()
-        if not self.terminal and (now - self.shown >= self.every or record.epoch >= self.bar.total):
+        if not self.terminal and (now - self.shown >= self.every or done >= self.bar.total):
             self.shown = now
             print(self.bar, file=self.stream, flush=True)
 
