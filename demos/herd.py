@@ -30,6 +30,8 @@ FLOW = "C"
 SYSTEM = Repulsion(drivers=2, evaders=4, dt=4.0 / 60.0)
 REACH = 6.5
 """Metres to either side of the middle that are seen."""
+SEEN = 10.0
+"""Metres to either side that are shown: dogs run far out to come from behind."""
 TRACE = 20.0
 """Seconds of the trace."""
 RANGE, BEHIND, NEAR = 4.0, 1.5, 0.3
@@ -239,7 +241,7 @@ class HerdDemo(Demo):
         dog = self.positions()[self.led or 0]
         leash = np.array([[*dog, 0.2], [*self.hand, 0.2]])
         parts["leash"] = Line(leash if self.led is not None else leash[:0], "#666666", 2.0)
-        return replace(shown, parts=parts, low=(-REACH, -REACH, 0.0), high=(REACH, REACH, 0.5))
+        return replace(shown, parts=parts, low=(-SEEN, -SEEN, 0.0), high=(SEEN, SEEN, 0.5))
 
     def script(self) -> Sequence[tuple[float, Callable[[], None]]]:
         """In a file: the target moves on, twice."""
