@@ -48,8 +48,15 @@ def test_three_processes_on_an_empty_cache_with_odd_names_and_no_locks(tmp_path)
         found, package, cache = out.strip().split("|")
         assert found == "[[3.0], [3.0]]"
         assert Path(package).is_relative_to(place) and Path(cache).is_relative_to(place / "kernel cache")
-    modules = [path.name for path in Path(cache).iterdir()]
+    modules = [path.name for path in Path(cache).iterdir() if path.name != "headers"]
     assert len(modules) == 1, "each compiled apart, one took its place, and nothing is left beside it"
+    headers = list((Path(cache) / "headers").iterdir())
+    assert len(headers) == 1 and headers[0].suffix == ".pch"
+    # One that is out of date, or damaged, is no more than lost time.
+    headers[0].write_bytes(headers[0].read_bytes()[:5000])
+    shutil.rmtree(Path(cache) / modules[0])
+    again = subprocess.run(command, env=own, cwd=place, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and again.stdout.startswith("[[3.0], [3.0]]"), again.stderr
 
 
 HOMELESS = """

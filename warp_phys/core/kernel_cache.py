@@ -1,8 +1,13 @@
 """Where Warp keeps compiled kernels, and what to set where it cannot."""
 
+import atexit
+import contextlib
 import functools
 import os
+import shutil
 import warnings
+from pathlib import Path
+from typing import Any
 
 import warp as wp
 
@@ -32,3 +37,46 @@ def start_warp() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+        return
+    _keep_headers(os.path.join(folder, "headers"))
+
+
+def _keep_headers(folder: str) -> None:
+    """Keep what the compiler for CPUs makes of Warp's headers, for later processes.
+
+    Warp makes it anew in each process that compiles, in a folder that goes with the process: some two seconds before
+    the first kernel. Here the first process that has made it puts it into place, whole, and others use it. The compiler
+    looks whether it is up to date; where it is not, Warp compiles without and removes it.
+    """
+    runtime: Any = wp._src.context.runtime  # Warp has no public name for it
+    if getattr(runtime, "llvm", None) is None or not hasattr(runtime, "get_clang_pch_dir"):
+        return
+    own_folder, made = runtime.get_clang_pch_dir, set[str]()
+
+    def is_kept() -> bool:
+        return os.path.isdir(folder) and len(os.listdir(folder)) > 0
+
+    def keep() -> None:
+        for own in made:
+            if not is_kept() and any(Path(own).glob("builtin*.pch")):
+                with contextlib.suppress(OSError):  # another process was first, or the disk is full
+                    copy = f"{folder}-{os.getpid()}"
+                    os.mkdir(copy)
+                    try:
+                        for file in Path(own).glob("builtin*.pch"):
+                            shutil.copy(file, copy)
+                        os.rename(copy, folder)
+                    finally:
+                        shutil.rmtree(copy, ignore_errors=True)
+
+    def choose_folder() -> str:
+        keep()
+        if is_kept():
+            return folder
+        own: str = own_folder()
+        if not made:
+            atexit.register(keep)  # now: what is registered last comes first, and the folder is removed at exit
+        made.add(own)
+        return own
+
+    runtime.get_clang_pch_dir = choose_folder
