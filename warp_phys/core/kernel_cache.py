@@ -11,6 +11,8 @@ from typing import Any
 
 import warp as wp
 
+from warp_phys.core.codegen import mend_constants
+
 ADVICE = (
     "compiled kernels need a folder of their own: set the environment variable WARP_CACHE_PATH to one that can be "
     "written, before Python starts"
@@ -24,6 +26,7 @@ def start_warp() -> None:
     Raises:
         OSError: The folder of compiled kernels cannot be made; the message names the variable to set.
     """
+    mend_constants()
     try:
         wp.init()
     except OSError as error:
