@@ -5,7 +5,6 @@
 
 import contextlib
 import io
-import os
 import string
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 from controllers import MLP, commandline
 from controllers.checkpoint import load_checkpoint, save_tensors
@@ -22,21 +21,10 @@ from controllers.settings import Training
 from demos import landscape, paper
 from demos.weights import load_arrays, save_weights
 from tests.contract.arguments import check_message
+from tests.contract.entries import examples
 from warp_phys import CartPole
 
-LONG = int(os.environ.get("WARP_PHYS_EXAMPLES", "0"))
 VERSIONS = Path(__file__).parents[1] / "controllers" / "checkpoints"
-
-
-def examples(count: int) -> Any:
-    """So many examples, or their share of the long mode."""
-    return settings(
-        max_examples=LONG * count // 5000 if LONG else count,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        derandomize=not LONG,
-        database=None,
-    )
 
 
 @st.composite

@@ -15,9 +15,7 @@ BLOCKS, RESIDENT = 0.1, 100.0
 def main() -> int:
     """Measure, print a table; returns 1 where something grows."""
     parser = argparse.ArgumentParser(description="Memory over many updates.")
-    parser.add_argument(
-        "--count", type=int, default=10_000, help="How often in each window, after a warm-up."
-    )
+    parser.add_argument("--count", type=int, default=10_000, help="How often in each window, after a warm-up.")
     parser.add_argument("--windows", type=int, default=1, help="The best one counts.")
     parser.add_argument("--case", nargs="*", choices=list(CASES), default=list(CASES))
     given = parser.parse_args()

@@ -194,7 +194,7 @@ def check_given(names: Sequence[str], values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, list | tuple) and any(getattr(entry, "requires_grad", False) for entry in value):
             raise TypeError(f"parameter {name} is a list of tensors with gradients: give one tensor, torch.stack([…])")
-        is_array = hasattr(value, "shape") and _holds_numbers(getattr(value, "dtype", None))
+        is_array = hasattr(value, "shape") and holds_numbers(getattr(value, "dtype", None))
         is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0
         is_list = is_list and not any(plain_number(entry) is None for entry in value)
         if not (is_array or is_list or plain_number(value) is not None):
@@ -204,7 +204,7 @@ def check_given(names: Sequence[str], values: Any) -> None:
             raise ValueError(f"parameter {name} must be finite, got {shown(value)}")
 
 
-def _holds_numbers(dtype: Any) -> bool:
+def holds_numbers(dtype: Any) -> bool:
     """Whether this is a type of real numbers, of numpy or of any other library."""
     if isinstance(dtype, np.dtype):
         return dtype.kind in "fiu"
