@@ -607,7 +607,7 @@ GROUPS: dict[str, tuple[int, list[Entry]]] = {
     "in Warp": (600, IN_WARP),
     "flows": (500, FLOWS),
     "numeric": (700, NUMERIC),
-    "in torch": (1000, IN_TORCH),
+    "in torch": (800, IN_TORCH),
     "measures": (500, MEASURES),
 }
 """Entries by group, with the number of examples in `make test`."""

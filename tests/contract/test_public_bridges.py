@@ -540,12 +540,12 @@ COMPILED = [
 ]
 
 GROUPS: dict[str, tuple[int, Callable[[], list[Entry]]]] = {
-    "gymnasium": (600, gymnasium_entries),
+    "gymnasium": (450, gymnasium_entries),
     "jax": (300, jax_entries),
     "newton": (200, newton_entries),
     "networks in the physics": (150, lambda: NETWORKS_IN_THE_PHYSICS),
     "on tapes": (100, lambda: ON_TAPES),
-    "compiled": (10, lambda: COMPILED),
+    "compiled": (6, lambda: COMPILED),
 }
 """Entries by group, with the number of examples in `make test`."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from controllers import GRU, MLP, GridCNN, Linear, Training, export, load_controller, train
-from controllers.actor_critic import ActorCritic, Settings, begin_anew, learn, td_lambda
+from controllers.actor_critic import ActorCritic, Settings, begin_anew, learn
 from controllers.tracking import tracking
 from tests.contract.arguments import Entry, bad, choice, count, device, flag, flow, function, good, number, seed
 from tests.contract.entries import NO_SYSTEMS, SYSTEM, try_arguments
@@ -101,7 +101,7 @@ NETWORKS = [
             "amplitude": bad(0.0, -1.0, np.nan, np.inf, None, "1", True),
             "period": bad(0, -1, 1.5, None, "3", True),
         },
-        {"parameters": "parameter|poles|dt", "hidden": "hidden"},
+        {"parameters": "parameter|poles|dt", "hidden": "hidden", "inputs": "inputs|track"},
     ),
     Entry(
         "Training that tracks",
@@ -146,7 +146,7 @@ NETWORKS = [
     Entry(
         "export",
         export,
-        {"controller": Linear(SYSTEM), "path": "no/such/folder.zip", "system": SYSTEM},
+        {"controller": Linear(SYSTEM), "path": "c.pt2", "system": SYSTEM},
         {
             "controller": bad(None, 3, "net", lambda x: x, torch.nn.Linear, object()),
             "path": bad(None, 3, "x", "", b"c.onnx", Path("c.pt"), Path(), object(), []),
@@ -280,16 +280,6 @@ ACTOR_CRITIC = [
             **{name: bad(0, 1, None, "yes", [], object()) for name in ("resume", "overwrite", "graph")},
             **{name: bad(0, "stop", [], object()) for name in ("stop", "progress")},
         },
-    ),
-    Entry(
-        "td_lambda",
-        td_lambda,
-        {"costs": torch.ones(3, 2), "values": torch.ones(3, 2), "discount": 0.9, "trace": 0.5},
-        {
-            "costs": bad(None, 3, "x", torch.ones(2, 2), torch.ones(3), np.ones((3, 2)), object()),
-            "values": bad(None, 3, "x", torch.ones(2, 2), torch.ones(3), np.ones((3, 2)), object()),
-        },
-        {"costs": "costs|values", "values": "costs|values"},
     ),
 ]
 

@@ -4,7 +4,9 @@ Counts and choices are checked in `warp_phys.errors`.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,6 +79,19 @@ def check_seed(value: Any, name: str = "seed") -> int:
     ValueError: seed must be at least 0, got -1
     """
     return check_count(name, value, 0, MOST_SEED)
+
+
+def check_path(name: str, value: Any) -> Path:
+    """Return a path, given as text or as a path, or raise a TypeError.
+
+    >>> check_path("folder", None)
+    Traceback (most recent call last):
+        ...
+    TypeError: folder must be text or a path, got None
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be text or a path, got {shown(value)}")
+    return Path(value)
 
 
 def check_function(name: str, value: Any, of: str, optional: bool = True) -> None:
