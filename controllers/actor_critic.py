@@ -464,20 +464,29 @@ def begin_anew(system: System, episode: int, limits: Sequence[float] = (), scatt
         limits: Largest magnitudes of the state's components; none if empty.
         scatter: Largest magnitudes of what is added to the components of a sample; nothing if empty.
     """
+    return functools.partial(_anew, system, episode, tuple(limits), tuple(scatter))  # which can be pickled
 
-    def reset(states: torch.Tensor, ages: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        anew = (ages >= episode) | ~states.isfinite().all(dim=1)
-        if limits:
-            anew |= (states.abs() > states.new_tensor(limits)).any(dim=1)
-        if anew.any():
-            fresh = system.sample(len(states), seed=seed, dtype=np.dtype(str(states.dtype).removeprefix("torch.")))
-            if scatter:
-                more = np.random.default_rng((seed, 1)).uniform(-1.0, 1.0, fresh.shape) * scatter
-                fresh = fresh + more.astype(fresh.dtype)
-            states = torch.where(anew[:, None], torch.as_tensor(fresh).to(states), states)
-        return states, anew
 
-    return reset
+def _anew(
+    system: System,
+    episode: int,
+    limits: Sequence[float],
+    scatter: Sequence[float],
+    states: torch.Tensor,
+    ages: torch.Tensor,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The usual reset."""
+    anew = (ages >= episode) | ~states.isfinite().all(dim=1)
+    if limits:
+        anew |= (states.abs() > states.new_tensor(limits)).any(dim=1)
+    if anew.any():
+        fresh = system.sample(len(states), seed=seed, dtype=np.dtype(str(states.dtype).removeprefix("torch.")))
+        if scatter:
+            more = np.random.default_rng((seed, 1)).uniform(-1.0, 1.0, fresh.shape) * scatter
+            fresh = fresh + more.astype(fresh.dtype)
+        states = torch.where(anew[:, None], torch.as_tensor(fresh).to(states), states)
+    return states, anew
 
 
 class ActorCritic:

@@ -103,7 +103,8 @@ def test_weights(tmp_path_factory, data):
 
 WORDS = st.sampled_from(
     ["system", "parameters", "steps", "inputs", "track", "memory",
-     '"sine"', '["clock"]', '"position"', "flow", "hidden", "rate", "betas", "seed", "out", "poles", "dt", "=", "[", "]",
+     '"sine"', '["clock"]', '"position"',
+     "flow", "hidden", "rate", "betas", "seed", "out", "poles", "dt", "=", "[", "]",
      "\n",     '"', "'",
      "1", "-1", "0.5", "nan", "inf", "true", '"cartpole"', '"R"', "[8, 8]", "{", "}", ",", "#", " ", "1e400", "é"]
 )  # fmt: skip

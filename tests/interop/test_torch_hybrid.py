@@ -371,3 +371,35 @@ def test_compiled_code():
         states, controls = call(x0)
         found.append(torch.autograd.grad(_loss(states, controls), leaves))
     _check(found[1], found[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "policy", "message"),
+    [
+        (
+            torch.nn.Sequential(torch.nn.Linear(5, 1), torch.nn.Dropout(0.5)),
+            torch.nn.Linear(4, 1),
+            "^controller or the module of a Hybrid must give",
+        ),
+        (
+            torch.nn.Sequential(torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 1)),
+            torch.nn.Linear(4, 1),
+            "^the module of a Hybrid must not normalise",
+        ),
+        (
+            torch.nn.Linear(5, 1),
+            torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)),
+            "^controller must not normalise",
+        ),
+        (torch.nn.Linear(3, 1), torch.nn.Linear(4, 1), "^the module of a Hybrid fails at states of shape"),
+        (
+            torch.nn.Linear(5, 1).double(),
+            torch.nn.Linear(4, 1),
+            "^controller or the module of a Hybrid must have its parameters in",
+        ),
+    ],
+)
+def test_errors_say_which_network_is_at_fault(module, policy, message):
+    hybrid = Hybrid(CartPole(), module, "controls")
+    with pytest.raises(ValueError, match=message):
+        hybrid.loss(Rollout(hybrid, policy, 3, "R", backend="general")(hybrid.sample(4))[0]).backward()
