@@ -41,7 +41,7 @@ class Network(torch.nn.Module):
         if not isinstance(r, torch.Tensor):
             raise TypeError(f"the module of a Hybrid must return a torch.Tensor, got {type(r).__name__}")
         if r.shape != (len(x), self.size):
-            raise ValueError(shape_message("what the module of a Hybrid returns", (len(x), self.size), r.shape))
+            raise ValueError(shape_message("what the module of a Hybrid returns", ("batch", self.size), r.shape))
         if r.dtype != x.dtype:
             raise TypeError(f"what the module of a Hybrid returns must hold {x.dtype} as the states do, got {r.dtype}")
         return r
