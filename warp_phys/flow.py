@@ -120,14 +120,18 @@ class Flow:
     def check(self, steps: int) -> None:
         """Raise a ValueError if a gate is given for another number of steps."""
         for name in ("physics", "controller", "memory"):
-            self._by_step(name, steps)
+            self._check_length(name, steps)
 
-    def _by_step(self, name: str, steps: int) -> np.ndarray:
-        """Return a gate, shape (steps,) or three dimensions, cut where the window ends."""
+    def _check_length(self, name: str, steps: int) -> None:
         gate = getattr(self, name)
         length = len(gate) if isinstance(gate, tuple) else gate.array.shape[0] if isinstance(gate, Gates) else steps
         if length not in ((1, steps) if isinstance(gate, Gates) else (steps,)):
             raise ValueError(f"the flow's {name} gate has {length} numbers, the rollout has {steps} steps")
+
+    def _by_step(self, name: str, steps: int) -> np.ndarray:
+        """Return a gate, shape (steps,) or three dimensions, cut where the window ends."""
+        self._check_length(name, steps)
+        gate = getattr(self, name)
         out = gate.array if isinstance(gate, Gates) else np.full(steps, gate, dtype=float)
         if out.ndim == 2:
             out = out[:, :, None]

@@ -573,12 +573,30 @@ MEASURES = [
         {"steps": count(), "iterations": count(), "first_iterations": count()},
     ),
     Entry(
+        "RecedingHorizon, called",
+        lambda state, **settings: RecedingHorizon(SYSTEM, 2, 1, 1)(state, **settings),
+        {"state": X0},
+        {
+            "state": array((2, 4), ("numpy", "torch")).map(lambda p: (p[0], p[1] or None)),
+            **{name: bad(None, 3) for name in ("x0", "nothing", "steps")},
+        },
+        {"state": "state|x0"},
+    ),
+    Entry(
         "identify",
         identify,
         {"system": SYSTEM, "states": RECORDED, "controls": FORCES, "parameters": {"gravity": 9.0}},
         {
             "system": NO_SYSTEMS,
-            "states": bad(None, 3, "x", np.ones((4, 3)), np.full((4, 3, 4), np.nan), np.ones((4, 3, 4), "U2")),
+            "states": bad(
+                None,
+                3,
+                "x",
+                np.ones((4, 3)),
+                np.full((4, 3, 4), np.nan),
+                np.ones((4, 3, 4), "U2"),
+                np.full((4, 3, 4), 1e30),
+            ),
             "controls": bad(None, 3, "x", np.ones((3, 3, 2)), np.ones((2, 3, 1)), np.full((3, 3, 1), np.inf)),
             "parameters": bad(
                 None,

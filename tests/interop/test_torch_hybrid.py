@@ -337,7 +337,9 @@ def test_what_is_refused():
             Rollout(hybrid, policy, STEPS, flow)
     with pytest.raises(ValueError, match="a flow with a limit is not for a Hybrid"):
         trajectory(hybrid, _start(), _numbers(STEPS, BATCH, 1), flow=Flow(limit=1.0))
-    with pytest.raises(ValueError, match="controller must have its parameters in one precision"):
+    with pytest.raises(
+        ValueError, match="controller or the module of a Hybrid must have its parameters in one precision"
+    ):
         Rollout(Hybrid(SYSTEM, Network(4).float()), policy, STEPS)
     with pytest.raises(TypeError, match="x0 must be torch.float32 on cpu as the module is, got torch.float64"):
         trajectory(Hybrid(SYSTEM, Network(4).float()), _start(), _numbers(STEPS, BATCH, 1))
