@@ -38,13 +38,13 @@ import torch
 
 from controllers.checkpoint import CHECKPOINT, RECORD, atomic_write, load_tensors, save_tensors
 from controllers.commandline import Parser, add_flags, stop_on_signals
-from controllers.networks import MLP, check_network
+from controllers.networks import MLP, WIDEST, check_network
 from controllers.progress import Progress
 from controllers.regression import Regression
 from controllers.settings import check_device, check_setting, choices, make_system, parameters_of
 from warp_phys import Diverged, quiet
-from warp_phys.core.checks import check_seed
-from warp_phys.errors import shown
+from warp_phys.core.checks import check_flag, check_function, check_seed
+from warp_phys.errors import check_count, shown
 from warp_phys.flow import Combined, FlowLike, linear_parts, memory_in, resolve
 from warp_phys.interop.torch import Rollout, Update, pointwise_cost
 from warp_phys.interop.torch.combine import split
@@ -153,7 +153,7 @@ class Settings:
         set_field = object.__setattr__  # a frozen dataclass sets its own fields this way
         for name in ("hidden", "betas", "randomise", "observe", "state_cost", "limits", "scatter"):
             value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Iterable):
+            if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
                 raise TypeError(f"{name} must be a sequence, got {value!r}; write ({value!r},)")
             set_field(self, name, tuple(value))
         self._check_numbers()
@@ -181,12 +181,12 @@ class Settings:
 
     def _check_numbers(self) -> None:
         """Raise a TypeError or ValueError where a number is out of its bounds."""
+        check_setting("memory", self.memory, int, at_least=0, below=WIDEST + 1)
         counts = ("environments", "horizon", "episode", "updates", "critic_epochs", "critic_minibatches")
         for name in (*counts, "checkpoint_every"):
             check_setting(name, getattr(self, name), int, at_least=1)
         check_seed(self.seed)
-        for name in ("threads", "memory"):
-            check_setting(name, getattr(self, name), int, at_least=0)
+        check_setting("threads", self.threads, int, at_least=0)
         for name in ("bound", "rate", "critic_rate", "deviation"):
             check_setting(name, getattr(self, name), float, above=0)
         for name in ("entropy", "control_cost", "clip"):
@@ -464,20 +464,29 @@ def begin_anew(system: System, episode: int, limits: Sequence[float] = (), scatt
         limits: Largest magnitudes of the state's components; none if empty.
         scatter: Largest magnitudes of what is added to the components of a sample; nothing if empty.
     """
+    return functools.partial(_anew, system, episode, tuple(limits), tuple(scatter))  # which can be pickled
 
-    def reset(states: torch.Tensor, ages: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        anew = (ages >= episode) | ~states.isfinite().all(dim=1)
-        if limits:
-            anew |= (states.abs() > states.new_tensor(limits)).any(dim=1)
-        if anew.any():
-            fresh = system.sample(len(states), seed=seed, dtype=np.dtype(str(states.dtype).removeprefix("torch.")))
-            if scatter:
-                more = np.random.default_rng((seed, 1)).uniform(-1.0, 1.0, fresh.shape) * scatter
-                fresh = fresh + more.astype(fresh.dtype)
-            states = torch.where(anew[:, None], torch.as_tensor(fresh).to(states), states)
-        return states, anew
 
-    return reset
+def _anew(
+    system: System,
+    episode: int,
+    limits: Sequence[float],
+    scatter: Sequence[float],
+    states: torch.Tensor,
+    ages: torch.Tensor,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The usual reset."""
+    anew = (ages >= episode) | ~states.isfinite().all(dim=1)
+    if limits:
+        anew |= (states.abs() > states.new_tensor(limits)).any(dim=1)
+    if anew.any():
+        fresh = system.sample(len(states), seed=seed, dtype=np.dtype(str(states.dtype).removeprefix("torch.")))
+        if scatter:
+            more = np.random.default_rng((seed, 1)).uniform(-1.0, 1.0, fresh.shape) * scatter
+            fresh = fresh + more.astype(fresh.dtype)
+        states = torch.where(anew[:, None], torch.as_tensor(fresh).to(states), states)
+    return states, anew
 
 
 class ActorCritic:
@@ -509,6 +518,11 @@ class ActorCritic:
         reset: Reset | None = None,
         graph: bool = False,
     ) -> None:
+        if not isinstance(settings, Settings):
+            raise TypeError(f"settings must be the Settings of an actor-critic, got {shown(settings)}")
+        check_function("cost", cost, "states, controls and parameters")
+        check_function("reset", reset, "states, ages and a seed")
+        check_flag("graph", graph)
         self.settings = settings
         self.system = settings.make_system() if system is None else system
         settings.check_system(self.system)
@@ -559,23 +573,35 @@ class ActorCritic:
 
     def environments(self, count: int, reset: Reset) -> tuple[torch.Tensor, torch.Tensor]:
         """Return fresh states and ages; ages anywhere in an episode, so that not all begin anew at once."""
-        fresh, _ = reset(
+        fresh, _ = self.after(
+            reset,
             torch.full((count, self.system.state_size), math.nan, device=self.device, dtype=self.dtype),
             torch.full((count,), self.settings.episode, device=self.device),
             self.seed(),
         )
         ages = torch.randint(self.settings.episode, (count,), generator=self.generator).to(self.device)
-        return self.checked(fresh), ages
+        return fresh, ages
 
-    def checked(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the states that a reset gave, or raise a ValueError if they are not finite."""
-        if states.shape[1:] != (self.system.state_size,) or not states.isfinite().all():
-            raise ValueError(
-                f"reset must return finite states of shape (environments, {self.system.state_size}), got shape "
-                f"{tuple(states.shape)}; states that are not a number are those of environments that diverged, or have "
-                "not begun: they must begin anew"
+    @staticmethod
+    def after(reset: Reset, states: torch.Tensor, ages: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what a reset makes of states and ages, or raise a TypeError or ValueError if it is of no use."""
+        given, shape = reset(states, ages, seed), tuple(states.shape)
+        is_pair = isinstance(given, tuple | list) and len(given) == 2
+        if not is_pair or not all(isinstance(part, torch.Tensor) for part in given):
+            raise TypeError(f"reset must return two tensors, states and which of them are new, got {shown(given)}")
+        fresh, anew = given
+        if anew.dtype != torch.bool or anew.shape != ages.shape:
+            kind = f"{anew.dtype} of shape {tuple(anew.shape)}"
+            raise TypeError(
+                f"reset must return which states are new as booleans of shape {tuple(ages.shape)}, got {kind}"
             )
-        return states
+        if fresh.shape != states.shape or fresh.dtype != states.dtype or not fresh.isfinite().all():
+            raise ValueError(
+                f"reset must return finite states of shape (environments, {shape[1]}), {states.dtype}, got shape "
+                f"{tuple(fresh.shape)}, {fresh.dtype}; states that are not a number are those of environments that "
+                "diverged, or have not begun: they must begin anew"
+            )
+        return fresh, anew
 
     def seed(self) -> int:
         """Draw a seed."""
@@ -623,6 +649,8 @@ class ActorCritic:
         """Cost of each step, shape (T, B), without the entropy's share."""
         if self.cost is not None:
             costs = self.cost(states[1:], controls, self.randomised)
+            if not isinstance(costs, torch.Tensor):
+                raise TypeError(f"cost must return a tensor, got {shown(costs)}")
             if costs.shape != controls.shape[:2]:
                 raise ValueError(f"cost must return shape {tuple(controls.shape[:2])}, got {tuple(costs.shape)}")
         else:
@@ -702,8 +730,7 @@ class ActorCritic:
         """Have each environment go on from where it ended, or begin anew."""
         states, count = states.clone(), len(states)
         states[list(diverged)] = math.nan
-        states, anew = self.reset(states, self.ages + self.settings.horizon, self.seed())
-        self.states = self.checked(states)
+        self.states, anew = self.after(self.reset, states, self.ages + self.settings.horizon, self.seed())
         self.ages = torch.where(anew, 0, self.ages + self.settings.horizon)
         for name, drawn in self.draw(count).items():
             self.randomised[name] = torch.where(anew, drawn, self.randomised[name])
@@ -721,7 +748,12 @@ class ActorCritic:
             steps: How long; the settings' episode if 0.
             seed: Seed of initial states and randomised parameters.
         """
-        steps, kept = steps or self.settings.episode, (self.generator, self.randomised, self.rollout.flow)
+        check_count("episodes", episodes)
+        seed = check_seed(seed)
+        steps, kept = (
+            check_count("steps", steps, 0) or self.settings.episode,
+            (self.generator, self.randomised, self.rollout.flow),
+        )
         self.generator = torch.Generator().manual_seed(seed)
         try:
             x0, _ = self.environments(episodes, self.played)
@@ -782,6 +814,10 @@ def check_resume(saved: Mapping[str, Any], settings: Settings) -> None:
 
 
 ACTOR = "actor.pt"
+VERSION = 2
+"""Of the checkpoints that are written. 1 had no "version"; it can be read."""
+KINDS = {"settings": dict, "averages": dict, "states": torch.Tensor, "updates": int, "generator": torch.Tensor}
+"""What a checkpoint holds, besides weights and optimisers."""
 
 
 def learn(
@@ -811,9 +847,17 @@ def learn(
         ValueError: The saved run had other settings.
         Diverged: All environments left the finite numbers; the last checkpoint, where there is one, is kept.
     """
+    for name, flag in (("resume", resume), ("overwrite", overwrite)):
+        check_flag(name, flag)
+    if not isinstance(stop, threading.Event):
+        check_function("stop", stop, "no arguments")
+    check_function("progress", progress, "a record")
     learner, folder, records = ActorCritic(settings, **own), Path(settings.out), list[str]()
     if resume:
-        learner.load_state_dict(load_checkpoint(folder))
+        try:
+            learner.load_state_dict(load_checkpoint(folder))
+        except (RuntimeError, TypeError, KeyError, AttributeError) as error:  # what torch says of weights of others
+            raise ValueError(f"out: {folder / CHECKPOINT} does not fit its own settings: {error}") from None
         records = (folder / RECORD).read_text(encoding="utf-8").splitlines()[1 : learner.updates + 1]
     elif settings.out:
         found = [name for name in (CHECKPOINT, RECORD, ACTOR) if (folder / name).exists()]
@@ -830,7 +874,7 @@ def learn(
             return
         with atomic_write(folder / RECORD) as file:
             file.write(("\n".join([",".join(Record._fields), *records]) + "\n").encode())
-        save_tensors(folder / CHECKPOINT, learner.state_dict())
+        save_tensors(folder / CHECKPOINT, {**learner.state_dict(), "version": VERSION})
 
     asked = stop.is_set if isinstance(stop, threading.Event) else stop or (lambda: False)
     while learner.updates < settings.updates and not asked():
@@ -852,8 +896,14 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"out: {folder} holds no {CHECKPOINT}, so there is nothing to resume")
     content = load_tensors(path)
-    if not isinstance(content, dict) or not {"settings", "averages"} <= content.keys():
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in KINDS.items()):
         raise ValueError(f"{path} is no checkpoint of an actor-critic")
+    version = content.get("version", 1)
+    if not isinstance(version, int) or version > VERSION:
+        raise ValueError(
+            f"{path} is a checkpoint of version {shown(version)}, this program reads those up to {VERSION}: resume it "
+            "with the program that wrote it, or a later one"
+        )
     return content
 
 

@@ -11,8 +11,9 @@ import torch
 
 from controllers.checkpoint import CONFIG, CONTROLLER, atomic_write, load_tensors
 from controllers.config import read_config
-from controllers.networks import make_network
+from controllers.networks import check_sized, make_network
 from controllers.settings import Training
+from warp_phys.core.checks import check_path
 from warp_phys.errors import check_count
 from warp_phys.interop.extras import require
 
@@ -31,15 +32,14 @@ def load_controller(folder: str | Path) -> tuple[torch.nn.Module, Training]:
         OSError: A file is not there.
         ValueError, TypeError: One is damaged, or something else.
     """
-    settings = Training(**read_config(Path(folder) / CONFIG))
+    folder = check_path("folder", folder)
+    settings = Training(**read_config(folder / CONFIG))
     shape = settings.network, settings.make_system(), settings.hidden, settings.activation, settings.init, None
     controller = make_network(*shape, inputs=len(settings.inputs), memory=settings.memory)
     try:
-        controller.load_state_dict(load_tensors(Path(folder) / CONTROLLER))
-    except RuntimeError as error:
-        raise ValueError(
-            f"{Path(folder) / CONTROLLER} is not of the network that {CONFIG} describes: {error}"
-        ) from None
+        controller.load_state_dict(load_tensors(folder / CONTROLLER))
+    except (RuntimeError, TypeError, AttributeError) as error:  # torch's words for weights of another network, or none
+        raise ValueError(f"{folder / CONTROLLER} is not of the network that {CONFIG} describes: {error}") from None
     return controller, settings
 
 
@@ -65,12 +65,8 @@ def export(controller: torch.nn.Module, path: str | Path, system: Any, *, inputs
         ValueError: Another ending; a module that gives other shapes, or that the file does not compute.
         ImportError: ONNX needs the extra `export`.
     """
-    if not isinstance(path, str | Path):
-        raise TypeError(f"path must be text or a path, got {type(path).__name__}")
-    path = Path(path)
-    for name in ("state_size", "control_size"):
-        if not hasattr(system, name):
-            raise TypeError(f"system must have {name}, {type(system).__name__} has none")
+    path = check_path("path", path)
+    check_sized(system)
     if not isinstance(controller, torch.nn.Module):
         raise TypeError(f"controller must be a torch.nn.Module, got {type(controller).__name__}")
     if path.suffix not in SUFFIXES:

@@ -1,7 +1,7 @@
 """Small networks that steer a system: any torch module mapping states (B, D) to controls (B, K) will do as well."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,14 @@ class Sized(Protocol):
     @property
     def control_size(self) -> int:
         """Numbers in one control, K."""
+
+
+def check_sized(system: Any) -> None:
+    """Raise a TypeError where a system does not tell its sizes."""
+    for name in ("state_size", "control_size"):
+        if isinstance(system, type) or not hasattr(system, name):
+            raise TypeError(f"system must be one with {name}, got {shown(system)}")
+        check_count(name, getattr(system, name))
 
 
 class Chain(torch.nn.Sequential):
@@ -76,6 +84,7 @@ class MLP(Chain):
         seed: int | None = None,
     ) -> None:
         check_network(hidden, activation, init, seed)
+        check_sized(system)
         widths = [system.state_size, *hidden, system.control_size]
         layers: list[torch.nn.Module] = []
         for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
@@ -131,6 +140,7 @@ class GridCNN(Chain):
         seed: int | None = None,
     ) -> None:
         check_network((channels,), activation, init, seed)
+        check_sized(system)
         if system.state_size % 2 or system.state_size < 2 * SMALLEST_GRID:
             raise ValueError(f"system must have a grid of at least {SMALLEST_GRID} points, got {system}")
         points = ((system.state_size // 2 - 3) // 2 + 1 - 3) // 2 + 1
@@ -177,8 +187,9 @@ class GRU(torch.nn.Module):
         init: str = "glorot",
         seed: int | None = None,
     ) -> None:
-        check_count("units", units, 1, WIDEST)
+        units = check_count("units", units, 1, WIDEST)
         check_network(hidden, activation, init, seed)
+        check_sized(system)
         super().__init__()
         self.cell = torch.nn.utils.skip_init(torch.nn.GRUCell, system.state_size, units)
         self.layers = MLP(_Sizes(units, system.control_size), hidden, activation, init, seed)
@@ -282,7 +293,7 @@ def check_network(hidden: Sequence[int], activation: str, init: str, seed: int |
     ValueError: activation must be one of tanh, relu, elu, silu, sigmoid, got 'cosine'
     """
     is_sequence = isinstance(hidden, Sequence) and not isinstance(hidden, str)
-    if not is_sequence or not all(isinstance(width, int) and 0 < width <= WIDEST for width in hidden):
+    if not is_sequence or not all(type(width) is int and 0 < width <= WIDEST for width in hidden):
         raise ValueError(f"hidden must be widths from 1 to {WIDEST}, such as (100, 100), got {shown(hidden)}")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {shown(activation)}")

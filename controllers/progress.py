@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from controllers.record import Record
 
 
@@ -50,6 +48,8 @@ class Progress:
         unit: str = "epoch",
         words: Callable[[Any], str] = _losses,
     ) -> None:
+        from tqdm import tqdm  # noqa: PLC0415, benchmarks read command lines where it is not installed
+
         self.words = words
         self.stream, self.every, self.shown = stream or sys.stderr, every, float("-inf")
         self.terminal = self.stream.isatty()

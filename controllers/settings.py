@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from controllers.networks import check_kind, check_network
+from controllers.networks import WIDEST, check_kind, check_network
 from controllers.signals import check_signals, draw_signals
 from controllers.tracking import tracking
 from warp_phys.core.checks import check_flag
-from warp_phys.errors import shown
+from warp_phys.errors import MOST, shown
 from warp_phys.flow import memory_in, resolve
 from warp_phys.systems import SYSTEMS
 
@@ -118,8 +118,9 @@ class Training:
             "period",
         ):
             check_setting(name, getattr(self, name), int, at_least=1)
-        for name in ("seed", "threads", "memory"):
+        for name in ("seed", "threads"):
             check_setting(name, getattr(self, name), int, at_least=0)
+        check_setting("memory", self.memory, int, at_least=0, below=WIDEST + 1)
         for name in ("rate", "epsilon", "clip_at", "amplitude"):
             check_setting(name, getattr(self, name), float, above=0)
         for name in ("control_cost", "tracking_cost"):
@@ -233,9 +234,14 @@ def check_setting(
     above: float = -math.inf,
     below: float = math.inf,
 ) -> None:
-    """Raise TypeError or ValueError where a setting is not a finite number of its kind within its bounds."""
+    """Raise TypeError or ValueError where a setting is not a finite number of its kind within its bounds.
+
+    Integers, but for seeds, which others check, are counts: at most 2³¹ − 1.
+    """
+    if kind is int and name != "seed":
+        below = min(below, MOST + 1)
     bounds = [("at least", at_least), ("above", above), ("below", below)]
-    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound))
+    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if abs(bound) <= MOST)
     wanted = f"{name} must be {'an integer' if kind is int else 'a number'} {wanted}, got {shown(value)}"
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         raise TypeError(wanted)

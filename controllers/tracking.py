@@ -43,6 +43,12 @@ def tracking(system: System, component: str, weight: float = 1.0) -> System:
     return _kind(type(system))(**values, tracked=short.index(component), tracking_weight=weight)
 
 
+def _made(kind: type[System], values: dict[str, Any]) -> System:
+    """Return such a system from what a pickle holds of it."""
+    made: System = _kind(kind)(**values)
+    return made
+
+
 @functools.cache
 def _kind(kind: type[System]) -> type:
     """Return the class of such systems, whose parameters are those of `kind` and the weight."""
@@ -54,6 +60,7 @@ def _kind(kind: type[System]) -> type:
         "inputs": property(lambda self: (f"reference of {self.states[self.tracked]}",)),
         "not_negative": (*kind.not_negative, "tracking_weight"),
         "functions": functions,
+        "__reduce__": lambda self: (_made, (kind, {entry.name: getattr(self, entry.name) for entry in fields(self)})),
         "__doc__": f"{kind.__name__}, a component of whose state shall follow a reference.",
     }
     more = [("tracked", int, 0), ("tracking_weight", float, 1.0)]

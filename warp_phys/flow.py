@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from warp_phys.core.checks import check_flag, check_number, numbers_of
+from warp_phys.core.checks import check_flag, check_number, holds_numbers, numbers_of
 from warp_phys.errors import check_count, shown
 
 
@@ -120,14 +120,18 @@ class Flow:
     def check(self, steps: int) -> None:
         """Raise a ValueError if a gate is given for another number of steps."""
         for name in ("physics", "controller", "memory"):
-            self._by_step(name, steps)
+            self._check_length(name, steps)
 
-    def _by_step(self, name: str, steps: int) -> np.ndarray:
-        """Return a gate, shape (steps,) or three dimensions, cut where the window ends."""
+    def _check_length(self, name: str, steps: int) -> None:
         gate = getattr(self, name)
         length = len(gate) if isinstance(gate, tuple) else gate.array.shape[0] if isinstance(gate, Gates) else steps
         if length not in ((1, steps) if isinstance(gate, Gates) else (steps,)):
             raise ValueError(f"the flow's {name} gate has {length} numbers, the rollout has {steps} steps")
+
+    def _by_step(self, name: str, steps: int) -> np.ndarray:
+        """Return a gate, shape (steps,) or three dimensions, cut where the window ends."""
+        self._check_length(name, steps)
+        gate = getattr(self, name)
         out = gate.array if isinstance(gate, Gates) else np.full(steps, gate, dtype=float)
         if out.ndim == 2:
             out = out[:, :, None]
@@ -226,14 +230,14 @@ def agree(base: Any, other: Any) -> Any:
         other: Update consulted for its sign only, shape of `base`.
 
     Raises:
-        ValueError: The shapes differ.
+        TypeError, ValueError: No arrays of numbers of one library; the shapes differ.
 
     Source: Schnell & Thuerey, ICLR 2024, section 3.3.
 
     >>> agree(np.array([1.0, -2.0, 3.0]), np.array([2.0, 1.0, 5.0]))
     array([1., 0., 3.])
     """
-    _check_shapes(base, other)
+    _check_updates(base, other)
     return _where_agreeing(base, other, base)
 
 
@@ -245,12 +249,12 @@ def geometric(base: Any, other: Any) -> Any:
         other: The other, shape of `base`.
 
     Raises:
-        ValueError: The shapes differ.
+        TypeError, ValueError: No arrays of numbers of one library; the shapes differ.
 
     >>> geometric(np.array([1.0, -2.0, -3.0]), np.array([4.0, 1.0, -12.0]))
     array([ 2.,  0., -6.])
     """
-    _check_shapes(base, other)
+    _check_updates(base, other)
     library = _library(base)
     # root by root: the product of two small updates would vanish in float32
     size = library.sqrt(library.abs(base)) * library.sqrt(library.abs(other))
@@ -265,17 +269,22 @@ def minmod(base: Any, other: Any) -> Any:
         other: The other, shape of `base`.
 
     Raises:
-        ValueError: The shapes differ.
+        TypeError, ValueError: No arrays of numbers of one library; the shapes differ.
 
     >>> minmod(np.array([1.0, -2.0, -3.0]), np.array([4.0, 1.0, -2.0]))
     array([ 1.,  0., -2.])
     """
-    _check_shapes(base, other)
+    _check_updates(base, other)
     library = _library(base)
     return _where_agreeing(base, other, library.where(library.abs(base) < library.abs(other), base, other))
 
 
-def _check_shapes(base: Any, other: Any) -> None:
+def _check_updates(base: Any, other: Any) -> None:
+    for name, value in (("base", base), ("other", other)):
+        if not hasattr(value, "shape") or not holds_numbers(getattr(value, "dtype", None)):
+            raise TypeError(f"{name} must be an array of real numbers, got {shown(value)}")
+    if _library(base) is not _library(other):
+        raise TypeError(f"base and other must be of one library, got {type(base).__name__} and {type(other).__name__}")
     if base.shape != other.shape:
         raise ValueError(f"base and other must have one shape, got {tuple(base.shape)} and {tuple(other.shape)}")
 

@@ -92,6 +92,10 @@ class Rollout:
         self._views: list[tuple[wp.array, np.ndarray]] = []
         self.flow = flow
 
+    def __reduce__(self):  # arrays of Warp cannot be copied; those that are kept hold nothing that lasts
+        made = self._system, self._controller, self._steps, self._flow, self.on_divergence, self.backend, self.check
+        return type(self), (*made, *self._sizes)
+
     @property
     def system(self) -> Simulator:
         """The system; another one needs another rollout."""

@@ -168,6 +168,14 @@ def flow(extra: Sequence[Any] = (), wrong: Sequence[Any] = ()) -> Kind:
     return st.one_of(good(*names), bad(*nothing))
 
 
+def linear_flow(*extra: Any) -> Kind:
+    """Flows that combine no two others."""
+    names = ("R", "M", "S", "N", "regular", "modified", *extra)
+    return st.one_of(
+        good(*names), bad(None, 0, 1.5, b"R", {}, np.ones(2), object(), "", "X", "C", "combined", "minmod")
+    )
+
+
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "as it is": lambda a: a,
     "Fortran order": np.asfortranarray,

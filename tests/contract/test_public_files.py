@@ -5,7 +5,6 @@
 
 import contextlib
 import io
-import os
 import string
 from pathlib import Path
 from typing import Any
@@ -13,30 +12,19 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
-from controllers import MLP, commandline
+from controllers import MLP, actor_critic, commandline
 from controllers.checkpoint import load_checkpoint, save_tensors
 from controllers.config import read_config, write_config
 from controllers.settings import Training
-from demos import landscape, paper
+from demos import landscape, paper, study
 from demos.weights import load_arrays, save_weights
 from tests.contract.arguments import check_message
+from tests.contract.entries import examples
 from warp_phys import CartPole
 
-LONG = int(os.environ.get("WARP_PHYS_EXAMPLES", "0"))
 VERSIONS = Path(__file__).parents[1] / "controllers" / "checkpoints"
-
-
-def examples(count: int) -> Any:
-    """So many examples, or their share of the long mode."""
-    return settings(
-        max_examples=LONG * count // 5000 if LONG else count,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        derandomize=not LONG,
-        database=None,
-    )
 
 
 @st.composite
@@ -114,7 +102,9 @@ def test_weights(tmp_path_factory, data):
 
 
 WORDS = st.sampled_from(
-    ["system", "parameters", "steps", "flow", "hidden", "rate", "betas", "seed", "out", "poles", "dt", "=", "[", "]",
+    ["system", "parameters", "steps", "inputs", "track", "memory",
+     '"sine"', '["clock"]', '"position"',
+     "flow", "hidden", "rate", "betas", "seed", "out", "poles", "dt", "=", "[", "]",
      "\n",     '"', "'",
      "1", "-1", "0.5", "nan", "inf", "true", '"cartpole"', '"R"', "[8, 8]", "{", "}", ",", "#", " ", "1e400", "é"]
 )  # fmt: skip
@@ -139,14 +129,23 @@ FLAGS = st.sampled_from(
     ["--system", "--poles", "--steps", "--flow", "--hidden", "--rate", "--betas", "--seed", "--out", "--resume",
      "--level", "--overwrite",
      "--config", "--clip", "--epochs", "--device", "--experiment", "--seeds", "--processes", "--list",
-     "--start", "--bounds", "--cells", "--dt", "--shuffle", "--no-shuffle", "-h", "--", "-1", "--quick", "--width"]
+     "--start", "--bounds", "--cells", "--dt", "--shuffle", "--no-shuffle", "--inputs", "--track",
+     "--memory", "--network", "--panel", "--actor", "--randomise", "--observe", "--limits", "--horizon", "--cluster",
+     "-h", "--", "-1", "--quick", "--width"]
 )  # fmt: skip
 VALUES = st.sampled_from(
     ["cartpole", "quantum", "pole", "4", "0", "-1", "1.5", "nan", "inf", "1e400", "R", "C", "X", "", " ", "poles-4",
      "poles-9",     "cost-1", "target-3",
+     "memory", "rules", "clock", "sine", "position", "stochastic", "gravity:9:10", "slurm",
      "none", "cuda:7", "gpu", "99999999999999999999", "8,8", "0.9", "/dev/null/x", "é", "\x00", "%s"]
 )  # fmt: skip
-PARSERS = {"controllers": commandline.parse, "paper": paper.parse, "landscape": landscape.parse}
+PARSERS = {
+    "controllers": commandline.parse,
+    "actor-critic": actor_critic.parse,
+    "paper": paper.parse,
+    "study": study.parse,
+    "landscape": landscape.parse,
+}
 
 
 @examples(180)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from controllers.actor_critic import (
     begin_anew,
     check_resume,
     learn,
+    load_checkpoint,
     main,
     td_lambda,
 )
@@ -21,6 +23,7 @@ from controllers.checkpoint import save_tensors
 from warp_phys import Quadrotor
 from warp_phys.flow import Combined, agree, resolve
 
+VERSIONS = Path(__file__).parent / "checkpoints"
 SMALL = Settings(
     system="quadrotor",
     randomise=("wind_x:-3:3", "wind_z:-1:1"),
@@ -330,9 +333,32 @@ def test_nothing_of_another_run_stays(tmp_path):
     assert not (tmp_path / "actor.pt").exists() and old
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_checkpoints_of_earlier_versions_go_on(version, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes((VERSIONS / f"actor_critic_{version}.pt").read_bytes())
+    content = load_checkpoint(tmp_path)
+    assert ("version" in content) == (version > 1) and content["updates"] == 2
+    (tmp_path / "record.csv").write_text("update\n1\n2\n")
+    settings = Settings(**{**content["settings"], "out": str(tmp_path), "updates": 3})
+    assert learn(settings, resume=True).updates == 3
+    assert load_checkpoint(tmp_path)["version"] == 2
+    content = torch.load(VERSIONS / f"actor_critic_{version}.pt", weights_only=True)
+    save_tensors(tmp_path / "checkpoint.pt", {**content, "version": 3})
+    with pytest.raises(ValueError, match="of version 3, this program reads those up to 2"):
+        learn(settings, resume=True)
+    save_tensors(tmp_path / "checkpoint.pt", {**content, "actor": {"w": torch.ones(3)}})
+    with pytest.raises(ValueError, match="does not fit its own settings: Error"):
+        learn(settings, resume=True)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"garbage", "is no file of tensors"), (None, "is no checkpoint of an actor-critic")],
+    [
+        (b"garbage", "is no file of tensors"),
+        (None, "is no checkpoint of an actor-critic"),
+        ((VERSIONS / "actor_critic_2.pt").read_bytes()[:-300], "is damaged: it ends too early"),
+        ((VERSIONS / "version_3.pt").read_bytes(), "is no checkpoint of an actor-critic"),
+    ],
 )
 def test_other_files_are_not_resumed(tmp_path, content, message, capsys):
     if content is None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_training import small
 
-from controllers import MLP, Training, train
+from controllers import MLP, Linear, Training, exporting, train
 from controllers.checkpoint import (
     CHECKPOINT,
     CONTROLLER,
@@ -26,6 +26,7 @@ from controllers.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
+from controllers.config import write_config
 from demos.weights import load_arrays, load_weights, save_weights
 from warp_phys import CartPole
 
@@ -245,11 +246,11 @@ def test_a_checkpoint_that_does_not_fit_its_settings(tmp_path):
         train(settings, resume=True)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_checkpoints_of_earlier_versions_go_on(version, tmp_path):
     (tmp_path / CHECKPOINT).write_bytes((VERSIONS / f"version_{version}.pt").read_bytes())
     content = load_checkpoint(tmp_path)
-    assert "version" not in content and ("update" in content) == (version == 2)
+    assert ("version" in content, "update" in content) == (version >= 3, version >= 2)
     settings = Training(**{**content["settings"], "out": str(tmp_path), "epochs": 3})
     trained = train(settings, resume=True)
     assert [record.epoch for record in trained.records] == [1, 2, 3]
@@ -274,6 +275,55 @@ def test_exports_have_a_checksum_and_remain_what_others_read(tmp_path):
     path.write_bytes(data)
     with pytest.raises(Damaged, match=r"controller\.pt is damaged: its checksum is not that of its content"):
         load_tensors(path)
+
+
+@pytest.fixture
+def quick_export(monkeypatch):
+    """Exports whose content is made at once: what is tried is how it is written."""
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)
+    monkeypatch.setattr(torch.export, "save", lambda _, buffer, **__: buffer.write(b"new" * 10_000))
+    monkeypatch.setattr(exporting, "_compare", lambda *_: None)
+    return lambda path: exporting.export(Linear(CartPole()), path, CartPole())
+
+
+def test_exports_outlive_full_disks_and_closed_folders(quick_export, tmp_path):
+    path = tmp_path / "controller.pt2"
+    path.write_bytes(b"old")
+    with disk_of(4096), pytest.raises(OSError, match=r"pt2 cannot be written: File too large; the file that was there"):
+        quick_export(path)
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(OSError, match="pt2 cannot be written: (Not a directory|File exists)"):
+        quick_export(path / "controller.pt2")
+    quick_export(path)
+    assert path.read_bytes() == b"new" * 10_000
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_exports_outlive_a_kill(name, quick_export, tmp_path, monkeypatch):
+    path = tmp_path / "controller.pt2"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(f"os.{name}", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    _, status = os.waitpid(in_child(lambda: quick_export(path)), 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL and path.read_bytes() == b"old"
+
+
+def test_what_load_controller_finds_damaged(tmp_path):
+    path = tmp_path / CONTROLLER
+    with pytest.raises(FileNotFoundError):
+        exporting.load_controller(tmp_path)
+    write_config(tmp_path / "run.toml", small())
+    save_tensors(path, [torch.ones(3)])
+    with pytest.raises(ValueError, match=r"controller\.pt is not of the network that run\.toml describes"):
+        exporting.load_controller(tmp_path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(Damaged, match=r"controller\.pt is damaged: it ends too early"):
+        exporting.load_controller(tmp_path)
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"controller\.pt is no file of tensors"):
+        exporting.load_controller(tmp_path)
+    (tmp_path / "run.toml").write_text("steps = [")
+    with pytest.raises(ValueError, match=r"run\.toml is not a file of settings"):
+        exporting.load_controller(tmp_path)
 
 
 def test_weights_of_demos(tmp_path):

@@ -92,7 +92,7 @@ class Constant(torch.nn.Module):
     ("controller", "name", "kind", "message"),
     [
         (MLP(SYSTEM, seed=0), "c.pt", ValueError, "path must end in .onnx or .pt2, got"),
-        (MLP(SYSTEM, seed=0), 5, TypeError, "path must be text or a path, got int"),
+        (MLP(SYSTEM, seed=0), 5, TypeError, "path must be text or a path, got 5"),
         (np.tanh, "c.pt2", TypeError, "controller must be a torch.nn.Module, got ufunc"),
         (Constant(), "c.pt2", ValueError, r"control of shapes \[\(3, 1\)\] for 3 states, got \[\(1, 1\)\]"),
         (Counting(), "c.pt2", ValueError, "c.pt2 would compute something else than the controller, by"),

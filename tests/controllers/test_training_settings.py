@@ -43,7 +43,7 @@ from warp_phys import CartPole
         ({"tracking_cost": -1.0}, "tracking_cost must be a number at least 0, got -1.0"),
         ({"amplitude": 0.0}, "amplitude must be a number above 0, got 0.0"),
         ({"period": 0}, "period must be an integer at least 1, got 0"),
-        ({"memory": -1}, "memory must be an integer at least 0, got -1"),
+        ({"memory": -1}, "memory must be an integer at least 0 and below 65537, got -1"),
         ({"memory": 8, "network": "dense"}, "a network dense remembers nothing, got memory 8"),
         ({"network": "gru"}, "network gru needs memory, its units, got memory 0"),
         ({"system": "quantum", "inputs": ("clock",)}, "inputs are not for a network grid-cnn"),

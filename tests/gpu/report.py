@@ -32,8 +32,14 @@ def table(out: Path) -> str:
     for name, end, seconds in csv.reader(steps.read_text().splitlines()) if steps.exists() else ():
         log = out / f"{name}.log"
         said = [line for line in log.read_text(errors="replace").splitlines() if line] if log.exists() else []
+        if name == "tests":  # libraries may have the last word
+            said = [line for line in said if re.search(r"\d+ (passed|failed|skipped|error)", line)] or said
         last = said[-1] if said and (name in ("device", "tests") or end != "passed") else ""
         lines.append(f"| {name} | {end} | {seconds} | {re.sub('=+', '', last).replace('|', '/').strip()} |")
+    tests = out / "tests.log"
+    if tests.exists():
+        ends = re.findall(r"^(?:FAILED|ERROR) .*", tests.read_text(errors="replace"), re.MULTILINE)
+        lines += ["", *(f"- {end}" for end in ends)] if ends else []
     results = out / "benchmarks" / "results.md"
     if results.exists():
         lines += ["", results.read_text().strip()]
@@ -44,8 +50,9 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["device"]:
             text = describe_device()
-            print(text)
-            sys.exit(text.startswith("cpu;") and os.environ.get("WARP_PHYS_GPU_DRY") != "1")
+            print(text, flush=True)
+            if text.startswith("cpu;") and os.environ.get("WARP_PHYS_GPU_DRY") != "1":
+                sys.exit("there is no CUDA device that both torch and Warp see; --dry runs without one")
         case ["table", folder]:
             print(table(Path(folder)))
         case _:

@@ -3,12 +3,13 @@
 #
 #   tests/gpu/run.sh [--wheels FOLDER] [--out FOLDER] [--limit SECONDS] [--dry]
 #
-# --wheels  a folder of wheels to install from, without a network: warp-lang, numpy, pytest, and jax if it is wanted
+# --wheels  a folder of wheels to install from, without a network: warp-lang, numpy, pytest; pytest-xdist and jax if wanted
 # --out     where the table, logs and the environment go (out/gpu)
 # --limit   seconds after which all of it stops (470); what was found by then is in the table
 # --dry     on a CPU: the same steps, each as small as it can be, to see that they work
 #
-# Status 0 where every step passed, 1 where one failed or ran out of time, 2 for a mistake in the arguments.
+# Status 0 where every step passed, 1 where one failed or ran out of time, 2 for a mistake in the arguments or too old a
+# Python. PYTHON says which Python to use (python3). Tests leave the benchmark three tenths of the time.
 set -uo pipefail
 called_from=$PWD
 cd "$(dirname "$0")/../.."
@@ -30,23 +31,28 @@ done
 [ -z "$wheels" ] || [ -d "$wheels" ] || { echo "wheels: there is no folder $wheels" >&2; exit 2; }
 [[ "$limit" =~ ^(0|[1-9][0-9]*)$ ]] || { echo "limit must be a number of seconds, got $limit" >&2; exit 2; }
 
+outer=${PYTHON:-python3}
+"$outer" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer, got " + sys.version.split()[0])' ||
+    exit 2
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 rm -f "$out"/*.log "$out"/steps.csv
+rm -rf "$out/benchmarks"
 export WARP_PHYS_GPU_DRY="$dry" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 device=cuda
 [ -z "$dry" ] || device=cpu
 python="$out/venv/bin/python"
 
-# step NAME COMMAND…: at most what is left of the time; its output is in NAME.log, its end in steps.csv.
+# step NAME RESERVE COMMAND…: at most what is left of the time without a reserve; its output is in NAME.log, its end in
+# steps.csv. What runs out of time is interrupted as by Ctrl-C, so that it says what it has found.
 step() {
-    local name=$1 left=$((limit - SECONDS)) begun=$SECONDS status
-    shift
+    local name=$1 left=$((limit - SECONDS - $2)) begun=$SECONDS status
+    shift 2
     if [ "$left" -le 0 ]; then
         echo "$name,no time left,0" >> "$out/steps.csv"
         return 1
     fi
-    timeout --kill-after=5 "$left" "$@" > "$out/$name.log" 2>&1
+    timeout --signal=INT --kill-after=10 "$left" "$@" > "$out/$name.log" 2>&1
     status=$?
     case $status in
         0) status=passed ;;
@@ -57,41 +63,54 @@ step() {
     [ "$status" = passed ]
 }
 
-environment() {
-    # --without-pip: a machine without ensurepip makes one too; packages then go in by the pip that python has
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11, got " + sys.version)' ||
-        return 1
-    "${PYTHON:-python3}" -m venv --system-site-packages --without-pip "$out/venv" || return 1
-    # what python has is seen where it is in an environment of its own, too
-    "${PYTHON:-python3}" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
-        > "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth" || return 1
-    if [ -n "$wheels" ]; then
-        "${PYTHON:-python3}" -m pip --python "$python" install --no-index --find-links "$wheels" warp-lang numpy pytest || return 1
-        "${PYTHON:-python3}" -m pip --python "$python" install --no-index --find-links "$wheels" jax || echo "no jax"
-    fi
-    "$python" -c 'import numpy, pytest, torch, warp'
+# lacks MODULE…: those that the environment cannot import
+lacks() {
+    for module; do "$python" -c "import $module" > /dev/null 2>&1 || echo "$module"; done | xargs
 }
-export -f environment
-export out wheels python
 
-failed=0
-if step environment bash -c environment; then
-    step device "$python" -m tests.gpu.report device || failed=1
-    step tests "$python" -m pytest tests/gpu/test_cuda_runs.py tests/gpu/test_device.py -q -p no:cacheprovider || failed=1
-    contestants="fused general torch"
-    if "$python" -c "import jax; jax.devices('$device')" 2> /dev/null; then contestants="$contestants jax"; fi
-    if [ -n "$dry" ]; then
-        sizes=(--system cartpole --flow R --batch 8 --repeats 3 --seconds 1)
-    else
-        sizes=(--system cartpole quantum --flow R C --batch 64 4096 --repeats 5 --seconds 8)
+environment() {
+    local own missing install
+    own="Python $("$outer" -c 'import platform; print(platform.python_version(), "on", platform.machine())')"
+    # --without-pip: a machine without ensurepip makes one too; packages then go in by the pip that python has
+    "$outer" -m venv --system-site-packages --without-pip "$out/venv" || { echo "$own has no module venv"; return 1; }
+    # what python has is seen where it is in an environment of its own, too
+    "$outer" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+        > "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth" || return 1
+    [ -z "$(lacks torch)" ] || { echo "$own has no torch that can be imported; it is not installed from wheels"; return 1; }
+    if [ -n "$wheels" ]; then
+        "$outer" -m pip --version || { echo "$own has no pip, which --wheels needs"; return 1; }
+        install=("$outer" -m pip --python "$python" install --disable-pip-version-check --no-index --find-links "$wheels")
+        "${install[@]}" warp-lang numpy pytest
+        for wanted in pytest-xdist jax; do "${install[@]}" "$wanted" || echo "without $wanted"; done
     fi
-    # shellcheck disable=SC2086
-    step benchmark "$python" -m tests.benchmarks --device "$device" "${sizes[@]}" \
-        --contestants $contestants --out "$out/benchmarks" || failed=1
+    missing=$(lacks warp numpy pytest)
+    [ -z "$missing" ] || { echo "$own lacks $missing: --wheels must name a folder with their wheels for it"; return 1; }
+}
+export -f environment lacks
+export out wheels python outer
+
+failed=1
+contestants=(fused general torch)
+if [ -n "$dry" ]; then
+    processes=2 sizes=(--system cartpole --flow R --batch 8 --repeats 3 --seconds 1)
 else
-    failed=1
-    tail -n 5 "$out/environment.log" >&2
-    python=${PYTHON:-python3}
+    processes=4 sizes=(--system cartpole quantum --flow R C --batch 64 4096 --repeats 5 --seconds 8)
+fi
+if step environment 0 bash -c environment && step device 0 "$python" -m tests.gpu.report device; then
+    failed=0
+    together=()
+    [ -n "$(lacks xdist)" ] || together=(--numprocesses "$processes")
+    # one line for each test: what was interrupted shows them too
+    step tests $((limit * 3 / 10)) "$python" -m pytest tests/gpu/test_device.py tests/gpu/test_cuda_runs.py -v --tb=short \
+        -p no:cacheprovider "${together[@]}" || failed=1
+    if "$python" -c "import jax; jax.devices('$device')" 2> /dev/null; then contestants+=(jax); fi
+    step benchmark 0 "$python" -m tests.benchmarks --device "$device" "${sizes[@]}" \
+        --contestants "${contestants[@]}" --out "$out/benchmarks" || failed=1
+else
+    log=$out/environment.log
+    [ -e "$out/device.log" ] && log=$out/device.log
+    [ -e "$log" ] && tail -n 1 "$log" >&2
+    python=$outer
 fi
 "$python" -m tests.gpu.report table "$out" | tee "$out/table.md"
 exit $failed

@@ -1,5 +1,6 @@
 """tests/gpu/run.sh in its dry mode: the steps, the table, a time limit, mistakes."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(*arguments):
-    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
-    environment |= {"PYTHONPATH": ":".join(path for path in sys.path if path.endswith("-packages"))}
+def run(*arguments, python=sys.executable, packages=None):
+    environment = {"PYTHON": str(python), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
+    packages = packages or [path for path in sys.path if path.endswith("-packages")]
+    environment |= {"PYTHONPATH": ":".join(map(str, packages))}
     return subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True, env=environment, timeout=500)
 
 
@@ -34,6 +36,26 @@ def test_no_time(tmp_path):
     done = run("--dry", "--out", tmp_path, "--limit", "0")
     assert done.returncode == 1
     assert "| environment | no time left | 0 |  |" in done.stdout
+
+
+def test_what_is_missing_is_said(tmp_path):
+    """A Python without anything, one with torch alone, one with torch and pip where the wheels are none."""
+    bare, modules, wheels = tmp_path / "bare", tmp_path / "modules", tmp_path / "wheels"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    for folder in (modules, wheels):
+        folder.mkdir()
+
+    def said(*arguments):
+        done = run("--dry", "--out", tmp_path / "out", *arguments, python=bare / "bin" / "python", packages=[modules])
+        assert done.returncode == 1 and "| environment | failed (1) |" in done.stdout
+        return done.stderr
+
+    assert "has no torch that can be imported" in said("--wheels", wheels)
+    (modules / "torch.py").touch()
+    assert "has no pip, which --wheels needs" in said("--wheels", wheels)
+    (modules / "pip.py").write_text("raise SystemExit(__import__('sys').argv[-1] != '--version')")
+    (modules / "warp.py").write_text("raise ImportError")
+    assert re.search("lacks warp[a-z ]*: --wheels must name a folder with their wheels", said("--wheels", wheels))
 
 
 @pytest.mark.parametrize(

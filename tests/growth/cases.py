@@ -1,7 +1,8 @@
 """What is done many times, and what a process has grown by meanwhile."""
 
 import gc
-import tracemalloc
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,42 +18,37 @@ STEPS, BATCH = 5, 4
 
 
 class Growth(NamedTuple):
-    """Bytes by which a process has grown, for each time that something was done."""
+    """How much a process has grown, for each time that something was done."""
 
-    python: float
-    """What Python has allocated, numpy's arrays too, and not given back."""
+    blocks: float
+    """Blocks of memory that Python has and has not given back: whatever is kept has one at least, arrays too."""
     resident: float
-    """All memory of the process."""
+    """Bytes of all memory of the process."""
 
 
 def measure(step: Callable[[int], object], count: int, windows: int = 3) -> Growth:
-    """Return how memory grows with a step, after `count` steps to warm up: in the best of some windows of `count`.
+    """Return how memory grows with a step, after up to 1000 to warm up: in the best of some windows of `count`.
 
     Something that grows does so in every window; what fills a cache or a pool does not.
     """
-    python, resident = [], []
-    tracemalloc.start()  # before anything else, or what takes the place of what is not known would count as new
-    try:
-        for i in range(count):
+    begin = min(count, 1000)
+    for i in range(begin):
+        step(i)
+    found, before = [], _memory()
+    for start in range(begin, begin + windows * count, count):
+        for i in range(start, start + count):
             step(i)
-        before = _memory()
-        for window in range(1, windows + 1):
-            for i in range(window * count, (window + 1) * count):
-                step(i)
-            after = _memory()
-            python.append((after[0] - before[0]) / count)
-            resident.append((after[1] - before[1]) / count)
-            before = after
-    finally:
-        tracemalloc.stop()
-    return Growth(min(python), min(resident))
+        after = _memory()
+        found.append(((after[0] - before[0]) / count, (after[1] - before[1]) / count))
+        before = after
+    return Growth(*map(min, zip(*found, strict=True)))
 
 
 def _memory() -> tuple[int, int]:
     gc.collect()
     statm = Path("/proc/self/statm")
     pages = int(statm.read_text().split()[1]) if statm.exists() else 0
-    return tracemalloc.get_traced_memory()[0], pages * 4096
+    return sys.getallocatedblocks(), pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _network() -> torch.nn.Module:

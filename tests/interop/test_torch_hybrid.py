@@ -337,7 +337,9 @@ def test_what_is_refused():
             Rollout(hybrid, policy, STEPS, flow)
     with pytest.raises(ValueError, match="a flow with a limit is not for a Hybrid"):
         trajectory(hybrid, _start(), _numbers(STEPS, BATCH, 1), flow=Flow(limit=1.0))
-    with pytest.raises(ValueError, match="controller must have its parameters in one precision"):
+    with pytest.raises(
+        ValueError, match="controller or the module of a Hybrid must have its parameters in one precision"
+    ):
         Rollout(Hybrid(SYSTEM, Network(4).float()), policy, STEPS)
     with pytest.raises(TypeError, match="x0 must be torch.float32 on cpu as the module is, got torch.float64"):
         trajectory(Hybrid(SYSTEM, Network(4).float()), _start(), _numbers(STEPS, BATCH, 1))
@@ -371,3 +373,35 @@ def test_compiled_code():
         states, controls = call(x0)
         found.append(torch.autograd.grad(_loss(states, controls), leaves))
     _check(found[1], found[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "policy", "message"),
+    [
+        (
+            torch.nn.Sequential(torch.nn.Linear(5, 1), torch.nn.Dropout(0.5)),
+            torch.nn.Linear(4, 1),
+            "^controller or the module of a Hybrid must give",
+        ),
+        (
+            torch.nn.Sequential(torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 1)),
+            torch.nn.Linear(4, 1),
+            "^the module of a Hybrid must not normalise",
+        ),
+        (
+            torch.nn.Linear(5, 1),
+            torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)),
+            "^controller must not normalise",
+        ),
+        (torch.nn.Linear(3, 1), torch.nn.Linear(4, 1), "^the module of a Hybrid fails at states of shape"),
+        (
+            torch.nn.Linear(5, 1).double(),
+            torch.nn.Linear(4, 1),
+            "^controller or the module of a Hybrid must have its parameters in",
+        ),
+    ],
+)
+def test_errors_say_which_network_is_at_fault(module, policy, message):
+    hybrid = Hybrid(CartPole(), module, "controls")
+    with pytest.raises(ValueError, match=message):
+        hybrid.loss(Rollout(hybrid, policy, 3, "R", backend="general")(hybrid.sample(4))[0]).backward()

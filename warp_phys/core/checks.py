@@ -4,7 +4,9 @@ Counts and choices are checked in `warp_phys.errors`.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,6 +79,19 @@ def check_seed(value: Any, name: str = "seed") -> int:
     ValueError: seed must be at least 0, got -1
     """
     return check_count(name, value, 0, MOST_SEED)
+
+
+def check_path(name: str, value: Any) -> Path:
+    """Return a path, given as text or as a path, or raise a TypeError.
+
+    >>> check_path("folder", None)
+    Traceback (most recent call last):
+        ...
+    TypeError: folder must be text or a path, got None
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be text or a path, got {shown(value)}")
+    return Path(value)
 
 
 def check_function(name: str, value: Any, of: str, optional: bool = True) -> None:
@@ -194,7 +209,7 @@ def check_given(names: Sequence[str], values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, list | tuple) and any(getattr(entry, "requires_grad", False) for entry in value):
             raise TypeError(f"parameter {name} is a list of tensors with gradients: give one tensor, torch.stack([…])")
-        is_array = hasattr(value, "shape") and _holds_numbers(getattr(value, "dtype", None))
+        is_array = hasattr(value, "shape") and holds_numbers(getattr(value, "dtype", None))
         is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > 0
         is_list = is_list and not any(plain_number(entry) is None for entry in value)
         if not (is_array or is_list or plain_number(value) is not None):
@@ -204,7 +219,7 @@ def check_given(names: Sequence[str], values: Any) -> None:
             raise ValueError(f"parameter {name} must be finite, got {shown(value)}")
 
 
-def _holds_numbers(dtype: Any) -> bool:
+def holds_numbers(dtype: Any) -> bool:
     """Whether this is a type of real numbers, of numpy or of any other library."""
     if isinstance(dtype, np.dtype):
         return dtype.kind in "fiu"

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import alias
+from warp_phys.core.checks import check_number
 from warp_phys.core.gate_kernels import gate_kernel
 from warp_phys.core.kernel_cache import start_warp
 from warp_phys.core.rows import REAL_TYPES
@@ -52,8 +52,8 @@ def gate(x: wp.array, weight: Any) -> wp.array:
 
     Raises:
         RuntimeError: No tape is recording.
-        TypeError: x is no float array, or the weight is of another precision.
-        ValueError: x has no adjoint, or the weight has another length or device.
+        TypeError: x is no float array, or the weight is no number or of another precision.
+        ValueError: x has no adjoint, or the weight is not finite or has another length or device.
 
     >>> x = wp.array([1.0, 2.0], dtype=float, device="cpu", requires_grad=True)
     >>> with wp.Tape() as tape:
@@ -95,8 +95,7 @@ def _check(x: Any) -> type:
 
 def _weight_array(weight: Any, x: wp.array, real: type) -> wp.array:
     if not isinstance(weight, wp.array):
-        if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)):
-            raise TypeError(f"weight must be a number or a warp array, got {type(weight).__name__}")
+        check_number("weight", weight)
         return wp.full(1, float(weight), dtype=real, device=x.device)
     if weight.dtype is not real:
         raise TypeError(f"weight must hold {real.__name__} as x does, got {weight.dtype.__name__}")

@@ -43,6 +43,8 @@ class Dense:
         dtype: float32 or float64, precision of new parameters.
         seed: Seed of new parameters.
 
+    Copies and pickles have weights of their own.
+
     Raises:
         TypeError, ValueError: Sizes, names or arrays that do not fit.
 
@@ -74,6 +76,10 @@ class Dense:
         program = chain(self.sizes, self.activation)
         self._network = Network(program, self.real) if wp.get_device(self.device).is_cpu else None
         self._blocks = None if self._network else BlockNetwork(program, self.real, self.device)
+
+    def __reduce__(self):  # arrays of Warp cannot be copied
+        numbers = [(p.numpy().copy(), p.requires_grad) for p in self.parameters]
+        return _rebuilt, (type(self), self.sizes, self.activation, numbers, str(self.device))
 
     def _check(self, parameters: Sequence[wp.array]) -> tuple[wp.array, ...]:
         shapes = _shapes(self.sizes)
@@ -177,6 +183,13 @@ class Dense:
         if recording:
             return wp.empty(shape, dtype=self.real, device=self.device, requires_grad=True)
         return self._workspace.array(f"hidden{i}", shape, self.real, self.device)
+
+
+def _rebuilt(kind: type, sizes: tuple[int, ...], activation: str, numbers: Sequence[Any], device: str) -> Dense:
+    """Return layers from what a pickle holds of them."""
+    real = real_type(numbers[0][0].dtype)
+    arrays = [wp.array(values, dtype=real, device=device, requires_grad=grad) for values, grad in numbers]
+    return kind(sizes, activation, arrays)
 
 
 class DenseLinearisation:

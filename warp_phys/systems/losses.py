@@ -168,7 +168,7 @@ def check_loss(system: Any, when: When, steps: int, control_cost: float) -> Lite
     return when if isinstance(when, str) else times
 
 
-def chosen_times(when: When, steps: int) -> tuple[int, ...]:
+def chosen_times(when: When, steps: int, name: str = "when") -> tuple[int, ...]:
     """Return the steps at which the cost counts.
 
     Raises:
@@ -178,9 +178,9 @@ def chosen_times(when: When, steps: int) -> tuple[int, ...]:
     ((3,), (1, 2, 3), (1, 3))
     """
     if isinstance(when, str):
-        check_choice("when", when, ("final", "every"))
+        check_choice(name, when, ("final", "every"))
         return (steps,) if when == "final" else tuple(range(1, steps + 1))
-    wanted = f"when must be 'final', 'every' or distinct steps from 0 to {steps}, got {shown(when)}"
+    wanted = f"{name} must be 'final', 'every' or distinct steps from 0 to {steps}, got {shown(when)}"
     try:
         given = tuple(when)
         times = tuple(operator.index(n) for n in given)

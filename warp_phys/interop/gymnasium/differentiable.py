@@ -12,11 +12,12 @@ import torch  # noqa: E402
 from gymnasium.vector import AutoresetMode  # noqa: E402
 
 from warp_phys.core.arrays import shape_message  # noqa: E402
+from warp_phys.core.checks import numbers_of  # noqa: E402
 from warp_phys.flow import Combined, Flow, FlowName, resolve  # noqa: E402
 from warp_phys.interop.gymnasium.attached import Attached  # noqa: E402
 from warp_phys.interop.gymnasium.base import BatchEnv  # noqa: E402
 from warp_phys.interop.gymnasium.episodes import DIVERGENCE_REWARD, Task, check_options, resolve_system  # noqa: E402
-from warp_phys.interop.torch.dense import as_array  # noqa: E402
+from warp_phys.interop.torch.dense import as_array, check_dense  # noqa: E402
 from warp_phys.interop.torch.loss import pointwise_cost, refuse_second_derivative, torch_stream  # noqa: E402
 from warp_phys.systems import System  # noqa: E402
 
@@ -229,6 +230,7 @@ class DifferentiableVectorEnv(BatchEnv):
                 f"actions must be a torch tensor, got {type(actions).__name__}: numpy has no gradients, and neither "
                 "have wrappers that compute with it; scale actions by action_scale, clip them with torch.clamp"
             )
+        check_dense("actions", actions)
         shape = (self.num_envs, self.system.control_size)
         if tuple(actions.shape) != shape:
             raise ValueError(shape_message("actions", shape, actions.shape, ", ".join(self.system.controls)))
@@ -239,6 +241,12 @@ class DifferentiableVectorEnv(BatchEnv):
         return actions
 
     def _given(self, states: Any) -> torch.Tensor:
+        if not isinstance(states, torch.Tensor):
+            states = np.array(numbers_of("options['states']", states), np.float64)
+        elif not states.is_floating_point() or states.is_meta:
+            raise TypeError(f"options['states'] must hold real numbers, got {states.dtype} on {states.device}")
+        else:
+            check_dense("options['states']", states)
         states = torch.as_tensor(states, **self._make)
         if states.shape != self._states.shape:
             columns = ", ".join(self.system.states)

@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from warp_phys.core.checks import numbers_of
+from warp_phys.core.checks import check_flag, numbers_of
 from warp_phys.interop.gymnasium.base import (
     RENDER_MODES,
     BatchEnv,
@@ -222,7 +222,7 @@ def make_vector_env(
     system: System | str, num_envs: int = 1, differentiable: bool = False, **settings: Any
 ) -> "SystemVectorEnv | Any":
     """Return a `SystemVectorEnv`, or with `differentiable` a `DifferentiableVectorEnv`; what `make_vec` calls."""
-    if not differentiable:
+    if not check_flag("differentiable", differentiable):
         return SystemVectorEnv(system, num_envs, **settings)
     from warp_phys.interop.gymnasium.differentiable import DifferentiableVectorEnv  # noqa: PLC0415, only this one needs torch
 

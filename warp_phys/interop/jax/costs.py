@@ -33,7 +33,7 @@ def loss(
     controls = None if controls is None else as_jax_array("controls", controls)
     check_given(getattr(system, "parameter_names", ()), {} if parameters is None else parameters)
     own: dict[str, Any] = {"parameters": parameters} if parameters else {}
-    own |= {} if inputs is None else {"inputs": jnp.asarray(inputs)}
+    own |= {} if inputs is None else {"inputs": as_jax_array("inputs", inputs)}
     return system.loss(states, controls, when=when, control_cost=control_cost, **own)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from warp_phys.core.arrays import shape_message
-from warp_phys.interop.jax.arrays import is_traced, key_of
+from warp_phys.interop.jax.arrays import as_jax_array, is_traced, key_of
 from warp_phys.systems.base import System
 from warp_phys.systems.extended import ExtendedSimulator, extended
 
@@ -109,7 +109,7 @@ def check_inputs(value: Any, x0: jax.Array, steps: int) -> jax.Array:
         x0: Initial states.
         steps: Number of time steps.
     """
-    array = jnp.asarray(value)
+    array = as_jax_array("inputs", value)
     given = array[:, None] if array.ndim == 2 else array
     if given.ndim != 3 or given.shape[0] != steps or given.shape[1] not in (1, len(x0)) or given.shape[2] == 0:
         expected = shape_message("inputs", (steps, f"1 or {len(x0)}", "E"), array.shape)
@@ -119,7 +119,7 @@ def check_inputs(value: Any, x0: jax.Array, steps: int) -> jax.Array:
 
 def check_memory(value: Any, x0: jax.Array) -> jax.Array:
     """Return a memory (batch, H), or raise a TypeError or ValueError that says what is wrong with it."""
-    array = jnp.asarray(value)
+    array = as_jax_array("memory", value)
     if array.ndim != 2 or len(array) != len(x0) or array.shape[1] == 0:
         raise ValueError(shape_message("memory", (len(x0), "H"), array.shape))
     return _checked("memory", array, x0)

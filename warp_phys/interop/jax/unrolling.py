@@ -26,6 +26,7 @@ from warp_phys.flow import (
 )
 from warp_phys.interop.jax import calls
 from warp_phys.interop.jax.arrays import (
+    as_jax_array,
     check_rows,
     is_traced,
     key_of,
@@ -184,13 +185,15 @@ def trajectory(
     if not isinstance(system, System):
         raise TypeError(f"system must be a warp_phys.System, got {type(system).__name__}: scan over step instead")
     linear = resolve_open_loop(flow)
-    x0, controls = check_rows("x0", x0, system), jnp.asarray(controls)
+    x0, controls = check_rows("x0", x0, system), as_jax_array("controls", controls)
     if controls.ndim != 3 or controls.shape[1:] != (len(x0), system.control_size) or len(controls) == 0:
         expected = ("steps", len(x0), system.control_size)
         raise ValueError(shape_message("controls", expected, controls.shape, ", ".join(system.controls)))
     if controls.dtype != x0.dtype:
         raise TypeError(f"controls must hold {x0.dtype} as x0 does, got {controls.dtype}")
-    steps = len(controls)
+    if not is_traced(controls) and not np.isfinite(np.asarray(controls)).all():
+        raise ValueError("controls must be finite")
+    steps, rows = len(controls), rows_of_parameters(system, parameters, x0)
     given = None if inputs is None else check_inputs(inputs, x0, steps)
     if given is not None and given.shape[2] != system.input_size:
         raise ValueError(f"{type(system).__name__} has {system.input_size} inputs a step, got {given.shape[2]}")
@@ -198,7 +201,6 @@ def trajectory(
     all_gates([linear], steps, len(x0), inner)
     shared = shared_columns(system, parameters)
     spec = _Spec(key_of(inner), None, steps, linear, bool(parameters), shared)
-    rows = rows_of_parameters(system, parameters, x0)
     states = check_finite(_open_loop(spec, first_rows(inner, x0), controls, rows, given))
     return states if inner is system else states[:, :, : system.state_size]
 
@@ -209,11 +211,18 @@ def check_finite(states: jax.Array) -> jax.Array:
     Inside `jit` and `grad` there are no numbers yet and nothing is checked: what diverges is not finite in the
     results. Return the states from there and call this function on them, or set `jax_debug_nans`.
 
+    Args:
+        states: Shape (steps + 1, batch, D).
+
     Raises:
+        TypeError, ValueError: Something else than such an array.
         Diverged: The first step, and the samples.
     """
     if is_traced(states):
         return states
+    states = as_jax_array("states", states)
+    if states.ndim != 3 or not jnp.issubdtype(states.dtype, jnp.floating):
+        raise ValueError(f"states must have shape (steps + 1, batch, D), of floats, got {states.dtype}{states.shape}")
     finite = np.isfinite(np.asarray(states)).all(axis=2)
     if not finite.all():
         raise Diverged(int(np.argmin(finite.all(axis=1))), np.flatnonzero(~finite.all(axis=0)).tolist())

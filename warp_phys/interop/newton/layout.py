@@ -1,6 +1,6 @@
 """Newton's states and controls as rows: which number stands in which column."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import newton
@@ -8,6 +8,7 @@ import numpy as np
 import warp as wp
 
 from warp_phys.core.arrays import alias
+from warp_phys.errors import shown
 
 Joint = newton.JointType
 ROTATION, FLOATING = (Joint.BALL,), (Joint.FREE, Joint.DISTANCE)
@@ -238,8 +239,8 @@ def _chosen_joints(model: newton.Model, worlds: int, target: str, joints: Sequen
     labels = model.joint_label[: len(kinds)]
     movable = [short(label) for label, kind in zip(labels, kinds, strict=True) if kind != Joint.FIXED]
     able = [j for j, kind in enumerate(kinds) if kind != Joint.FIXED and kind not in FLOATING]
-    if isinstance(joints, str):
-        raise TypeError(f"joints must be names of joints, such as ({joints!r},), got the text {joints!r}")
+    if isinstance(joints, str) or not (joints is None or isinstance(joints, Iterable)):
+        raise TypeError(f"joints must be a sequence of names of joints, or None, got {shown(joints)}")
     if joints is None:
         chosen = able
     else:

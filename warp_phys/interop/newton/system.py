@@ -11,7 +11,7 @@ from warp_phys.core.arrays import check_array, numpy_type, real_type, shape_mess
 from warp_phys.core.checks import check_device, check_flag, check_number, check_seed
 from warp_phys.core.gate import active_tape, paused
 from warp_phys.engine import row_kernels
-from warp_phys.errors import NotRepeatable, check_choice, check_count
+from warp_phys.errors import NotRepeatable, check_choice, check_count, shown
 from warp_phys.interop.newton.layout import (
     TARGETS,
     check_bodies,
@@ -110,6 +110,8 @@ class NewtonSystem:
             device: Warp device.
             **options: As for the constructor.
         """
+        if not isinstance(builder, newton.ModelBuilder):
+            raise TypeError(f"builder must be a newton.ModelBuilder, got {shown(builder)}")
         check_flag("ground", ground)
         scene = newton.ModelBuilder(up_axis=builder.up_axis)
         scene.replicate(builder, check_count("worlds", worlds))

@@ -21,6 +21,7 @@ from warp_phys.flow import Combined, Flow
 from warp_phys.interop.torch.combine import size_of
 from warp_phys.interop.torch.leaves import Cuts, leaves_of, nodes_of
 from warp_phys.interop.torch.linearisation import TorchLinearisation, relative_tolerance
+from warp_phys.interop.torch.rows import blame
 from warp_phys.interop.torch.state import state_of
 
 ADVICE = (
@@ -36,7 +37,9 @@ class Found:
     def __init__(self, module: torch.nn.Module, parameters: Sequence[torch.Tensor], x0: torch.Tensor, cut: bool = True):
         for part in module.modules():
             if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.training and part.track_running_stats:
-                raise ValueError("controller must not normalise over the batch in training: use controller.eval()")
+                raise ValueError(
+                    blame(module, "controller must not normalise over the batch in training: call its eval()", part)
+                )
         self.module, self.state = module, state_of(module)
         self.here = TorchLinearisation(module, (), x0)
         """The module at x0."""
@@ -60,11 +63,11 @@ class Found:
     def check_again(self, otherwise: str = "controller depends on another tensor at each call") -> None:
         """Raise `NotRepeatable` unless the module still gives the same controls and derivatives at x0."""
         again = self.at(self.here.x)
-        check_equal(again.output.detach(), self.here.output.detach(), "controls")
+        check_equal(again.output.detach(), self.here.output.detach(), "controls", self.module)
         if {id(leaf) for leaf in self._leaves(again)} - {id(leaf) for leaf in self.leaves}:
-            raise NotRepeatable(f"{otherwise}. {ADVICE}")
+            raise NotRepeatable(blame(self.module, f"{otherwise}. {ADVICE}"))
         for new, old in zip(again.adjoints(self.seed), self.here.adjoints(self.seed), strict=True):
-            check_equal(new, old, "derivatives")
+            check_equal(new, old, "derivatives", self.module)
 
     def check_unchanged(self) -> None:
         """Raise `NotRepeatable` if the module has changed since the forward pass in a way that its derivatives show."""
@@ -149,9 +152,12 @@ def check_repeated_controls(module: torch.nn.Module, x0: torch.Tensor, controls:
     now = TorchLinearisation(module, (), x0).output.detach()
     if not is_close(now, controls):
         raise NotRepeatable(
-            "controller gives other controls now than the pass that ran what was read of it: something that it "
-            "depends on has changed. Until the backward pass is done nothing may; make what it reads outside of itself "
-            "an attribute or a buffer of the module, or use backend='general'"
+            blame(
+                module,
+                "controller gives other controls now than the pass that ran what was read of it: something that it "
+                "depends on has changed. Until the backward pass is done nothing may; make what it reads outside of "
+                "itself an attribute or a buffer of the module, or use backend='general'",
+            )
         )
 
 
@@ -161,13 +167,16 @@ def check_shape(output: torch.Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"controller must return shape {tuple(shape)}, got {tuple(output.shape)}")
 
 
-def check_equal(new: torch.Tensor, old: torch.Tensor, what: str) -> None:
+def check_equal(new: torch.Tensor, old: torch.Tensor, what: str, module: torch.nn.Module) -> None:
     """Raise `NotRepeatable` if two evaluations at the same states differ by more than rounding."""
     if not is_close(new, old):
         error = float((new - old).abs().max()) if new.shape == old.shape else float("nan")
         raise NotRepeatable(
-            f"controller must give the same controls for the same states each time, and the same derivatives; two "
-            f"calls differ in their {what} by {error:.3g}. {ADVICE}"
+            blame(
+                module,
+                f"controller must give the same controls for the same states each time, and the same derivatives; two "
+                f"calls differ in their {what} by {error:.3g}. {ADVICE}",
+            )
         )
 
 
@@ -202,8 +211,11 @@ def _needs_whole_steps(found: Found) -> bool:
     """Whether a module that repeats itself can only be differentiated by a step of the whole batch at a time."""
     if found.here.reaches_back and not _is_linear(found):
         raise ValueError(
-            "controller hands a tensor that has a history straight to an autograd.Function or to compiled code, and "
-            "the backward pass is not linear: hand on a copy made in its forward, tensor.clone()"
+            blame(
+                found.module,
+                "controller hands a tensor that has a history straight to an autograd.Function or to compiled code, "
+                "and the backward pass is not linear: hand on a copy made in its forward, tensor.clone()",
+            )
         )
     return _hooks_on_gradients(found) or _hides_function(found) or not _is_linear(found) or not _is_row_by_row(found)
 
@@ -323,7 +335,9 @@ class PassCheck:
         if len(self._reached) < len(linear.leaves):
             reached = {id(leaf) for leaf in leaves_of(linear.output)} - {id(linear.x)}
             if reached - {id(leaf) for leaf in linear.leaves} and self._found is not None:
-                raise NotRepeatable(f"controller depends on another tensor now than in the forward pass. {ADVICE}")
+                raise NotRepeatable(
+                    blame(linear.module, f"controller depends on another tensor now than in the forward pass. {ADVICE}")
+                )
             self._reached |= reached
 
     def _compare(self, linear: TorchLinearisation, before: torch.Tensor) -> None:
@@ -373,8 +387,11 @@ def _check_controls(linear: TorchLinearisation, before: torch.Tensor) -> None:
     again = TorchLinearisation(linear.module, (), linear.x.detach(), linear.cuts).output.detach()
     if not (error <= 256.0 * moved and is_close(again, now)):
         raise NotRepeatable(
-            f"controller must give the same controls for the same states each time, they differ by {float(error):.3g} "
-            f"between the forward and the backward pass. {ADVICE}"
+            blame(
+                linear.module,
+                f"controller must give the same controls for the same states each time, they differ by "
+                f"{float(error):.3g} between the forward and the backward pass. {ADVICE}",
+            )
         )
 
 
@@ -383,8 +400,11 @@ def refuse_lazy(controller: torch.nn.Module) -> None:
     lazy = [name for name, p in controller.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(
-            f"controller has lazy layers, whose parameters do not exist yet ({', '.join(lazy)}): call it once on "
-            "states, shape (batch, D), before the rollout and the optimiser are made"
+            blame(
+                controller,
+                f"controller has lazy layers, whose parameters do not exist yet ({', '.join(lazy)}): call it once on "
+                "states, shape (batch, D), before the rollout and the optimiser are made",
+            )
         )
 
 

@@ -31,6 +31,7 @@ from warp_phys.interop.torch.dense import DenseLinearisation, as_array
 from warp_phys.interop.torch.leaves import plainly_saved
 from warp_phys.interop.torch.linearisation import TorchLinearisation, controls_of
 from warp_phys.interop.torch.program import Unreadable, read_and_check
+from warp_phys.interop.torch.rows import blame
 from warp_phys.interop.torch.state import Key, Snapshot
 from warp_phys.programs.block_network import BlockLinearisation, BlockNetwork
 from warp_phys.programs.network import Network
@@ -410,12 +411,15 @@ def precision_and_device(controller: torch.nn.Module, device: Any) -> tuple[torc
     kinds = {(p.dtype, p.device) for p in parameters}
     if len(kinds) > 1:
         raise ValueError(
-            f"controller must have its parameters in one precision on one device, got {sorted(map(str, kinds))}"
+            blame(
+                controller,
+                f"controller must have its parameters in one precision on one device, got {sorted(map(str, kinds))}",
+            )
         )
     place = _device("cpu" if device is None else device)
     dtype, own = kinds.pop() if kinds else (torch.get_default_dtype(), place)
     if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"controller must have float32 or float64 parameters, got {dtype}")
+        raise TypeError(blame(controller, f"controller must have float32 or float64 parameters, got {dtype}"))
     wanted = own if device is None else place
     if wanted.type == "cuda" and wanted.index is None:
         wanted = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)

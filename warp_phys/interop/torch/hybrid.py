@@ -31,10 +31,16 @@ class Network(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """Return what the module gives at x (N, D) and c (N, K)."""
-        r = self.module(x, c) if self.takes_both else self.module(torch.cat([x, c], dim=1))
+        try:
+            r = self.module(x, c) if self.takes_both else self.module(torch.cat([x, c], dim=1))
+        except RuntimeError as error:
+            if any(word in str(error) for word in ("shape", "size", "dimension")):
+                shapes = f"{tuple(x.shape)} and controls of shape {tuple(c.shape)}"
+                raise ValueError(f"the module of a Hybrid fails at states of shape {shapes}: {error}") from error
+            raise
         if not isinstance(r, torch.Tensor):
             raise TypeError(f"the module of a Hybrid must return a torch.Tensor, got {type(r).__name__}")
-        if r.ndim != 2 or r.shape[1] != self.size:
+        if r.shape != (len(x), self.size):
             raise ValueError(shape_message("what the module of a Hybrid returns", ("batch", self.size), r.shape))
         if r.dtype != x.dtype:
             raise TypeError(f"what the module of a Hybrid returns must hold {x.dtype} as the states do, got {r.dtype}")

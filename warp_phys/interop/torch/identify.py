@@ -448,6 +448,11 @@ class _Fit:
             local.append(triangle[:, :size])
             carried = triangle[:, size:, size:]
         left = torch.linalg.qr(carried.flatten(0, 1), mode="r")[1].cpu().numpy()
+        if not np.isfinite(left).all():
+            raise ValueError(
+                "the least-squares problem is not finite: states are too large, or change too much with the "
+                "parameters; use other units, or a smaller shooting"
+            )
         matrix, right = left[:, :-1], left[:, -1]
         if damping:
             own = np.diag(math.sqrt(damping) * np.linalg.norm(matrix, axis=0))

@@ -8,6 +8,7 @@ import warp as wp
 
 from warp_phys.interop.torch.combine import places_of
 from warp_phys.interop.torch.leaves import Cuts, inner_grad, plainly_saved, reaches_back, within
+from warp_phys.interop.torch.rows import blame
 
 
 def controls_of(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -22,16 +23,26 @@ def controls_of(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         output = module(x)
     except RuntimeError as error:
         if any(word in str(error) for word in ("shape", "size", "dimension")):
-            raise ValueError(f"controller fails at states of shape {tuple(x.shape)}: {error}") from error
+            raise ValueError(blame(module, f"controller fails at states of shape {tuple(x.shape)}: {error}")) from error
         raise
     if not isinstance(output, torch.Tensor):
-        raise TypeError(f"controller must return the controls alone, a torch.Tensor, got {type(output).__name__}")
+        raise TypeError(
+            blame(module, f"controller must return the controls alone, a torch.Tensor, got {type(output).__name__}")
+        )
     if before is not None and x._version != before:
-        raise ValueError("controller must not change its input in place, which is the trajectory itself: use x.clone()")
+        raise ValueError(
+            blame(
+                module, "controller must not change its input in place, which is the trajectory itself: use x.clone()"
+            )
+        )
     if output.ndim != 2 or len(output) != len(x):
-        raise ValueError(f"controller must return shape ({len(x)}, K), a row per state, got {tuple(output.shape)}")
+        raise ValueError(
+            blame(module, f"controller must return shape ({len(x)}, K), a row per state, got {tuple(output.shape)}")
+        )
     if output.dtype != x.dtype:
-        raise TypeError(f"controller must return {x.dtype} as the states hold, got {output.dtype}: convert it")
+        raise TypeError(
+            blame(module, f"controller must return {x.dtype} as the states hold, got {output.dtype}: convert it")
+        )
     return output
 
 

@@ -9,31 +9,43 @@ import torch
 import warp as wp
 
 from warp_phys.core import kernels
-from warp_phys.core.arrays import as_structs
-from warp_phys.core.checks import check_given, check_lengths, numbers_of, range_of, within
+from warp_phys.core.arrays import as_structs, shape_message
+from warp_phys.core.checks import check_given, check_instance, check_lengths, numbers_of, range_of, within
 from warp_phys.core.kernel_cache import start_warp
 from warp_phys.errors import shown
-from warp_phys.interop.torch.dense import as_array
+from warp_phys.interop.torch.dense import as_array, check_dense
 from warp_phys.systems.base import System
-from warp_phys.systems.losses import COSTS, chosen_array
+from warp_phys.systems.losses import COSTS, When, chosen_array, chosen_times
 
 
-def pointwise_cost(
-    system: System, states: torch.Tensor, times: Sequence[int], parameters: Mapping[str, Any]
-) -> torch.Tensor:
+def pointwise_cost(system: System, states: torch.Tensor, times: When, parameters: Mapping[str, Any]) -> torch.Tensor:
     """Return the pointwise cost at chosen times, shape (times, batch), attached to autograd.
 
     Args:
         system: The system.
         states: Shape (steps + 1, batch, D), float32 or float64.
-        times: Distinct steps.
+        times: Distinct steps, "final" or "every".
         parameters: Physical parameters by name; torch tensors may require gradients.
 
     Raises:
-        TypeError: States of another precision.
+        TypeError, ValueError: Arguments that do not fit.
     """
-    if states.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"states must hold torch.float32 or torch.float64, got {states.dtype}")
+    check_instance("system", system)
+    if not isinstance(system, System):
+        raise TypeError(f"system must be a warp_phys.System, got {type(system).__name__}")
+    if not isinstance(states, torch.Tensor):
+        raise TypeError(f"states must be a torch.Tensor, got {type(states).__name__}")
+    check_dense("states", states)
+    if states.is_meta or states.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"states must hold torch.float32 or torch.float64, got {states.dtype} on {states.device}")
+    if states.ndim != 3 or states.shape[2] != system.state_size or 0 in states.shape:
+        expected = ("steps + 1", "batch", system.state_size)
+        raise ValueError(shape_message("states", expected, states.shape, ", ".join(system.states)))
+    return _cost(system, states, chosen_times(times, len(states) - 1, "times"), parameters)
+
+
+def _cost(system: System, states: torch.Tensor, times: Sequence[int], parameters: Mapping[str, Any]) -> torch.Tensor:
+    """Return the pointwise cost, as `pointwise_cost` does, of what has been checked."""
     rows = rows_of_parameters(system, parameters, states[0])
     if torch.compiler.is_compiling() and getattr(system, "_torch_name", None) is not None:
         return torch.ops.warp_phys.cost(states, rows, list(times), system._torch_name)  # type: ignore[attr-defined]
@@ -42,7 +54,7 @@ def pointwise_cost(
     return _PointwiseCost.apply(states, system, tuple(times), rows)
 
 
-COSTS["torch"] = pointwise_cost
+COSTS["torch"] = _cost
 
 
 class _PointwiseCost(torch.autograd.Function):

@@ -157,9 +157,7 @@ class RecedingHorizon:
     def __init__(
         self, system: System, steps: int, iterations: int = 10, first_iterations: int = 300, **settings: Any
     ) -> None:
-        unknown = [name for name in settings if name in ("x0", "controls", "system") or name not in _SETTINGS]
-        if unknown:
-            raise TypeError(f"plan takes no {', '.join(unknown)} here; it takes {', '.join(_SETTINGS)}")
+        _check_names(settings)
         self.system, self.steps, self.settings = system, check_count("steps", steps), settings
         self.iterations = check_count("iterations", iterations)
         self.first_iterations = check_count("first_iterations", first_iterations)
@@ -176,9 +174,14 @@ class RecedingHorizon:
         Args:
             state: torch or numpy.
             **settings: What differs in this call: `cost` or `inputs` of a reference that has moved on, for instance.
+
+        Raises:
+            TypeError, ValueError: As `plan` raises them.
         """
+        _check_names(settings)
+        state = finite_numbers("state", state)
         begin: dict[str, Any] = {"iterations": self.first_iterations}
-        if self.latest is not None and self.latest.controls.shape[1] == len(state):
+        if self.latest is not None and self.latest.controls.shape[1:2] == state.shape[:1]:
             begin = {"iterations": self.iterations, "controls": self.latest.shifted()}
         self.latest = plan(self.system, state, self.steps, **{**begin, **self.settings, **settings})
         return self.latest.controls[0].clone()
@@ -187,6 +190,12 @@ class RecedingHorizon:
 _SETTINGS = (
     "cost", "when", "control_cost", "bounds", "parameters", "inputs", "optimiser", "tolerance", "seed",
 )  # fmt: skip
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    unknown = [name for name in settings if name not in _SETTINGS]
+    if unknown:
+        raise TypeError(f"plan takes no {', '.join(unknown)} here; it takes {', '.join(_SETTINGS)}")
 
 
 class _Problem:

@@ -86,6 +86,21 @@ class RowModule(torch.nn.Module):
         return torch.cat([c, self.network(z[:, : self._seen], c)], dim=1)
 
 
+def blame(module: torch.nn.Module, text: str, part: torch.nn.Module | None = None) -> str:
+    """Return the text of an error, which begins with "controller", as it is for what a rollout runs.
+
+    With a network in the physics it may be this that is at fault; where no part is known to be, both are named.
+    """
+    if isinstance(module, torch.nn.ModuleDict):  # what is trained of a hybrid
+        network = module["physics"] if "physics" in module else None
+    else:
+        network = module.network if isinstance(module, RowModule) else None
+    if network is None or (part is not None and all(part is not inner for inner in network.modules())):
+        return text
+    who = "controller or the module of a Hybrid" if part is None else "the module of a Hybrid"
+    return who + text.removeprefix("controller")
+
+
 def takes_inputs(controller: torch.nn.Module, memory: int) -> bool:
     """Whether a controller's forward must be given another argument besides state and memory.
 
