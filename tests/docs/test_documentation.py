@@ -133,6 +133,13 @@ def test_links_lead_somewhere(page):
             assert fragment in map(anchor, HEADING.findall(prose(file))), f"{target}: there is no such heading"
 
 
+def test_the_readme_leads_to_every_page():
+    """Of the site's, but its first one, which tells what the README does, and the reference."""
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    (where,) = re.findall(r"^## Where to read on$.*?(?=^## )", (ROOT / "README.md").read_text("utf-8"), re.S | re.M)
+    assert {target.removeprefix("docs/") for target in LINK.findall(where)} == pages
+
+
 @page_of
 def test_lines_are_short(page):
     long = [n for n, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1) if len(line) > WIDTH]
