@@ -28,10 +28,8 @@ from warp_phys.systems.drawing import Ball, Line, Picture, moved
 FLOW = "R"
 """With which the dogs were trained: what they learn lives on feedback through the controller, which circles."""
 SYSTEM = Repulsion(drivers=2, evaders=4, dt=4.0 / 60.0)
-REACH = 6.5
-"""Metres to either side of the middle that are seen."""
-SEEN = 10.0
-"""Metres to either side that are shown: dogs run far out to come from behind."""
+REACH, SEEN = 5.0, 6.5
+"""Metres to either side of the middle to which the target can be dragged, and that are seen."""
 TRACE = 20.0
 """Seconds of the trace."""
 RADIUS, AHEAD = 2.0, 0.9
@@ -138,7 +136,7 @@ class HerdDemo(Demo):
     moves.
     """
 
-    says = "Two trained dogs (cones) frighten four sheep (white) to the red target: drag the target anywhere."
+    says = "Two trained dogs (cones) frighten four sheep (grey) to the red target: drag the target anywhere."
     clip = 12.0
 
     def __init__(self, settings: Settings) -> None:
