@@ -76,7 +76,7 @@ class Plot:
     """x, shape (N,), and the curves, shape (curves, N); nan where there is nothing."""
     x_label: str = "time [s]"
     y_range: tuple[float, float] | None = None
-    """What the axis shows, else what there is."""
+    """What the axis shows, else what there is; needed where it is logarithmic."""
     log: bool = False
 
 

@@ -25,18 +25,19 @@ from demos.weights import load_weights
 from warp_phys.systems import Repulsion
 from warp_phys.systems.drawing import Ball, Line, Picture, moved
 
-FLOW = "C"
-"""With which the dogs were trained."""
+FLOW = "R"
+"""With which the dogs were trained: what they learn lives on feedback through the controller, which circles."""
 SYSTEM = Repulsion(drivers=2, evaders=4, dt=4.0 / 60.0)
-REACH = 6.5
-"""Metres to either side of the middle that are seen."""
-SEEN = 10.0
-"""Metres to either side that are shown: dogs run far out to come from behind."""
+REACH, SEEN = 5.0, 6.5
+"""Metres to either side of the middle to which the target can be dragged, and that are seen."""
 TRACE = 20.0
 """Seconds of the trace."""
-RANGE, BEHIND, NEAR = 4.0, 1.5, 0.3
-"""How far the network may send a dog, in either direction, from the place behind the flock, which is so far from its
-middle; and how near the target the flock's direction from it counts less [m]."""
+RADIUS, AHEAD = 2.0, 0.9
+"""Where a dog runs if the network says 0: so far from the flock's middle [m], to a place so far ahead [rad]."""
+STRETCH, HASTE = 0.7, 0.6
+"""How much the network may change that: the radius by factors of exp(±0.7), the angle by so much [rad]."""
+NEAR, APART = 0.3, 0.1
+"""How near the target the flock's direction from it counts less, and how near each other that of the dogs [m]."""
 LEAST = 0.01
 """Added to |ρ|² in the denominator of a dog's controls [m²]."""
 LOST = 40.0
@@ -45,7 +46,7 @@ DRAG = 4.0
 """How far the target is dragged at most where that is measured; the dogs were trained around it so far [m]."""
 JUMP = 3.0
 """By how much the target moves at the press of a button [m]."""
-PULL, BRAKE, STRONGEST = 12.0, 5.0, 60.0
+PULL, BRAKE, STRONGEST = 20.0, 4.0, 60.0
 """A dog on its way to a place: acceleration per distance [1/s²], per speed [1/s], and at most [m/s²]."""
 
 
@@ -62,10 +63,14 @@ class Settings:
 
 
 class Policy(torch.nn.Module):
-    """Controls of the dogs: a dense network says where each dog shall run, and a spring with damping brings it there.
+    """Controls of the dogs: they run round the flock on opposite sides; a dense network says how near and how fast.
+
+    Dogs that only come from behind stretch a flock, until a sheep strays. While they circle, their pushes cancel on
+    average but for one that holds the flock together, as in a Paul trap; the flock is driven by coming nearer on one
+    side than on the other. When to do so is for the network to learn.
 
     The network sees and says everything from the middle of the flock, in directions along and across its way from the
-    target: so it says the same wherever the flock is. Where it says 0 a dog is `BEHIND` the flock.
+    target: so it says the same wherever the flock is.
     """
 
     def __init__(self) -> None:
@@ -88,12 +93,16 @@ class Policy(torch.nn.Module):
             dx, dy = x[i] - middle_x, y[i] - middle_y
             seen += [0.5 * (dx * along_x + dy * along_y), 0.5 * (dy * along_x - dx * along_y)]
             seen += [0.25 * (vx[i] * along_x + vy[i] * along_y), 0.25 * (vy[i] * along_x - vx[i] * along_y)]
-        said = RANGE * torch.tanh(self.network(torch.cat(seen, dim=1)))
+        said = torch.tanh(self.network(torch.cat(seen, dim=1)))
+        between_x, between_y = x[0] - x[1], y[0] - y[1]
+        apart = torch.sqrt(between_x * between_x + between_y * between_y + APART * APART)
         controls = []
-        for dog in range(SYSTEM.drivers):
-            away, aside = BEHIND + said[:, 2 * dog : 2 * dog + 1], said[:, 2 * dog + 1 : 2 * dog + 2]
-            to_x = middle_x + away * along_x - aside * along_y - x[dog]
-            to_y = middle_y + away * along_y + aside * along_x - y[dog]
+        for dog, side in enumerate((1.0, -1.0)):
+            radius = side * RADIUS * torch.exp(STRETCH * said[:, 2 * dog : 2 * dog + 1])
+            angle = AHEAD + HASTE * said[:, 2 * dog + 1 : 2 * dog + 2]
+            cos, sin = torch.cos(angle), torch.sin(angle)
+            to_x = middle_x + radius * (cos * between_x - sin * between_y) / apart - x[dog]
+            to_y = middle_y + radius * (cos * between_y + sin * between_x) / apart - y[dog]
             ax = STRONGEST * torch.tanh((PULL * to_x - BRAKE * vx[dog]) / STRONGEST)
             ay = STRONGEST * torch.tanh((PULL * to_y - BRAKE * vy[dog]) / STRONGEST)
             # c_radial ρ + c_turn ρ^⊥ is this acceleration, but where ρ is nearly 0
@@ -127,7 +136,7 @@ class HerdDemo(Demo):
     moves.
     """
 
-    says = "Two trained dogs (cones) frighten four sheep (white) to the red target: drag the target anywhere."
+    says = "Two trained dogs (cones) frighten four sheep (grey) to the red target: drag the target anywhere."
     clip = 12.0
 
     def __init__(self, settings: Settings) -> None:

@@ -72,8 +72,8 @@ def summarise(distances: np.ndarray) -> str:
         f"the median.\nWithin {NEAR:g} m at some time: {near.any(axis=0).mean():.0%}"
         + (f", in the median after {np.median(first):.1f} s" if len(first) else "")
         + f".\nDistance over the last {LAST:g} of {FOLLOW:g} s: median {np.median(last):.2f} m, nine tenths below "
-        f"{np.quantile(last, 0.9):.2f} m, at most {last.max():.2f} m; nearer than at the drag: "
-        f"{(last < distances[0]).mean():.0%}."
+        f"{np.quantile(last, 0.9):.2f} m, at most {last.max():.2f} m; within {NEAR:g} m: "
+        f"{(last < NEAR).mean():.0%}; nearer than at the drag: {(last < distances[0]).mean():.0%}."
     )
 
 

@@ -105,7 +105,9 @@ class LandscapeDemo(Demo):
     def plots(self) -> Sequence[Plot]:
         """Losses along the paths."""
         inks = [colour(flow) for flow in FLOWS]
-        return [Plot("loss along the paths", flow_names(FLOWS), inks, self.curves, x_label="step", log=True)]
+        return [
+            Plot("loss along the paths", flow_names(FLOWS), inks, self.curves, "step", (LEAST_LOSS, HIGHEST), log=True)
+        ]
 
     def grips(self) -> Mapping[str, Grip]:
         """A click is a start; the start can be dragged."""
@@ -113,9 +115,12 @@ class LandscapeDemo(Demo):
 
     def words(self) -> str:
         """Where the paths are."""
-        losses = self.path_losses[:, int(self.shown)]
-        at = ", ".join(f"{flow} {loss:.1g}" for flow, loss in zip(FLOWS, losses, strict=True))
-        return f"step {int(self.shown)}, losses: {at}. Black: where the loss is 0."
+        step = int(self.shown)
+        at = ", ".join(
+            f"{flow} {loss:.1g}{'' if inside else ' (outside)'}"
+            for flow, loss, inside in zip(FLOWS, self.path_losses[:, step], self.inside[:, step], strict=True)
+        )
+        return f"step {step}, losses: {at}. Black: where the loss is 0."
 
     def begin(self, start: np.ndarray) -> None:
         """Optimise from a start, with all flows."""
@@ -126,6 +131,8 @@ class LandscapeDemo(Demo):
         losses = losses_at(self.landscape, self.paths)
         self.path_losses = np.maximum(losses, LEAST_LOSS)
         self.path_heights = heights(losses) + 0.05
+        # shape (flows, steps + 1); a state that is not finite is nowhere
+        self.inside = (np.abs(self.paths) < 1.001 * self.settings.reach).all(axis=2) & np.isfinite(losses)
 
     def another(self) -> None:
         """Take the next of the starts."""
@@ -177,11 +184,12 @@ class LandscapeDemo(Demo):
     def picture(self) -> Picture:
         """The surface with the paths so far."""
         count, parts = int(self.shown) + 1, dict(self.still)
-        for flow, path, height in zip(FLOWS, self.paths, self.path_heights, strict=True):
+        for flow, path, height, inside in zip(FLOWS, self.paths, self.path_heights, self.inside, strict=True):
             so_far = np.column_stack([path[:count], height[:count]])
-            so_far = so_far[np.isfinite(so_far).all(axis=1)]
+            so_far[~inside[:count]] = np.nan
             parts[f"path of {flow}"] = Line(so_far, colour(flow), 5.0)
-            parts[f"head of {flow}"] = Ball(so_far[-1], 0.12, colour(flow))
+            # one that has left stands where it did so
+            parts[f"head of {flow}"] = Ball(tuple(so_far[inside[:count]][-1]), 0.12, colour(flow))
         parts["start"] = Ball((*self.start, self.path_heights[0, 0]), 0.15, "#FFFFFF")
         reach = self.settings.reach
         low, high = (-reach, -reach, float(self.height.min())), (reach, reach, float(self.height.max()))

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import ipaddress
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
@@ -426,20 +427,37 @@ def plot_data(plot: Plot) -> tuple[np.ndarray, ...]:
     return (np.asarray(x, dtype=float), *np.asarray(curves, dtype=float))
 
 
+def powers_of_ten(low: float, high: float) -> list[float]:
+    """Return those that stand at an axis, six at most.
+
+    >>> powers_of_ten(0.1, 1e4)
+    [0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0]
+    >>> powers_of_ten(1e-7, 1e6)
+    [1e-06, 0.001, 1.0, 1000.0, 1000000.0]
+    """
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    apart = 1 + (last - first) // 6
+    return [float(f"1e{power}") for power in range(first, last + 1) if power % apart == 0]
+
+
 def add_plot(gui: Any, plot: Plot, dark: bool) -> Any:
     """Add curves to a panel."""
     ink = "#cccccc" if dark else "#333333"
     axis: Any = {"stroke": ink, "grid": {"stroke": "#444444" if dark else "#e8e8e8", "width": 1}}
     y: Any = {"distr": 3} if plot.log else {}
+    y_axis: Any = axis | {"size": 62}
     if plot.y_range is not None:
         y["range"] = plot.y_range
+        if plot.log:
+            powers = powers_of_ten(*plot.y_range)
+            y_axis |= {"splits": powers, "values": [f"{power:g}" for power in powers]}
     curves = zip(plot.names, plot.colours, strict=True)
     return gui.add_uplot(
         plot_data(plot),
         ({"label": plot.x_label}, *({"label": name, "stroke": colour, "width": 2} for name, colour in curves)),
         title=plot.title,
         scales={"x": {"time": False}, "y": y},
-        axes=(axis, axis | {"size": 62}),
+        axes=(axis, y_axis),
         legend={"show": len(plot.names) > 1, "live": False},
         padding=(12, 24, 0, 0),
         aspect=1.6,

@@ -28,6 +28,8 @@ SLOWLY, REST = 0.5, 0.8
 """Speed at which a ride is shown, and seconds for which its end stays."""
 FILMED = 4.0
 """Epochs per second in a file."""
+LEAST = 1e-3
+"""Test loss at the bottom of the curves' axis."""
 PATIENCE = 120.0
 """Seconds to wait for the thread in the end; it may be compiling."""
 
@@ -88,7 +90,7 @@ class RaceDemo(Demo):
         """Learning curves."""
         title = "test loss; 0: all upright, 2: all hanging"
         inks = [colour(flow) for flow in FLOWS]
-        return [Plot(title, flow_names(FLOWS), inks, self.curves, x_label="epoch", log=True)]
+        return [Plot(title, flow_names(FLOWS), inks, self.curves, "epoch", (LEAST, 2.0), log=True)]
 
     def restart(self, poles: int = 0) -> None:
         """Begin a new race, with new initial weights."""

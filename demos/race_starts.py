@@ -35,7 +35,7 @@ class Settings:
     """Poles on the carts."""
     learning_rate: float = race.Settings.learning_rate
     """Learning rate of Adam."""
-    epochs: int = 200
+    epochs: int = 400
     """Where a race ends if nobody has fallen."""
 
     def __post_init__(self) -> None:

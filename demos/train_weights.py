@@ -132,6 +132,12 @@ def tame_herds(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return states, (np.abs(states) < 12.0).all(axis=1)
 
 
+def herd_cost(states: torch.Tensor, controls: torch.Tensor) -> torch.Tensor:
+    """The sheep's mean distance from the target, not its square: else one that is lost outweighs all others."""
+    agents = states[1:].reshape(len(controls), states.shape[1], -1, 4)
+    return (agents[:, :, herd.SYSTEM.drivers :, :2].square().sum(dim=3) + 0.5**2).sqrt().mean()
+
+
 def fresh_waves(system: System, count: int, generator: np.random.Generator) -> np.ndarray:
     """Random superpositions of eigenstates 1 to 5, mostly of the first two."""
     assert isinstance(system, Quantum)
@@ -166,6 +172,7 @@ def tasks() -> list[Task]:
         steps=120,
         updates=3000,
         rate=2e-3,
+        cost=herd_cost,
     )
     found.append(Task("herd", herd.FLOW, herd.FLOW, look))
     found.append(Task("quadrotor", "wind", quadrotor.LEARNING.flow, quadrotor.LEARNING))

@@ -177,5 +177,18 @@ def test_paths_grow_and_another_optimiser_takes_another_path():
         assert demo.shown == 0.0
 
 
+def test_a_path_that_leaves_the_surface_ends_there():
+    with made(LandscapeDemo, Settings(iterations=12)) as demo:
+        play(demo, 1.0)
+        demo.paths[1, 5:] = demo.paths[1, 5:] + 100.0
+        demo.inside[1, 5:] = False
+        parts = demo.picture().parts
+        assert np.isfinite(parts["path of M"].points).all(axis=1).tolist() == [True] * 5 + [False] * 8
+        np.testing.assert_allclose(parts["head of M"].centre[:2], demo.paths[1, 4])
+        assert "(outside)" in demo.words().split(", ")[2] and demo.words().count("(outside)") == 1
+        demo.begin(np.array([demo.settings.reach, 0.0]))
+        assert demo.inside[:, 0].all()
+
+
 def test_it_is_listed():
     assert "landscape" in list_demos() and not {"landscape_numbers", "landscape_picture"} & set(list_demos())

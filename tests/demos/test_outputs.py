@@ -90,7 +90,7 @@ def diverge(*arguments):
             ["--save", "a.png"],
             "the run diverged: the trajectory leaves the finite numbers at step 3",
         ),
-        (train_weights, "make_controller", ["herd"], "the training of herd C diverged: the trajectory leaves"),
+        (train_weights, "make_controller", ["herd"], "the training of herd R diverged: the trajectory leaves"),
     ],
     ids=["diagnose", "train_weights"],
 )

@@ -93,7 +93,7 @@ def test_every_picture_has_a_line_that_makes_it():
     made = {word for page in PAGES for line in pictures(page) for word in line.split() if word.startswith("docs/")}
     made |= {word for _, output in COMMANDS for word in output.command.split() if word.startswith("docs/")}
     made.add("docs/swingup.gif")
-    found = [path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".gif")]
+    found = [path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".gif", ".html")]
     assert {p.relative_to(ROOT).as_posix() for p in found if p.parent.name != "results"} == made
 
 
@@ -131,6 +131,13 @@ def test_links_lead_somewhere(page):
         assert file.exists(), f"{target} does not exist"
         if fragment:
             assert fragment in map(anchor, HEADING.findall(prose(file))), f"{target}: there is no such heading"
+
+
+def test_the_readme_leads_to_every_page():
+    """Of the site's, but its first one, which tells what the README does, and the reference."""
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    (where,) = re.findall(r"^## Where to read on$.*?(?=^## )", (ROOT / "README.md").read_text("utf-8"), re.S | re.M)
+    assert {target.removeprefix("docs/") for target in LINK.findall(where)} == pages
 
 
 @page_of
