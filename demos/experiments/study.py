@@ -315,9 +315,9 @@ def write_results(study: Study, outcomes: Sequence[Outcome], out: Path, name: st
         del figures[paths.pop()]
         panels = dict.fromkeys(outcome.trial.panel for outcome in outcomes)
         figures |= {out / f"{name}-{panel}.png": [o for o in outcomes if o.trial.panel == panel] for panel in panels}
-    for path, own in figures.items():
+    for path, shown in figures.items():
         with atomic_write(path) as file:
-            draw(study, own).savefig(file, format="png", dpi=200 if study.unit == "epoch" else 120)
+            draw(study, shown).savefig(file, format="png", dpi=200 if study.unit == "epoch" else 120)
     return list(dict.fromkeys([*paths, *figures]))
 
 

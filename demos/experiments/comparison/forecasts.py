@@ -80,12 +80,12 @@ def kept(out: Path, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], 
     path, found = out / "forecasts.csv", dict[tuple[str, int], Forecast]()
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-            task, seed, kind, way, *growth = line.split(",")
-            found[task, int(seed)] = Forecast(kind, way, *map(float, growth))
-    for task, seed in wanted:
-        if (task, seed) not in found:
-            found[task, seed] = forecast(task, seed)
-            lines = [",".join(map(str, (*key, *entry))) for key, entry in found.items()]
+            name, text, kind, way, *growth = line.split(",")
+            found[name, int(text)] = Forecast(kind, way, *map(float, growth))
+    for key in wanted:
+        if key not in found:
+            found[key] = forecast(*key)
+            lines = [",".join(map(str, (*own, *entry))) for own, entry in found.items()]
             with atomic_write(path) as file:
                 file.write("\n".join([",".join(COLUMNS), *lines]).encode() + b"\n")
     return {key: found[key] for key in wanted}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class CutAtImpact(Episodes):
         states, controls = self.rollout(self.initial_states())
         loss = self.task.system.loss(states, controls, when="every", control_cost=self.task.control_cost)
         assert self.task.impact is not None
-        gate = (~self.task.impact(states[:-1].detach())).numpy()
+        gate: Any = (~self.task.impact(states[:-1].detach())).numpy()
         self.rollout.flow = Flow(gate, gate)
         self.optimiser.zero_grad()
         loss.backward()
