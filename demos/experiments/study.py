@@ -343,8 +343,9 @@ def draw(study: Study, outcomes: Sequence[Outcome]) -> Figure:
             axes.fill_between(points, lower, upper, color=colour, alpha=0.14, lw=0)
             axes.plot(points, median, color=colour, linestyle=dashes, linewidth=1.6)
         finish(axes, study.panels[name].title)
-        seconds = "processor time [s]" if study.unit == "second" else study.unit
-        axes.set(xlabel=seconds if kind == "epochs" else "steps of environments", ylabel="test loss")
+        axes.set(xlabel=study.unit if kind == "epochs" else "steps of environments", ylabel="test loss")
+        if kind == "epochs" and study.unit == "second":
+            axes.set(xscale="linear", xlabel="processor time [s]")
     for axes in panels[len(kinds) :]:
         axes.remove()
     handles = [
@@ -353,7 +354,7 @@ def draw(study: Study, outcomes: Sequence[Outcome]) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, handlelength=3, fontsize=9)
     counts = [len(runs) for _, lines in found for runs in lines.values()] or [0]
-    figure.suptitle(f"{study.title}: median and quartiles of {_span(counts)} seeds", fontsize=10)
+    figure.suptitle(f"{study.title}: median and quartiles of {_span(counts)}", fontsize=10)
     return figure
 
 
@@ -372,4 +373,5 @@ def _over_steps(runs: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _span(counts: Sequence[int]) -> str:
-    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    least, most = min(counts), max(counts)
+    return "one seed" if most == 1 else f"{most} seeds" if least == most else f"{least} to {most} seeds"

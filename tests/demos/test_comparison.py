@@ -34,8 +34,8 @@ def parameters(learner):
     return torch.cat([p.detach().flatten() for p in actor.parameters()])
 
 
-@pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "ppo"])
-def test_every_method_trains(name):
+@pytest.mark.parametrize("name", ["regular", "either", "combined-limit", "windows-combined"])
+def test_methods_train(name):
     learner = methods.METHODS[name].make(HOPPER, True, 0)
     before = parameters(learner)
     learner.step()
@@ -108,10 +108,11 @@ def test_the_chain_leans():
     assert 0.3 < np.abs(angles).max() < 0.4001 and abs(angles.mean()) < 0.1
 
 
-def test_tasks_have_whole_windows():
+def test_tasks_have_whole_windows_and_methods_flows_for_them():
     for task in TASKS.values():
         assert task.steps % task.window == 0
         task.settings(0)
+        methods.decaying(task).check(task.steps)
 
 
 class Clock:
@@ -127,6 +128,7 @@ class Clock:
 
 def test_a_run_has_a_test_after_every_second_and_at_round_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(comparison, "time", Clock())
+    monkeypatch.setattr(comparison, "compile_for", lambda *_: None)
     monkeypatch.setattr(comparison, "MILESTONES", (90, 200, 10**6))
     trial = comparison.make_trial("hopper-2000", "regular", 2, 0)
     assert perform(trial, tmp_path, lambda: False)
@@ -136,7 +138,7 @@ def test_a_run_has_a_test_after_every_second_and_at_round_numbers(monkeypatch, t
     assert len(outcome.losses) == 2 and outcome.at_steps(200) == outcome.points[2].test_loss
     assert math.isnan(outcome.at_steps(10**6)) and math.isnan(outcome.at_steps(10))
     text = summarise(comparison.STUDY, [outcome])
-    assert "second below 0.15" in text and "| steps [k] |" in text
+    assert f"second below {HOPPER.reached:g}" in text and "| steps [k] |" in text
     assert len(draw(comparison.STUDY, [outcome]).axes) == 2
 
 
