@@ -49,7 +49,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "warp_phys needs Python 3.11 or newer, got " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,gymnasium,jax,newton,mujoco,docs,export,tensorboard]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,gymnasium,reinforcement,jax,newton,mujoco,docs,export,tensorboard]"
 	touch $@
 
 clean:

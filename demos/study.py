@@ -1,10 +1,12 @@
-"""Studies beyond the publication: memory (positions only, R, M and C with a GRU) and rules (a better rule than C).
+"""Studies beyond the publication: memory (positions only, with a GRU), rules (a better rule than C), compare.
 
     python -m demos.study memory
     python -m demos.study rules --panel cartpole cartpole-shuffled --seeds 5
+    python -m demos.study compare --panel quadrotor chain --method regular combined ppo --seconds 15
 
-Leaves in `out` a file per run, all epochs and all runs as tables, a summary to read, and a figure. Runs follow each
-other in one process. Stopped or killed, the same command goes on after the last run that was finished.
+Leaves in `out` a file per run, all epochs and all runs as tables, a summary to read, and figures. Runs follow each
+other in one process. Stopped or killed, the same command goes on after the last run that was finished. The runs of
+compare, flows beside decays, truncation, an actor-critic and PPO, have equal processor time in place of epochs.
 """
 
 from demos.interrupt import end_on_interrupt
@@ -26,12 +28,14 @@ import warp
 from controllers.commandline import Parser, add_flags, stop_on_signals
 from controllers.settings import check_setting
 from demos.experiments import memory, rules
+from demos.experiments.comparison.study import STUDY as COMPARISON
 from demos.experiments.pool import locked
 from demos.experiments.published import parse_seeds
-from demos.experiments.study import Study, Trial, load, load_all, perform, write_results
+from demos.experiments.study import Study, Trial, load, load_all, perform, write_results, write_runs
 from demos.outputs import check_folder
+from warp_phys.interop.extras import require
 
-STUDIES: dict[str, Study] = {"memory": memory.STUDY, "rules": rules.STUDY}
+STUDIES: dict[str, Study] = {"memory": memory.STUDY, "rules": rules.STUDY, "compare": COMPARISON}
 """The studies by name."""
 
 
@@ -41,22 +45,35 @@ class Settings:
 
     panel: tuple[str, ...] = ()
     """Panels of the study, by name; all of them if not given."""
+    method: tuple[str, ...] = ()
+    """Methods of the study, by the names of their folders; all of them if not given."""
     seeds: str = "5"
     """A number of seeds, or a list such as 0,4 or, for a single one, 7, with its comma."""
     epochs: int = 0
     """Epochs of every run; 0 for those of the study."""
+    seconds: int = 0
+    """Processor time of every run [s], in a study that has seconds in place of epochs; 0 for that of the study."""
     out: str = "study"
     """Folder for all results; runs that are there are not run again."""
 
     def __post_init__(self) -> None:
         """Check what the plan does not."""
-        check_setting("epochs", self.epochs, int, at_least=0)
+        for name in ("epochs", "seconds"):
+            check_setting(name, getattr(self, name), int, at_least=0)
         if not self.out:
             raise ValueError("out must name a folder, got an empty name")
 
     def plan(self, study: str) -> list[Trial]:
         """All runs of a study that are asked for."""
-        return STUDIES[study].plan(parse_seeds(self.seeds), self.panel, self.epochs)
+        return STUDIES[study].plan(parse_seeds(self.seeds), self.panel, self.length(study), self.method)
+
+    def length(self, study: str) -> int:
+        """Epochs or seconds of every run, 0 for those of the study."""
+        has = STUDIES[study].unit + "s"
+        other = "epochs" if has == "seconds" else "seconds"
+        if getattr(self, other):
+            raise ValueError(f"{other} must be left out: the runs of {study} are so many {has}, give these")
+        return self.epochs or self.seconds
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[str, Settings, bool]:
@@ -74,7 +91,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[str, Settings, bool]:
     given: dict[str, Any] = vars(parser.parse_args(arguments))
     study, only_list = given.pop("study"), given.pop("list")
     try:
-        settings = Settings(**given | {"panel": tuple(given.get("panel", ()))})
+        settings = Settings(**given | {name: tuple(given.get(name, ())) for name in ("panel", "method")})
         settings.plan(study)
         if not only_list:
             check_folder("out", settings.out)
@@ -90,13 +107,17 @@ def run(study: str, settings: Settings) -> int:
     warp.config.log_level = warp.LOG_ERROR
     with stop_on_signals() as (stop, received), locked(out / ".command"):
         left = [trial for trial in plan if load(trial, out) is None]
+        for module, extra in {trial.needs for trial in left if trial.needs}:
+            require(module, extra)
         for number, trial in enumerate(left, 1):
             print(f"{number} of {len(left)}: {trial.name}", file=sys.stderr, flush=True)
             if not perform(trial, out, stop.is_set):
                 words = " ".join(map(shlex.quote, sys.argv[1:]))
                 print(f"Stopped; to go on:\n    python -m demos.study {words}", file=sys.stderr)
                 return 128 + received[0] if received else 0
-        found = load_all(STUDIES[study], out, settings.epochs)
+            found = load_all(STUDIES[study], out, settings.length(study))
+            write_runs(STUDIES[study], found, Path(settings.out) / f"{study}-runs.csv")
+        found = load_all(STUDIES[study], out, settings.length(study))
         print("\n".join(map(str, write_results(STUDIES[study], found, Path(settings.out), study))))
     return 0
 
@@ -117,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except BlockingIOError:
         print(f"python -m demos.study: error: out: another call is at work in {settings.out}", file=sys.stderr)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"python -m demos.study: error: {error}", file=sys.stderr)
     return 2
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,9 +16,6 @@ from demos.experiments.results import LAST, quartile_curves, quartiles
 from demos.experiments.tables import number, table
 from warp_phys import Diverged
 
-WINDOW = 20
-"""A run has reached a loss when the median of so many epochs is below it: one epoch's loss is a matter of luck."""
-
 
 class Point(NamedTuple):
     """One epoch of a run."""
@@ -28,6 +25,10 @@ class Point(NamedTuple):
     """Share of the test states from which the task was done, where the study counts them."""
     seconds: float = 0.0
     """Time spent in training so far [s]."""
+    env_steps: float = math.nan
+    """Time steps of environments so far, where the study counts them."""
+    between: float = 0.0
+    """1 for a test at a round number of these steps, in between, which is the end of no epoch."""
 
 
 class Trial(NamedTuple):
@@ -40,6 +41,8 @@ class Trial(NamedTuple):
     train: Callable[[Callable[[], bool], Callable[[Point], None]], bool]
     """`train(stop, progress)` calls `progress` after every epoch; returns False where `stop` has ended it before its
     last."""
+    needs: tuple[str, str] | None = None
+    """An optional library that it needs, and the extra of this project that brings it."""
 
     @property
     def name(self) -> str:
@@ -81,26 +84,42 @@ class Study:
     """Makes a trial of panel, line, epochs and seed."""
     share: str = ""
     """What the share of test states counts, if it does."""
+    unit: Literal["epoch", "second"] = "epoch"
+    """What the points of a run are apart: in place of epochs there may be seconds of processor time. Methods differ in
+    what they get done in one, so such runs are also compared at equal steps of the environments."""
+    at_steps: tuple[int, ...] = ()
+    """Steps of the environments at which the tables have losses."""
+    window: int = 20
+    """A run has reached a loss when the median of so many epochs is below it: one epoch's loss is a matter of luck."""
+    note: "Callable[[Sequence[Outcome], Path], str] | None" = None
+    """More of the summary, of all runs; what takes long is kept in the folder."""
 
-    def plan(self, seeds: Sequence[int], panels: Sequence[str] = (), epochs: int = 0) -> list[Trial]:
+    def plan(
+        self, seeds: Sequence[int], panels: Sequence[str] = (), epochs: int = 0, lines: Sequence[str] = ()
+    ) -> list[Trial]:
         """All trials of a choice, each seed done before the next.
 
         Args:
             seeds: Seeds.
             panels: Names of panels; all of them if empty.
             epochs: Epochs of every run; those of the panel if 0.
+            lines: Names of methods; all of them if empty.
 
         Raises:
-            ValueError: There is no such panel.
+            ValueError: There is no such panel, or no such method.
         """
         for name in panels:
             if name not in self.panels:
                 raise ValueError(f"panel must be one of {', '.join(self.panels)}, got {name!r}")
+        for name in lines:
+            if name not in self.lines:
+                raise ValueError(f"method must be one of {', '.join(self.lines)}, got {name!r}")
         return [
             self.make(name, line, epochs or self.panels[name].epochs, seed)
             for seed in seeds
             for name in panels or self.panels
             for line in self.panels[name].lines
+            if not lines or line in lines
         ]
 
 
@@ -114,10 +133,15 @@ class Outcome:
     """Whether it left the finite numbers: then its loss is infinite from there on."""
 
     @property
+    def ends(self) -> list[Point]:
+        """The points at the ends of epochs."""
+        return [point for point in self.points if not point.between]
+
+    @property
     def losses(self) -> np.ndarray:
         """Test losses of all epochs, shape (epochs,)."""
-        losses = np.full(self.trial.epochs, np.inf)
-        losses[: len(self.points)] = [point.test_loss for point in self.points]
+        losses, ends = np.full(self.trial.epochs, np.inf), self.ends
+        losses[: len(ends)] = [point.test_loss for point in ends]
         return losses
 
     @property
@@ -128,16 +152,27 @@ class Outcome:
     @property
     def share(self) -> float:
         """Median share of the last tenth of the epochs; 0 for a run that diverged."""
-        shares = [point.share for point in self.points[-max(1, self.trial.epochs // LAST) :]]
+        shares = [point.share for point in self.ends[-max(1, self.trial.epochs // LAST) :]]
         return 0.0 if self.diverged else float(np.median(shares))
 
-    def reached(self, loss: float) -> float:
-        """Epoch at which the median of the last `WINDOW` epochs is first below a loss; infinite if never."""
+    def reached(self, loss: float, window: int) -> float:
+        """Epoch at which the median of the last `window` epochs is first below a loss; infinite if never."""
         losses = self.losses
-        for epoch in range(WINDOW, len(losses) + 1):
-            if quartiles(losses[epoch - WINDOW : epoch])[1] < loss:
+        for epoch in range(window, len(losses) + 1):
+            if quartiles(losses[epoch - window : epoch])[1] < loss:
                 return epoch
         return math.inf
+
+    def at_steps(self, env_steps: float) -> float:
+        """Test loss at the last point within so many steps of environments: infinite after a divergence.
+
+        nan before the first point, and where the run came to fewer steps.
+        """
+        steps = [point.env_steps for point in self.points]
+        count = int(np.searchsorted(steps, env_steps, side="right"))
+        if count == len(steps) and steps[-1:] != [env_steps]:
+            return math.inf if self.diverged else math.nan
+        return self.points[count - 1].test_loss if count else math.nan
 
 
 COLUMNS = ("epoch", *Point._fields)
@@ -182,11 +217,11 @@ def load(trial: Trial, out: Path) -> Outcome | None:
         points = tuple(Point(*map(float, line.split(",")[1:])) for line in lines[: len(lines) - diverged])
     except (ValueError, TypeError) as error:
         raise ValueError(f"out: {path} is not what this program wrote: {error}") from None
-    if len(points) != trial.epochs and not (diverged and len(points) < trial.epochs):
-        raise ValueError(
-            f"out: {path} holds {len(points)} epochs, the run shall have {trial.epochs}; choose another out"
-        )
-    return Outcome(trial, points, diverged)
+    outcome = Outcome(trial, points, diverged)
+    epochs = len(outcome.ends)
+    if epochs != trial.epochs and not (diverged and epochs < trial.epochs):
+        raise ValueError(f"out: {path} holds {epochs} epochs, the run shall have {trial.epochs}; choose another out")
+    return outcome
 
 
 def load_all(study: Study, out: Path, epochs: int = 0) -> list[Outcome]:
@@ -213,31 +248,57 @@ def groups(study: Study, outcomes: Sequence[Outcome]) -> Iterator[tuple[str, dic
 
 def summarise(study: Study, outcomes: Sequence[Outcome]) -> str:
     """A table per panel in Markdown."""
-    parts = [
-        f"# {study.title}\n\nThe final test loss of a run is the median of its last tenth of epochs; it has reached a "
-        f"loss when the median\nof {WINDOW} epochs is below it.\n"
-    ]
+    unit, ended = study.unit, f"The final test loss of a run is the median of its last tenth of {study.unit}s"
+    if study.window > 1:
+        ended += f"; it has reached a\nloss when the median of {study.window} {unit}s is below it"
+    parts = [f"# {study.title}\n\n{ended}.\n"]
     for name, lines in groups(study, outcomes):
         panel = study.panels[name]
         seeds = sorted({outcome.trial.seed for runs in lines.values() for outcome in runs})
         epochs = max(outcome.trial.epochs for runs in lines.values() for outcome in runs)
-        header = ["method", *map(str, seeds), "median", f"above {panel.failed:g}", f"epoch below {panel.reached:g}"]
+        header = ["method", *map(str, seeds), "median", f"above {panel.failed:g}", f"{unit} below {panel.reached:g}"]
         rows = []
         for line, runs in lines.items():
             finals = {run.trial.seed: run.final for run in runs}
             failed = sum(not final <= panel.failed for final in finals.values())
             cells = [number(finals[seed]) if seed in finals else "–" for seed in seeds]
-            reached = quartiles([run.reached(panel.reached) for run in runs])[1]
+            reached = quartiles([run.reached(panel.reached, study.window) for run in runs])[1]
             row = [study.lines[line].title, *cells, number(quartiles(finals.values())[1])]
             row += [f"{failed} of {len(runs)}", f"{reached:g}" if math.isfinite(reached) else "–"]
             rows.append(row + ([f"{quartiles([run.share for run in runs])[1]:.0%}"] if study.share else []))
         header += [study.share] if study.share else []
-        parts.append("\n".join([f"## {panel.title}, {epochs} epochs", "", *table(header, rows), ""]))
+        header += [f"at {steps // 1000} k" for steps in study.at_steps]
+        header += ["steps [k]"] if study.at_steps else []
+        for row, runs in zip(rows, lines.values(), strict=True):
+            for steps in study.at_steps:
+                losses = [run.at_steps(steps) for run in runs]
+                row.append("–" if np.isnan(losses).any() else number(quartiles(losses)[1]))
+            if study.at_steps:
+                row.append(f"{np.median([run.points[-1].env_steps if run.points else 0 for run in runs]) / 1e3:.0f}")
+        parts.append("\n".join([f"## {panel.title}, {epochs} {unit}s", "", *table(header, rows), ""]))
     return "\n".join(parts)
 
 
+def write_runs(study: Study, outcomes: Sequence[Outcome], path: Path) -> None:
+    """Write a table with a line per run."""
+    columns = ["panel", "method", "seed", "epochs", "diverged", "final_test_loss", "epoch_reached", "final_share"]
+    columns += ["seconds", *(["env_steps", *(f"at_{steps}" for steps in study.at_steps)] if study.at_steps else [])]
+    rows: list[list[Any]] = [columns]
+    for outcome in outcomes:
+        reached = outcome.reached(study.panels[outcome.trial.panel].reached, study.window)
+        numbers = [number(value, 6) for value in (outcome.final, reached)]
+        share = number(outcome.share, 6) if study.share else ""
+        last = outcome.points[-1] if outcome.points else Point(math.inf, env_steps=0.0)
+        seconds = number(last.seconds, 6) if outcome.points else ""
+        rows.append([*outcome.trial[:3], len(outcome.ends), int(outcome.diverged), *numbers, share, seconds])
+        if study.at_steps:
+            rows[-1] += [int(last.env_steps), *(number(outcome.at_steps(steps), 6) for steps in study.at_steps)]
+    with atomic_write(path) as file:
+        file.write("\n".join(",".join(map(str, row)) for row in rows).encode() + b"\n")
+
+
 def write_results(study: Study, outcomes: Sequence[Outcome], out: Path, name: str) -> list[Path]:
-    """Write all epochs, a line per run, the tables, and the figure; returns their paths."""
+    """Write all epochs, a line per run, the tables, and the figures; returns their paths."""
     paths = [out / f"{name}{ending}" for ending in ("-epochs.csv", "-runs.csv", ".md", ".png")]
     with atomic_write(paths[0]) as file:
         file.write((",".join(["panel", "method", "seed", *COLUMNS]) + "\n").encode())
@@ -245,48 +306,47 @@ def write_results(study: Study, outcomes: Sequence[Outcome], out: Path, name: st
             own = ",".join(map(str, outcome.trial[:3]))
             for epoch, point in enumerate(outcome.points, 1):
                 file.write((f"{own}," + ",".join(map(repr, (epoch, *point))) + "\n").encode())
-    columns = ["panel", "method", "seed", "epochs", "diverged", "final_test_loss", "epoch_reached", "final_share"]
-    rows: list[list[Any]] = []
-    for outcome in outcomes:
-        numbers = [number(value, 6) for value in (outcome.final, outcome.reached(_panel(study, outcome).reached))]
-        share = number(outcome.share, 6) if study.share else ""
-        seconds = number(outcome.points[-1].seconds, 6) if outcome.points else ""
-        rows.append([*outcome.trial[:3], len(outcome.points), int(outcome.diverged), *numbers, share, seconds])
-    with atomic_write(paths[1]) as file:
-        file.write("\n".join(",".join(map(str, row)) for row in ([*columns, "seconds"], *rows)).encode() + b"\n")
+    write_runs(study, outcomes, paths[1])
     with atomic_write(paths[2]) as file:
-        file.write(summarise(study, outcomes).encode())
-    with atomic_write(paths[3]) as file:
-        draw(study, outcomes).savefig(file, format="png", dpi=200)
-    return paths
-
-
-def _panel(study: Study, outcome: Outcome) -> Panel:
-    return study.panels[outcome.trial.panel]
+        more = "" if study.note is None else "\n" + study.note(outcomes, out / name)
+        file.write((summarise(study, outcomes) + more).encode())
+    figures = {paths[3]: outcomes}
+    if study.unit == "second":  # a figure per panel, which has another panel beside it, over steps
+        del figures[paths.pop()]
+        panels = dict.fromkeys(outcome.trial.panel for outcome in outcomes)
+        figures |= {out / f"{name}-{panel}.png": [o for o in outcomes if o.trial.panel == panel] for panel in panels}
+    for path, shown in figures.items():
+        with atomic_write(path) as file:
+            draw(study, shown).savefig(file, format="png", dpi=200 if study.unit == "epoch" else 120)
+    return list(dict.fromkeys([*paths, *figures]))
 
 
 def draw(study: Study, outcomes: Sequence[Outcome]) -> Figure:
-    """Draw the test loss against epochs: a panel each, per line a median and a band between the quartiles."""
+    """Draw the test loss against epochs, and against steps: per line a median and a band between the quartiles."""
     found = list(groups(study, outcomes))
-    columns = min(2, max(1, len(found)))
-    rows = max(1, -(-len(found) // columns))
+    over_steps = bool(study.at_steps)
+    count = len(found) * (1 + over_steps)
+    columns = min(2, max(1, count))
+    rows = max(1, -(-count // columns))
     used = [line for line in study.lines if any(line in lines for _, lines in found)]
     width = 4.4 * columns if columns > 1 else 5.6
-    ncols = min(len(used), int(width / 2.6)) or 1
+    ncols = min(len(used), int(width / (1.7 if over_steps else 2.6))) or 1
     height = 0.6 + 2.8 * rows + 0.2 * -(-len(used) // ncols)
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (name, lines) in zip(panels, found, strict=False):
+    kinds = [(kind, *entry) for entry in found for kind in (("epochs", "steps") if over_steps else ("epochs",))]
+    for axes, (kind, name, lines) in zip(panels, kinds, strict=False):
         for line, runs in lines.items():
-            points, bins = make_bins(max(run.trial.epochs for run in runs))
-            curves = quartile_curves(np.stack([thin(run.losses, bins) for run in runs]))
-            lower, median, upper = np.minimum(curves, 1e30)  # what is infinite is beyond the upper edge
+            points, losses = _over_epochs(runs) if kind == "epochs" else _over_steps(runs)
+            lower, median, upper = np.minimum(quartile_curves(losses), 1e30)  # what is infinite is beyond the edge
             _, colour, dashes = study.lines[line]
             axes.fill_between(points, lower, upper, color=colour, alpha=0.14, lw=0)
             axes.plot(points, median, color=colour, linestyle=dashes, linewidth=1.6)
         finish(axes, study.panels[name].title)
-        axes.set(xlabel="epoch", ylabel="test loss")
-    for axes in panels[len(found) :]:
+        axes.set(xlabel=study.unit if kind == "epochs" else "steps of environments", ylabel="test loss")
+        if kind == "epochs" and study.unit == "second":
+            axes.set(xscale="linear", xlabel="processor time [s]")
+    for axes in panels[len(kinds) :]:
         axes.remove()
     handles = [
         Line2D([], [], label=title, color=colour, linestyle=dashes, linewidth=1.6)
@@ -294,9 +354,24 @@ def draw(study: Study, outcomes: Sequence[Outcome]) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, handlelength=3, fontsize=9)
     counts = [len(runs) for _, lines in found for runs in lines.values()] or [0]
-    figure.suptitle(f"{study.title}: median and quartiles of {_span(counts)} seeds", fontsize=10)
+    figure.suptitle(f"{study.title}: median and quartiles of {_span(counts)}", fontsize=10)
     return figure
 
 
+def _over_epochs(runs: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the points of a curve are, in epochs, and the losses of each run there."""
+    points, bins = make_bins(max(run.trial.epochs for run in runs))
+    return points, np.stack([thin(run.losses, bins) for run in runs])
+
+
+def _over_steps(runs: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
+    """The same in steps of environments, from the first test of all to the last that all runs came to."""
+    points = np.unique([point.env_steps for run in runs for point in run.points])
+    losses = np.array([[run.at_steps(steps) for steps in points] for run in runs]).reshape(len(runs), -1)
+    whole = ~np.isnan(losses).any(axis=0)
+    return points[whole], losses[:, whole]
+
+
 def _span(counts: Sequence[int]) -> str:
-    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    least, most = min(counts), max(counts)
+    return "one seed" if most == 1 else f"{most} seeds" if least == most else f"{least} to {most} seeds"

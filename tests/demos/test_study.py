@@ -102,6 +102,28 @@ def test_the_command_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert "choose another out" in capsys.readouterr().err
 
 
+def test_the_table_of_runs_grows_run_by_run(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def fails(trial, *rest):
+        if len(done) == 2:
+            raise OSError("no space left")
+        done.append(trial.name)
+        return perform(trial, *rest)
+
+    monkeypatch.setattr(command, "STUDIES", {"made": STUDY})
+    monkeypatch.setattr(command, "perform", fails)
+    assert command.main(["made", "--seeds", "1", "--out", str(tmp_path)]) == 2
+    assert len((tmp_path / "made-runs.csv").read_text().splitlines()) == 1 + 2
+    assert "no space left" in capsys.readouterr().err
+
+
+def test_methods_can_be_chosen():
+    assert [trial.name for trial in STUDY.plan([0], lines=["b"])] == ["easy/b/seed-0"]
+    with pytest.raises(ValueError, match="method must be one of a, b, got 'c'"):
+        STUDY.plan([0], lines=["c"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
