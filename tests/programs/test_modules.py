@@ -485,7 +485,7 @@ REFUSED = {
     "as other tensors": [lambda m, x: m.last(x) * m.hidden[0]],
     "random numbers": [lambda m, x: m.last(x) * torch.rand(1, dtype=x.dtype)],
     "cannot be read": [lambda m, x: m.last(x) * m.last.bias.tolist()[0], lambda m, x: m.last(x + x.numpy().sum())],
-    "its rows depend on each other": [lambda m, x: m.last(x.flip(0))],
+    "its rows in another order": [lambda m, x: m.last(x.flip(0))],
     "converts": [lambda m, x: m.last(x).float().double()],
 }
 
