@@ -9,7 +9,8 @@ import torch
 from warp_phys import CartPole
 from warp_phys.errors import NotRepeatable
 from warp_phys.interop.torch import Rollout
-from warp_phys.interop.torch.program import read_program
+from warp_phys.interop.torch.program import Unreadable, read_program
+from warp_phys.interop.torch.state import state_of
 
 NN, F = torch.nn, torch.nn.functional
 SYSTEM = CartPole(dt=0.02)
@@ -276,7 +277,9 @@ def in_place():
         h += x[:, :1]
         h[:, 0] = 1.0
         h[:, 1:3] *= x[:, 1:3]
-        out = torch.zeros_like(h)
+        h.unsqueeze_(1).transpose_(1, 2)
+        h.squeeze_(2)
+        out = torch.zeros(len(h), 5, dtype=h.dtype)
         out[:, 1] = h[:, 2]
         out[:, 2:].copy_(h[:, 2:])
         return m.last(m.relu(out.add_(h)))
@@ -460,6 +463,43 @@ def test_modules_that_are_not(make):
     assert rollout.backend == "general" and len(rollout.why_general) > 10
     with pytest.raises(ValueError, match="fused"):
         Rollout(SYSTEM, module, STEPS, backend="fused")
+
+
+def written_through_a_detached_view(m, x):
+    h = m.last(x)
+    h.detach().mul_(2.0)
+    return h
+
+
+def written_without_gradients(m, x):
+    h = m.last(x)
+    with torch.no_grad():
+        h[:, 0] *= 2.0
+    return h
+
+
+REFUSED = {
+    "outside of autograd": [written_through_a_detached_view, written_without_gradients],
+    "a number out of a tensor": [lambda m, x: m.last(x) if m.last.weight[0, 0] > 0.0 else -m.last(x)],
+    "beside its numbers": [lambda m, x: m.last(x) * x.max(1)[1][:, None].to(x.dtype)],
+    "as other tensors": [lambda m, x: m.last(x) * m.hidden[0]],
+    "random numbers": [lambda m, x: m.last(x) * torch.rand(1, dtype=x.dtype)],
+    "cannot be read": [lambda m, x: m.last(x) * m.last.bias.tolist()[0], lambda m, x: m.last(x + x.numpy().sum())],
+    "its rows in another order": [lambda m, x: m.last(x.flip(0))],
+    "converts": [lambda m, x: m.last(x).float().double()],
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_reading_refuses(reason):
+    """Nothing that a program would not follow is taken for a constant; the module stays as it was."""
+    for function in REFUSED[reason]:
+        module = double(lambda function=function: Module(function, last=linear(SIZE)))
+        module.hidden = [module.last.bias.detach()]
+        before = state_of(module, outside=True)
+        with pytest.raises(Unreadable, match=reason):
+            read_program(module, SIZE, module.last.weight)
+        assert state_of(module, outside=True) == before
 
 
 def test_random_numbers_are_refused_at_each_pass():

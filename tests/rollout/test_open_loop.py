@@ -1,5 +1,9 @@
 """Trajectories under given controls, against torch unrolled, in float64."""
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +94,27 @@ def test_systems_with_lanes_of_their_own(system):
     direction, h = _numbers(*controls.shape, seed=5), 1e-6
     ends = [trajectory(system, x0, controls.detach() + s * h * direction)[-1].sin().sum() for s in (1, -1)]
     assert float((ends[0] - ends[1]) / (2 * h)) == pytest.approx(float((grad * direction).sum()), rel=1e-6)
+
+
+def test_launches_that_are_kept():
+    """Packed once, they take the arrays of each call, in any layout and thread, and keep none of them."""
+    system = CartPole(poles=2, dt=0.05)
+    x0 = torch.from_numpy(system.sample(BATCH, dtype=np.float64))
+
+    def gradient(seed, is_transposed=False):
+        controls = _numbers(STEPS, BATCH, 1, seed=seed)
+        if is_transposed:
+            controls = controls.transpose(0, 1).contiguous().transpose(0, 1)
+        states = trajectory(system, x0, controls.requires_grad_())
+        system.loss(states, when="every").backward()
+        return weakref.ref(states), controls.grad
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(gradient, range(16)))
+    for seed, (_, found) in enumerate(together):
+        _check([found, found], [gradient(seed)[1], gradient(seed, is_transposed=True)[1]])
+    gc.collect()
+    assert all(states() is None for states, _ in together)
 
 
 def test_errors():

@@ -413,7 +413,7 @@ class System(ABC):
     ) -> wp.array:
         """Return `parameters`, or the system's own on the device and in the precision of `like`."""
         if parameters is None:
-            return self._own_parameters(like.dtype, str(like.device))
+            return self.own_parameters(like.dtype, str(like.device))
         struct = self.types(like.dtype).Parameters
         if not isinstance(parameters, wp.array) or parameters.dtype is not struct:
             raise TypeError(f"{name} must come from {type(self).__name__}.parameter_array(dtype={like.dtype.__name__})")
@@ -423,7 +423,7 @@ class System(ABC):
             raise ValueError(f"{name} must be on device {like.device}, got {parameters.device}")
         return parameters
 
-    def _own_parameters(self, real: type, device: str) -> wp.array:
+    def own_parameters(self, real: type, device: str) -> wp.array:
         """Return the system's own parameters on a device, shape (1,); made once, so that a step allocates nothing."""
         numbers = tuple(getattr(self, name) for name in self.parameter_names)
         known = self._parameter_arrays.get((real, device))

@@ -8,6 +8,7 @@ repeats itself but couples rows, fits one batch size only, has hooks on gradient
 step of the whole batch at a time, each flow by its own adjoint: as autograd would. `docs/contract.md` has the list.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -242,7 +243,13 @@ def _hides_function(found: Found) -> bool:
 
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether there is something about a module that torch has compiled."""
-    return any(isinstance(m, torch.jit.ScriptModule | torch._dynamo.OptimizedModule) for m in module.modules())
+    return any(isinstance(m, torch.jit.ScriptModule) or is_optimized(m) for m in module.modules())
+
+
+def is_optimized(module: torch.nn.Module) -> bool:
+    """Whether a module is what `torch.compile` has returned; the compiler is not imported for that."""
+    compiler = sys.modules.get("torch._dynamo")
+    return compiler is not None and isinstance(module, compiler.OptimizedModule)
 
 
 class _HookWatch(TorchFunctionMode):

@@ -305,7 +305,7 @@ def _unroll(
         rows = rows if rows is None or len(rows) == 1 else rows[healthy]
     with torch_stream(rollout.device):
         arrays = [as_array(tensor.contiguous()) for tensor in tensors]
-        trajectory = Trajectory(arrays[0], arrays[1], rollout._structs(rows, arrays[0]), kept)
+        trajectory = Trajectory(arrays[0], arrays[1], rollout._structs(rows, tensors[0]), kept)
     return _Unrolled(trajectory, Seeds(arrays[2], arrays[3]), float(value))
 
 

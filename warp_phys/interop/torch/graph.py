@@ -77,7 +77,7 @@ class WholeUpdate:
         self._gates = rollout._gates_of(self.flows, steps, batch)
         # whatever else a graph reads must live as long as it does, also when caches and modules forget it
         options = [value for group in optimiser.param_groups for name, value in group.items() if name != "params"]
-        own = rollout._structs(None, as_array(self.states)), chosen_array(self.times, str(rollout.device))
+        own = rollout._structs(None, self.states), chosen_array(self.times, str(rollout.device))
         self._mean = mean
         self._held = [own, options, rollout._adapter.held(), list(rollout.trained.modules()), _buffers(rollout)]
 
@@ -95,7 +95,7 @@ class WholeUpdate:
 
     def _forward(self) -> Any:
         rollout, arrays = self.rollout, (as_array(self.states), as_array(self.controls))
-        own, fused = rollout._structs(None, arrays[0]), rollout.backend == "fused"
+        own, fused = rollout._structs(None, self.states), rollout.backend == "fused"
         return forward(rollout._inner, rollout._adapter, *arrays, own, fused, keep=True)
 
     def _loss(self) -> Seeds:
@@ -115,7 +115,7 @@ class WholeUpdate:
     def _backward(self, kept: Any, seeds: Seeds) -> None:
         rollout, arrays = self.rollout, (as_array(self.states), as_array(self.controls))
         self.updates.zero_()
-        trajectory = Trajectory(*arrays, rollout._structs(None, arrays[0]), kept)
+        trajectory = Trajectory(*arrays, rollout._structs(None, self.states), kept)
         backward(
             rollout._inner, rollout._adapter, trajectory, seeds, *self._gates, list(self.updates), self._workspace,
             fused=rollout.backend == "fused",

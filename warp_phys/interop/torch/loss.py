@@ -14,6 +14,7 @@ from warp_phys.core.checks import check_given, check_instance, check_lengths, nu
 from warp_phys.core.kernel_cache import start_warp
 from warp_phys.errors import shown
 from warp_phys.interop.torch.dense import as_array, check_dense
+from warp_phys.interop.torch.launches import launch
 from warp_phys.systems.base import System
 from warp_phys.systems.losses import COSTS, When, chosen_array, chosen_times
 
@@ -79,10 +80,8 @@ def costs_at(system: System, states: torch.Tensor, times: tuple[int, ...], rows:
     """Return the pointwise costs at chosen times, shape (times, batch), attached to nothing."""
     costs = states.new_empty((len(times), states.shape[1]))
     with torch_stream(states.device):
-        inputs = _inputs(system, states, times, rows)
-        x, kernel = inputs[0], kernels.cost_kernel(system.structure, inputs[0].dtype)
-        dim, outputs = tuple(costs.shape), [as_array(costs)]
-        wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=x.device, record_tape=False)
+        kernel = kernels.cost_kernel(system.structure, wp.dtype_from_torch(states.dtype))
+        launch(kernel, tuple(costs.shape), [*_inputs(system, states, times, rows), costs], states.device)
     return costs
 
 
@@ -99,29 +98,28 @@ def costs_vjp(
     shape = (*adj_costs.shape, len(system.parameter_names)) if want_rows else (0, 0, 0)
     adj_rows = states.new_empty(shape)
     with torch_stream(states.device):
-        x, *more = _inputs(system, states, times, rows)
-        kernel, structs = kernels.cost_vjp_kernel(system.structure, x.dtype), system.types(x.dtype).Parameters
-        inputs = [x, *more, as_array(adj_costs.contiguous())]
-        outputs = [as_array(adj_states), as_structs(as_array(adj_rows), structs)]
-        dim = tuple(adj_costs.shape)
-        wp.launch(kernel, dim=dim, inputs=inputs, outputs=outputs, device=x.device, record_tape=False)
+        real = wp.dtype_from_torch(states.dtype)
+        structs = as_structs(as_array(adj_rows), system.types(real).Parameters)
+        given = [*_inputs(system, states, times, rows), adj_costs.contiguous(), adj_states, structs]
+        launch(kernels.cost_vjp_kernel(system.structure, real), tuple(adj_costs.shape), given, states.device)
     if rows is None or not want_rows:
         return adj_states, None
     per_sample = adj_rows.sum(dim=0)
     return adj_states, per_sample.sum(dim=0, keepdim=True) if len(rows) == 1 else per_sample
 
 
-def _inputs(system: System, states: torch.Tensor, times: tuple[int, ...], rows: torch.Tensor | None) -> list[wp.array]:
+def _inputs(system: System, states: torch.Tensor, times: tuple[int, ...], rows: torch.Tensor | None) -> list[Any]:
     """Return states, chosen times and physical parameters as the kernels take them."""
-    x = as_array(states.detach())
-    return [x, chosen_array(times, str(x.device)), structs_of(system, rows, x)]
+    states = states.detach()
+    return [states, chosen_array(times, str(states.device)), structs_of(system, rows, states)]
 
 
-def structs_of(system: System, rows: torch.Tensor | None, like: wp.array) -> wp.array:
+def structs_of(system: System, rows: torch.Tensor | None, like: torch.Tensor) -> wp.array:
     """Return physical parameters as kernels take them: of rows as `rows_of_parameters` has them."""
+    real = wp.dtype_from_torch(like.dtype)
     if rows is None:
-        return system.check_parameters(None, like, 1)
-    return as_structs(as_array(rows.detach().contiguous()), system.types(like.dtype).Parameters)
+        return system.own_parameters(real, str(like.device))
+    return as_structs(as_array(rows.detach().contiguous()), system.types(real).Parameters)
 
 
 def rows_of_parameters(system: Any, values: Mapping[str, Any] | None, like: torch.Tensor) -> torch.Tensor | None:

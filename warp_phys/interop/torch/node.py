@@ -10,6 +10,7 @@ import torch
 from warp_phys.errors import Diverged
 from warp_phys.flow import Combined, Flow
 from warp_phys.interop.torch.combine import places_of, size_of
+from warp_phys.interop.torch.dense import is_finite
 from warp_phys.interop.torch.leaves import Cuts, inner_grad, is_within, leaves_of
 from warp_phys.interop.torch.loss import refuse_second_derivative
 from warp_phys.interop.torch.rows import Beside
@@ -217,11 +218,9 @@ def freeze_diverged(states: torch.Tensor, controls: torch.Tensor, on_divergence:
         Diverged: There are such samples, and they shall not be masked, or none would be left.
     """
     none = torch.empty(0, dtype=torch.long, device=states.device)
-    if torch.isfinite(states.sum()):  # one cheap pass; the sum may overflow where no state does
+    if is_finite(states):
         return none
     finite = torch.isfinite(states).all(dim=2)
-    if finite.all():
-        return none
     samples = torch.nonzero(~finite.all(dim=0)).flatten()
     first = finite[:, samples].long().argmin(dim=0)
     some = len(samples) < states.shape[1]

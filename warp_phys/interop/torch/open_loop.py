@@ -19,6 +19,7 @@ from warp_phys.errors import shown
 from warp_phys.flow import Flow, resolve_open_loop
 from warp_phys.interop.torch.dense import as_array, check_dense, is_finite
 from warp_phys.interop.torch.hybrid import Hybrid
+from warp_phys.interop.torch.launches import launch
 from warp_phys.interop.torch.loss import (
     refuse_second_derivative,
     refuse_transforms,
@@ -144,15 +145,14 @@ def _unroll(system: System, x0: Any, controls: Any, rows: Any, inputs: Any) -> t
     states = x0.new_empty((len(controls) + 1, len(x0), inner.state_size))
     controls = controls.detach().expand(-1, len(x0), -1).contiguous()
     fill(states, x0.detach(), Beside(None if inputs is None else inputs.detach()), inner)
+    real = wp.dtype_from_torch(x0.dtype)
     with torch_stream(x0.device):
-        x, c = as_array(states), as_array(controls)
-        p = structs_of(system, rows, x)
+        p = structs_of(system, rows, states)
         if x0.device.type == "cpu":
-            kernel, blocks = native_kernels.steps_kernel(inner.structure, x.dtype), -(-len(x0) // SAMPLES)
-            wp.launch(kernel, blocks, [x, c, p, 0, len(controls)], device="cpu", record_tape=False)
+            kernel, blocks = native_kernels.steps_kernel(inner.structure, real), -(-len(x0) // SAMPLES)
+            launch(kernel, blocks, [states, controls, p, 0, len(controls)], x0.device)
         else:
-            kernel = kernels.trajectory_kernel(inner.structure, x.dtype)
-            wp.launch(kernel, len(x0), [c, p, x], device=x.device, record_tape=False)
+            launch(kernels.trajectory_kernel(inner.structure, real), len(x0), [controls, p, states], x0.device)
     freeze_diverged(states, controls, "raise")
     return states, controls, inner
 
@@ -244,23 +244,21 @@ def _pull(
     adj_p = make((*per_step, batch, count) if want_rows else (0,) * (len(per_step) + 2))
     given = inner.state_size - inner.written_size
     adj_inputs = make((1, steps, batch, given) if want_inputs else (0, 0, 0, 0))
+    real = wp.dtype_from_torch(states.dtype)
     with torch_stream(states.device):
-        x, c, seeds = (as_array(tensor) for tensor in (states, controls, adj_states))
-        gates = _gates_of(flow, steps, batch, inner.structure, x.dtype, str(x.device))
+        gates = _gates_of(flow, steps, batch, inner.structure, real, str(states.device))
         single = are_single(gates)
-        p = structs_of(system, rows, x)
+        given = [states, controls, structs_of(system, rows, states)]
         if on_cpu:
-            kernel = native_kernels.trajectory_vjp_kernel(inner.structure, x.dtype, want_rows, single)
+            kernel = native_kernels.trajectory_vjp_kernel(inner.structure, real, want_rows, single)
             own = adj_inputs[0] if want_inputs else make((0, 0, 0))
-            outputs = [as_array(t) for t in (make((1, SAMPLES, size)), adj_x, adj_controls[0], adj_p, own)]
-            wp.launch(kernel, 1, [x, c, p, seeds, gates], outputs, device="cpu", record_tape=False)
+            made = [make((1, SAMPLES, size)), adj_x, adj_controls[0], adj_p, own]
+            launch(kernel, 1, [*given, adj_states, gates, *made], states.device)
         else:
-            kernel, no_jacobian = kernels.sweep_kernel(inner.structure, x.dtype, single), as_array(make((0, 0, 0, 0)))
-            nothing = as_array(make(controls.shape))
-            structs = as_structs(as_array(adj_p), system.types(x.dtype).Parameters)
-            outputs = [as_array(adj_controls), structs, as_array(adj_inputs)]
-            inputs = [x, c, p, no_jacobian, seeds, nothing, gates, 0, steps, as_array(adj_x)]
-            wp.launch(kernel, (1, batch), inputs, outputs, device=x.device, record_tape=False)
+            kernel = kernels.sweep_kernel(inner.structure, real, single)
+            structs = as_structs(as_array(adj_p), system.types(real).Parameters)
+            given += [make((0, 0, 0, 0)), adj_states, make(controls.shape), gates, 0, steps, adj_x]
+            launch(kernel, (1, batch), [*given, adj_controls, structs, adj_inputs], states.device)
             adj_p = adj_p.sum(dim=1)
     return adj_x[0], adj_controls[0], adj_p[0] if want_rows else adj_p, adj_inputs[0] if want_inputs else adj_inputs
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import warp as wp
 
 from warp_phys.core.arrays import as_structs, shape_message
 from warp_phys.core.kernel_cache import start_warp
@@ -159,7 +158,7 @@ def _step(x: torch.Tensor, c: torch.Tensor, rows: torch.Tensor | None, name: str
     system, y = system_of(name), x.new_empty(x.shape)
     arrays = [as_array(tensor.detach().contiguous()) for tensor in (x, c)]
     with torch_stream(x.device):
-        system.step(*arrays, as_array(y), *_structs(system, rows, arrays[0]))
+        system.step(*arrays, as_array(y), *_structs(system, rows, x))
     return y
 
 
@@ -177,7 +176,7 @@ def _step_vjp(
     adj_x, adj_c = x.new_empty(x.shape), c.new_empty(c.shape)
     adj_rows = x.new_empty(_shape_of_rows(x, rows, want_rows))
     arrays = [as_array(tensor.detach().contiguous()) for tensor in (x, c, adj_y)]
-    own = _structs(system, rows, arrays[0])
+    own = _structs(system, rows, x)
     if want_rows and isinstance(system, System):
         own += (as_structs(as_array(adj_rows), system.types(arrays[0].dtype).Parameters),)
     with torch_stream(x.device), autograd_inside():
@@ -194,7 +193,7 @@ def _shape_of_rows(x, rows, want_rows):
     return (x.shape[0], rows.shape[1]) if want_rows else (0, 0)
 
 
-def _structs(system: Any, rows: torch.Tensor | None, like: wp.array) -> tuple:
+def _structs(system: Any, rows: torch.Tensor | None, like: torch.Tensor) -> tuple:
     """Return the physical parameters as `step` takes them, or nothing for the system's own."""
     if rows is None or not isinstance(system, System):
         return ()

@@ -1,22 +1,20 @@
-"""Any torch module read as a row program, by `torch.export`, and held against the module itself.
+"""Any torch module read as a row program, and held against the module itself.
 
-The exported graph is run on tensors of places (`programs.reading`): layout is torch's own business, and each operation
-on numbers becomes one of the table.
+It is run on tensors that keep beside each number its place (`programs.reading`): layout is torch's own business, and
+each operation on numbers becomes one of the table. `torch.export` would do the same, but takes longer to import than
+everything else takes here.
 """
 
-import builtins
 import contextlib
-import functools
 import math
-import operator
-import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import warp as wp
+from torch._decomp import decomposition_table
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from warp_phys.engine.layers import Workspace
 from warp_phys.engine.phases import Seeds, Trajectory
@@ -38,6 +36,9 @@ TRIED = 9
 BATCH = 3
 """Samples of the tensors that stand for a batch of any size."""
 
+KNOWN, LOST = -(1 << 62), -(1 << 62) + 1
+"""In the memory of places: of a number that nothing of the module leads to; of one that no program has."""
+
 
 def read_program(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> Planned:
     """Return a module (B, D) → (B, K) as a program.
@@ -50,9 +51,8 @@ def read_program(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> Pl
     Raises:
         Unreadable: It is none; the message says in one sentence what stands in the way.
     """
-    exported = _export(module, torch.zeros((5, inputs), dtype=like.dtype, device=like.device))
-    with explained("it cannot be read"):  # an operation with arguments that its rule does not know
-        return _Reader(exported, module, inputs, like.dtype).read()
+    with explained("it cannot be read"):
+        return _Reader(inputs, like.dtype).read(module)
 
 
 def _refuse(module: torch.nn.Module) -> None:
@@ -168,66 +168,9 @@ def _check_numbers(found: Any, numbers: tuple[torch.Tensor, torch.Tensor, list[t
             raise Unreadable("what was read of it gives other numbers than it gives itself")
 
 
-def _export(module: torch.nn.Module, example: torch.Tensor) -> Any:
-    with explained("torch.export cannot read it"), warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore")
-        batch = torch.export.Dim("batch", min=2)
-        with _symbolic_lengths():
-            exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},), strict=False)
-        _detach_without_gradients(exported)
-        return exported.run_decompositions(_decompositions())
-
-
-_LENGTHS = threading.Lock()
-"""Held while `len` is another function, which other threads see: for them it gives what it always does."""
-
-
-@contextlib.contextmanager
-def _symbolic_lengths() -> Iterator[None]:
-    """Have `len(x)` give the size that `x.shape[0]` is, which stands for any batch; Python's own is a number."""
-    with _LENGTHS:
-        own = builtins.len
-        builtins.len = lambda of: of.shape[0] if isinstance(of, torch.Tensor) and of.ndim else own(of)
-        try:
-            yield
-        finally:
-            builtins.len = own
-
-
-def _detach_without_gradients(exported: Any) -> None:
-    """Detach what goes into a region without gradients, which decomposing dissolves.
-
-    Raises:
-        Unreadable: There are gradients within such a region.
-    """
-    for node in list(exported.graph.nodes):
-        if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
-            continue
-        inside = getattr(exported.graph_module, node.args[1].target).graph.nodes
-        if node.args[0] or any(other.target is node.target for other in inside):
-            raise Unreadable("it switches gradients on in a region without them")
-        with exported.graph.inserting_before(node):
-            for source in node.args[2:]:
-                if isinstance(source.meta["val"], torch.Tensor):
-                    detached = exported.graph.call_function(torch.ops.aten.detach.default, (source,))
-                    detached.meta["val"] = source.meta["val"]
-                    node.replace_input_with(source, detached)
-    exported.graph_module.recompile()
-
-
-@functools.cache
-def _decompositions() -> dict[Any, Callable]:
-    """Return how torch writes operations in terms of others, but for those that there are rules for."""
-    known = {*RULES, *LAYOUT, *SAME, *CREATED}
-    table = dict(torch.export.default_decompositions().items())
-    more = [torch.ops.aten._adaptive_avg_pool2d]
-    table |= torch._decomp.get_decompositions(more)
-    return {op: rule for op, rule in table.items() if not {_name(op), _base(op)} & known}
-
-
 def _name(target: Any) -> str:
     """Return the name of an operation without its namespace."""
-    return str(target).removeprefix("aten.")
+    return str(target).partition(".")[2]
 
 
 def _base(target: Any) -> str:
@@ -235,11 +178,44 @@ def _base(target: Any) -> str:
     return _name(target).partition(".")[0]
 
 
-class _Known:
-    """A tensor whose numbers are known: neither parameters nor rows lead to it."""
+class _Followed(torch.Tensor):
+    """A tensor that a reader follows: what torch does with it goes to the reader. It has no memory of its own."""
 
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
+    value: torch.Tensor
+    """What torch gives on example states, with the memory that it shares with others."""
+    reader: "_Reader"
+
+    @staticmethod
+    def __new__(cls, value, reader):
+        like = {"strides": value.stride(), "storage_offset": value.storage_offset(), "dtype": value.dtype}
+        followed = torch.Tensor._make_wrapper_subclass(cls, value.shape, device=value.device, **like)
+        followed.value, followed.reader = value, reader
+        return followed
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():  # results are no subclass by themselves
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        followed = next(v for v in _pytree.tree_leaves((args, kwargs)) if isinstance(v, _Followed))
+        return followed.reader.called(func, args, kwargs or {})
+
+
+class _Follow(TorchDispatchMode):
+    """Has a reader see all that torch does, what it makes of nothing too."""
+
+    def __init__(self, reader):
+        super().__init__()
+        self.reader = reader
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which would import it
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.reader.called(func, args, kwargs or {})
 
 
 def _on_tensors(method: Callable) -> Any:
@@ -252,12 +228,43 @@ def _on_tensors(method: Callable) -> Any:
     return on_tensors
 
 
-class _Reader:
-    """Runs an exported graph on places, and builds the program of what it computes."""
+@contextlib.contextmanager
+def _in_place_of(module: torch.nn.Module, others: dict[int, torch.Tensor]) -> Iterator[None]:
+    """Have a module find others for its parameters and buffers, by their identity; then all attributes are as before.
 
-    def __init__(self, exported: Any, module: torch.nn.Module, inputs: int, dtype: torch.dtype):
-        self.exported, self.module, self.dtype = exported, module, dtype
+    `torch.func.functional_call` would leave recurrent networks with other attributes than they had.
+    """
+    parts = list(module.modules())
+    dicts = [content for part in parts for content in (vars(part), part._parameters, part._buffers)]
+    before = [dict(content) for content in dicts]
+    try:
+        for part in parts:
+            for content in (part._parameters, part._buffers):
+                swapped: dict[str, Any] = {name: others[id(t)] for name, t in content.items() if t is not None}
+                content.update(swapped)
+        yield
+    finally:
+        for content, own in zip(dicts, before, strict=True):
+            content.clear()
+            content.update(own)
+
+
+class _Reader:
+    """Runs a module on tensors that are followed, and builds the program of what it computes.
+
+    Each memory that torch has for numbers has one of places beside it, so that views, and writes through them, are
+    torch's own business. A place is `KNOWN` where neither states nor tensors of the module lead to the number.
+    """
+
+    def __init__(self, inputs: int, dtype: torch.dtype):
+        self.dtype = dtype
         self.reading = Reading(inputs, BATCH)
+        self._follow = _Follow(self)
+        self._places: dict[int, torch.Tensor] = {}
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """What is followed, by the identity of its value; also tensors from outside, with their copies."""
+        self._apart: set[int] = set()
+        """Memory of what is seen outside of autograd, and of copies that stand for it there."""
 
     constant = _on_tensors(Reading.constant)
     joined = _on_tensors(Reading.joined)
@@ -271,113 +278,196 @@ class _Reader:
     dense = _on_tensors(Reading.dense)
     product = _on_tensors(Reading.product)
 
-    def read(self) -> Planned:
-        """Return the program."""
-        environment: dict[Any, Any] = {}
-        output: Any = None
-        for node in self.exported.graph.nodes:
-            if node.op == "placeholder":
-                environment[node] = self._placeholder(node)
-            elif node.op == "call_function":
-                arguments = torch.fx.map_arg(node.args, environment.__getitem__)
-                options = torch.fx.map_arg(node.kwargs, environment.__getitem__)
-                environment[node] = self._call(node, arguments, options)
-            elif node.op == "output":
-                output = torch.fx.map_arg(node.args[0], environment.__getitem__)
-            else:
-                raise Unreadable(f"it contains {node.op} {node.target}, which is no operation on rows")
-        if not isinstance(output, (tuple, list)) or len(output) != 1 or not isinstance(output[0], torch.Tensor):
+    def read(self, module: torch.nn.Module) -> Planned:
+        """Return the program of a module."""
+        named = [*module.named_parameters(), *module.named_buffers()]
+        followed = {id(tensor): self._own(name, tensor) for name, tensor in named}
+        self._memory = {tensor.untyped_storage().data_ptr() for _, tensor in named if tensor.numel()}
+        states = self.reading.states()
+        x = self._with_places(torch.zeros(states.shape, dtype=self.dtype), torch.from_numpy(states))
+        with _in_place_of(module, followed), torch.enable_grad(), self._follow:
+            output: Any = module(x)
+        if not isinstance(output, torch.Tensor):
             raise Unreadable("it does not return one tensor alone")
-        if output[0].ndim != 2:
-            raise Unreadable(f"what it returns has {output[0].ndim} dimensions")
-        program, tensors = self.reading.finish(output[0].numpy())
+        if output.ndim != 2:
+            raise Unreadable(f"what it returns has {output.ndim} dimensions")
+        program, tensors = self.reading.finish(self._places_of(self._value(output)).numpy())
         if not program.readers:
             raise Unreadable("it reads no parameter")
         return Planned(program, tensors, is_chain=False)
 
-    def _placeholder(self, node: Any) -> Any:
-        signature = self.exported.graph_signature
-        name = node.name
-        if name in signature.user_inputs:
-            return torch.from_numpy(self.reading.states())
-        if name in signature.inputs_to_parameters:
-            tensor: Any = self.module.get_parameter(signature.inputs_to_parameters[name])
-        elif name in signature.inputs_to_buffers:
-            tensor = self.module.get_buffer(signature.inputs_to_buffers[name])
-        else:
-            target = signature.inputs_to_lifted_tensor_constants.get(name)
-            tensor = self.exported.constants.get(target)
-            if not isinstance(tensor, torch.Tensor):
-                raise Unreadable(f"it takes {name}, which is no tensor")
-            return _Known(tensor.detach())
+    def _own(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what stands for a parameter or buffer."""
+        value = tensor.detach().cpu().clone()  # calls may write to it
+        self._kept[id(tensor)] = tensor, value
         if not tensor.is_floating_point():
-            return _Known(tensor.detach())
+            return self._followed(value)
         if tensor.dtype != self.dtype or not tensor.is_contiguous():
             raise Unreadable(f"{name} is not contiguous, or of another precision")
-        return torch.from_numpy(self.reading.tensor(tensor, tensor.shape))
+        return self._with_places(value, torch.from_numpy(self.reading.tensor(tensor, tensor.shape)))
 
-    def _call(self, node: Any, arguments: tuple, options: dict) -> Any:  # noqa: PLR0911, a kind of operation each
-        target, base = node.target, _base(node.target)
-        if target is operator.getitem:
-            return target(*arguments)
-        given = _pytree.tree_leaves((arguments, options))
-        places = [value for value in given if isinstance(value, torch.Tensor)]
-        if base in CREATED and places:  # of its shape and type alone
-            arguments, places = (torch.empty_like(arguments[0], dtype=self.dtype), *arguments[1:]), []
-        if target in SYMBOLIC or not places:
-            return self._evaluate(target, arguments, options)
+    # --- values and places
+
+    def _value(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the numbers of a tensor; of one from outside a copy, for it may be written to."""
+        if isinstance(tensor, _Followed):
+            return tensor.value
+        if id(tensor) not in self._kept:
+            if tensor.untyped_storage().data_ptr() in self._memory:
+                raise Unreadable("it reads its parameters or buffers as other tensors")
+            self._kept[id(tensor)] = tensor, tensor.detach().cpu().clone()
+        return self._kept[id(tensor)][1]
+
+    def _followed(self, value: torch.Tensor) -> torch.Tensor:
+        """Return what follows a tensor of numbers: always the same."""
+        if id(value) not in self._kept:
+            self._kept[id(value)] = _Followed(value, self), value
+        return self._kept[id(value)][0]
+
+    def _with_places(self, value: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Follow numbers, which have these places."""
+        storage = value.untyped_storage()
+        key, length = storage._cdata, storage.nbytes() // value.element_size()
+        if key not in self._places:
+            self._places[key] = torch.full((length,), KNOWN)
+        if places.shape != value.shape:
+            raise Unreadable(f"places {tuple(places.shape)} are no numbers {tuple(value.shape)}")
+        self._beside(value).copy_(places)
+        return self._followed(value)
+
+    def _beside(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the memory of places beside that of numbers; there must be one."""
+        places = self._places[value.untyped_storage()._cdata]
+        return places.as_strided(value.shape, value.stride(), value.storage_offset())
+
+    def _is_known(self, value: torch.Tensor) -> bool:
+        """Whether neither states nor tensors of the module lead to any of these numbers."""
+        return value.untyped_storage()._cdata not in self._places or bool((self._beside(value) == KNOWN).all())
+
+    def _places_of(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the places of numbers, those of known ones as constants of the program."""
+        if self._is_known(value):
+            return self.constant(value)
+        places = self._beside(value)
+        if (places == LOST).any():
+            raise Unreadable("it uses what an operation gives beside its numbers")
+        known = places == KNOWN
+        return self.joined(torch.where(known, self.constant(value), places) if known.any() else places.contiguous())
+
+    # --- what torch does
+
+    def called(self, function: Any, arguments: tuple, options: dict) -> Any:  # noqa: PLR0911, a kind each
+        """Return what an operation gives: numbers of its own, and places."""
+        base, tags = _base(function), function.tags
+        if torch.Tag.nondeterministic_seeded in tags and base not in RULES:
+            raise Unreadable(f"it draws random numbers, by {base}")
+        taken, more = _pytree.tree_map_only(torch.Tensor, self._value, (arguments, options))
+        if torch.Tag.inplace_view in tags:
+            return self._reshape(function, arguments, taken)
+        tensors = [v for v in _pytree.tree_leaves((taken, more)) if isinstance(v, torch.Tensor)]
+        if base in CREATED or all(map(self._is_known, tensors)):
+            made = function(*taken, **more)
+            if "empty" in base:
+                made.zero_()  # what nobody writes to does not matter
+            return _pytree.tree_map_only(torch.Tensor, self._followed, made)
         if base.startswith("_assert"):
             return None
+        if function._schema.is_mutable:
+            return self._write(function, arguments, options)
+        if function.is_view:
+            is_stopped = base == "detach" or not torch.is_grad_enabled()
+            made = function(*taken, **more)
+            return _pytree.tree_map_only(torch.Tensor, self._stopped if is_stopped else self._followed, made)
+        rule = RULES.get(_name(function)) or RULES.get(base)
+        if rule is None and base not in {*INDEXING, *LAYOUT, *SAME}:
+            return self._decomposed(function, arguments, options)
+        made = function(*taken, **more)
         if base in INDEXING:
-            return self._indexed(target, arguments, options)
-        arguments, options = self._as_places((arguments, options))
-        if base in ("view", "_unsafe_view"):  # strides of places are not those of numbers
-            return arguments[0].reshape(arguments[1])
-        if base in LAYOUT:
-            return _pytree.tree_map_only(torch.Tensor, self.joined, target(*arguments, **options))
-        if base in SAME:
-            return arguments[0]
-        rule = RULES.get(_name(target)) or RULES.get(base)
-        if rule is None:
-            raise Unreadable(f"it uses {base}, which is no operation of row programs")
-        self._check_type(node, base)
-        self.node = node
-        return rule(self, *arguments, **options)
+            places = self._indexed(function, taken, more)
+        else:
+            taken, more = _pytree.tree_map_only(torch.Tensor, self._places_of, (taken, more))
+            if base in LAYOUT:
+                places = _pytree.tree_map_only(torch.Tensor, self.joined, function(*taken, **more))
+            else:
+                places = taken[0] if rule is None else rule(self, *taken, **more)
+        return self._made(made, places, base)
 
-    def _evaluate(self, target: Any, arguments: tuple, options: dict) -> Any:
-        """Return what an operation gives on numbers that are known, or on sizes."""
-        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
-            raise Unreadable(f"it draws random numbers, by {_base(target)}")
-        arguments, options = _pytree.tree_map_only(_Known, lambda v: v.tensor, (arguments, options))
-        result = target(*arguments, **options)
-        if "empty" in _base(target):
-            result.zero_()  # what nobody writes to does not matter
-        return _pytree.tree_map_only(torch.Tensor, _Known, result)
+    def _made(self, made: Any, places: Any, base: str) -> Any:
+        """Follow what an operation has made; of several tensors those that have places."""
+        if not isinstance(made, torch.Tensor):
+            places = (*places, *[None] * (len(made) - len(places)))
+            return type(made)(self._made(m, p, base) for m, p in zip(made, places, strict=True))
+        if places is None:
+            return self._with_places(made, torch.full(made.shape, LOST))
+        if made.dtype != self.dtype and (made.dtype != torch.bool or base not in TRUTH):
+            raise Unreadable(f"its {base} gives numbers of type {made.dtype}")
+        followed = self._with_places(made, places)
+        return followed if torch.is_grad_enabled() else self._stopped(made)
 
-    def _indexed(self, target: Any, arguments: tuple, options: dict) -> Any:
+    def _stopped(self, value: torch.Tensor) -> torch.Tensor:
+        """Follow numbers outside of autograd: what adjoints would lead back from has a memory of its own."""
+        if not value.is_floating_point() or self._is_known(value) or not self._moves(value):
+            return self._followed(value)
+        copy = value.clone()
+        self._apart |= {v.untyped_storage()._cdata for v in (value, copy)}
+        return self._with_places(copy, self.elementwise("stop", [self._places_of(value)]))
+
+    def _moves(self, value: torch.Tensor) -> bool:
+        return self.reading.moves(self._places_of(value).numpy())
+
+    def _write(self, function: Any, arguments: tuple, options: dict) -> Any:
+        """Write in place what the operation that does not would give."""
+        target, base = arguments[0], _base(function)
+        value = self._value(target)
+        if not base.endswith("_") or not isinstance(target, _Followed):
+            raise Unreadable(f"it writes to a tensor that is given, by {base}")
+        if value.untyped_storage()._cdata in self._apart or (not torch.is_grad_enabled() and self._moves(value)):
+            raise Unreadable(f"it writes to a tensor outside of autograd, by {base}")
+        with self._follow:
+            if base == "copy_":
+                made = torch.ops.aten.clone(arguments[1])
+            else:
+                made = getattr(getattr(torch.ops.aten, base[:-1]), function._overloadname)(*arguments, **options)
+        source = self._value(made)
+        places = self._places_of(source).expand(value.shape)
+        if value.dtype != source.dtype and not self._is_known(source):
+            raise Unreadable(f"its {base} gives numbers of type {value.dtype}")
+        value.copy_(source)
+        self._with_places(value, places)
+        return target
+
+    def _reshape(self, function: Any, arguments: tuple, taken: tuple) -> Any:
+        """Move the numbers of a tensor in place: its own and, without dispatch, those that it says it has."""
+        if _base(function).removesuffix("_") not in LAYOUT:
+            raise Unreadable(f"it changes the size of a tensor in place, by {_base(function)}")
+        function(*taken)
+        with torch._C._DisableTorchDispatch():
+            function(*arguments)
+        return arguments[0]
+
+    def _decomposed(self, function: Any, arguments: tuple, options: dict) -> Any:
+        """Return what an operation gives that torch writes in terms of others."""
+        if _base(function) == "_local_scalar_dense":
+            raise Unreadable("it takes a number out of a tensor that it computes")
+        written = decomposition_table.get(function)
+        if written is None:
+            raise Unreadable(f"it uses {_base(function)}, which is no operation of row programs")
+        with self._follow:
+            return written(*arguments, **options)
+
+    def _indexed(self, function: Any, taken: tuple, more: dict) -> torch.Tensor:
         """Return the places that are chosen by numbers that are known."""
-        where = 2 if _base(target) in ("index_select", "gather") else 1
-        if _base(target) == "index_put" and arguments[3:] and arguments[3]:
+        base = _base(function)
+        where = 2 if base in ("index_select", "gather") else 1
+        if base == "index_put" and taken[3:] and taken[3]:
             raise Unreadable("it adds to numbers by their place")
-        if any(isinstance(v, torch.Tensor) for v in _pytree.tree_leaves(arguments[where])):
-            raise Unreadable(f"its {_base(target)} picks numbers by what it computes")
-        taken: list[Any] = [self._as_places(value) for value in arguments]
-        taken[where] = _pytree.tree_map_only(_Known, lambda v: v.tensor, arguments[where])
-        return self.joined(target(*taken, **options))
-
-    def _as_places(self, value: Any) -> Any:
-        return _pytree.tree_map_only(_Known, lambda v: self.constant(v.tensor), value)
-
-    def _check_type(self, node: Any, base: str) -> None:
-        """Raise `Unreadable` where numbers would be rounded, or truth values counted, by torch's rules for types."""
-        values = node.meta.get("val")
-        if isinstance(values, (tuple, list)):
-            values = [values[user.args[1]] for user in node.users]
-        for value in values if isinstance(values, list) else [values]:
-            if not isinstance(value, torch.Tensor) or value.dtype == self.dtype:
-                continue
-            if value.dtype != torch.bool or base not in TRUTH:
-                raise Unreadable(f"its {base} gives numbers of type {value.dtype}")
+        chosen = [v for v in _pytree.tree_leaves(taken[where]) if isinstance(v, torch.Tensor)]
+        if not all(map(self._is_known, chosen)):
+            raise Unreadable(f"its {base} picks numbers by what it computes")
+        places = [
+            v if i == where else _pytree.tree_map_only(torch.Tensor, self._places_of, v) for i, v in enumerate(taken)
+        ]
+        return self.joined(function(*places, **more))
 
 
 def _binary(operation: str) -> Callable:
@@ -522,26 +612,27 @@ def _normalise(reader: _Reader, a: Any, dims: int, eps: float, centre: bool) -> 
     return reader.elementwise("multiply", [a, factor])
 
 
-def _layer_norm(
-    reader: _Reader, a: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, _c=True
-) -> Any:
+def _layer_norm(reader: _Reader, a: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
     y = _normalise(reader, a, len(shape), eps, centre=True)
     y = y if weight is None else reader.elementwise("multiply", [y, weight])
-    return y if bias is None else reader.elementwise("add", [y, bias])
+    return (y if bias is None else reader.elementwise("add", [y, bias]),)
 
 
 def _group_norm(
-    reader: _Reader, a: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, _c=True
+    reader: _Reader, a: Any, weight: Any, bias: Any, _batch: int, _channels: int, _size: int, groups: int, eps: float
 ) -> Any:
     y = _normalise(reader, a.reshape(a.shape[0], groups, -1), 1, eps, centre=True).reshape(a.shape)
     shape = (-1, *[1] * (a.ndim - 2))
     y = y if weight is None else reader.elementwise("multiply", [y, weight.reshape(shape)])
-    return y if bias is None else reader.elementwise("add", [y, bias.reshape(shape)])
+    return (y if bias is None else reader.elementwise("add", [y, bias.reshape(shape)]),)
 
 
 def _batch_norm(
-    reader: _Reader, a: Any, weight: Any, bias: Any, mean: Any, variance: Any, momentum: float, eps: float
-) -> Any:
+    reader: _Reader, a: Any, weight: Any, bias: Any, mean: Any, variance: Any, train: bool, _momentum: float,
+    eps: float,
+) -> Any:  # fmt: skip
+    if train:
+        raise Unreadable("it takes statistics of the batch")
     shape = (-1, *[1] * (a.ndim - 2))
     factor = reader.elementwise("reciprocal root", [reader.elementwise("shift", [variance], eps)])
     factor = factor if weight is None else reader.elementwise("multiply", [factor, weight])
@@ -572,25 +663,18 @@ def _log_sum_exp(reader: _Reader, a: Any, dims: Any, keepdim: bool = False) -> A
 
 
 def _attention(
-    reader: _Reader, q: Any, k: Any, v: Any, mask: Any = None, dropout: float = 0.0, causal: bool = False,
-    scale: Any = None, **options: Any,
+    reader: _Reader, q: Any, k: Any, v: Any, dropout: float = 0.0, causal: bool = False, *, attn_mask: Any = None,
+    scale: Any = None,
 ) -> Any:  # fmt: skip
-    if dropout or options.get("enable_gqa"):
-        raise Unreadable("it uses attention with dropout, or with groups of queries")
+    if dropout:
+        raise Unreadable("it uses attention with dropout")
     scores = reader.product(q, k.transpose(-2, -1))
     scores = reader.elementwise("scale", [scores], 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if causal:
-        mask = reader.constant(torch.ones(q.shape[-2], k.shape[-2]).tril().log())
-    if mask is not None:
-        given: Any = reader.node.args[3] if len(reader.node.args) > 3 else None
-        if given is not None and given.meta["val"].dtype == torch.bool:
-            mask = reader.elementwise("choose", [mask, 0.0, -math.inf])
-        scores = reader.elementwise("add", [scores, mask])
-    return reader.product(_softmax(reader, scores, -1), v)
-
-
-def _linear(reader: _Reader, x: Any, weight: Any, bias: Any = None) -> Any:
-    return reader.dense(x, weight, bias)
+        attn_mask = reader.constant(torch.ones(q.shape[-2], k.shape[-2]).tril().log())
+    if attn_mask is not None:
+        scores = reader.elementwise("add", [scores, attn_mask])
+    return (reader.product(_softmax(reader, scores, -1), v),)
 
 
 def _matmul(reader: _Reader, a: Any, b: Any) -> Any:
@@ -607,13 +691,18 @@ def _matmul(reader: _Reader, a: Any, b: Any) -> Any:
 
 
 def _add_product(reader: _Reader, c: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if alpha == beta == c.ndim == 1 and (b < 0).all():
+        return reader.dense(a, b.T, c)
     parts = (c, beta), (_matmul(reader, a, b), alpha)
     return reader.elementwise("add", [v if f == 1 else reader.elementwise("scale", [v], f) for v, f in parts])
 
 
-def _bilinear(reader: _Reader, a: Any, b: Any, weight: Any, bias: Any = None) -> Any:
+def _bilinear(reader: _Reader, a: Any, weight: Any, b: Any, *expanded: Any) -> Any:
+    """What torch makes of a bilinear layer, but for its biases."""
+    if [*map(list, expanded[:4])] != [[1, 3], [0], [1, 2], [2, 3]]:
+        raise Unreadable("it uses a product of three tensors")
     pairs = reader.elementwise("multiply", [a[..., :, None], b[..., None, :]])
-    return reader.dense(pairs.flatten(-2), weight.flatten(1), bias)
+    return reader.dense(pairs.flatten(-2), weight.flatten(1))
 
 
 def _convolution(
@@ -668,16 +757,14 @@ def _mean_pool(
     return _mean(reader, reader.joined(windows).flatten(-len(kernel)), -1)
 
 
-def _pad(reader: _Reader, x: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
-    if mode == "constant":  # codes are whole numbers, exact in double precision
-        return reader.joined(torch.nn.functional.pad(x, pad, value=int(reader.constant(value or 0.0))))
-    return torch.nn.functional.pad(x.double(), pad, mode).long()
+def _pad(reader: _Reader, x: Any, pad: Any, value: float = 0) -> Any:
+    # codes are whole numbers, exact in double precision
+    return reader.joined(torch.nn.functional.pad(x, pad, value=int(reader.constant(value))))
 
 
-def _dropout(reader: _Reader, a: Any, p: float, train: bool) -> Any:
-    if train and p > 0.0:
-        raise Unreadable("it uses dropout in training")
-    return a
+def _pad_like(mode: str) -> Callable:
+    """Return the rule of a padding by numbers of the tensor itself."""
+    return lambda reader, x, pad: torch.nn.functional.pad(x.double(), pad, mode).long()
 
 
 def _to(reader: _Reader, a: Any, *arguments: Any, dtype: Any = None, **_options: Any) -> Any:
@@ -699,12 +786,6 @@ def _of_two(operation: str, swapped: bool = False) -> Callable:
     return lambda reader, a, b: reader.elementwise(operation, [b, a] if swapped else [a, b])
 
 
-SYMBOLIC = {
-    operator.mul, operator.add, operator.sub, operator.floordiv, torch.sym_max, torch.sym_min,
-    torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default,
-}  # fmt: skip
-"""Functions on sizes."""
-
 LAYOUT = set(
     "reshape permute transpose t slice select unsqueeze squeeze expand expand_as flatten unflatten movedim numpy_T mT "
     "split split_with_sizes chunk unbind flip roll narrow repeat repeat_interleave tile cat stack select_scatter "
@@ -724,7 +805,7 @@ TRUTH = set(
 )
 """Operations that may give truth values."""
 
-SAME = {"clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh", "lift"}
+SAME = {"clone", "alias", "lift_fresh_copy", "lift_fresh", "lift"}
 """Operations that give back their argument, as far as numbers go."""
 
 RULES: dict[str, Callable] = {name: _unary(*operation) for name, operation in ALIKE.items()} | {
@@ -761,12 +842,15 @@ RULES: dict[str, Callable] = {name: _unary(*operation) for name, operation in AL
     "cumsum": _cumulated, "mean": _mean, "sum": _sum, "logsumexp": _log_sum_exp,
     "softmax": _softmax, "_softmax": lambda r, a, dim, _half: _softmax(r, a, dim),
     "log_softmax": _log_softmax, "_log_softmax": lambda r, a, dim, _half: _log_softmax(r, a, dim),
-    "layer_norm": _layer_norm, "group_norm": _group_norm, "_native_batch_norm_legit_no_training": _batch_norm,
-    "scaled_dot_product_attention": _attention, "linear": _linear, "mm": _matmul, "matmul": _matmul, "bmm": _matmul,
+    "native_layer_norm": _layer_norm, "native_group_norm": _group_norm, "native_batch_norm": _batch_norm,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention, "mm": _matmul, "matmul": _matmul, "bmm": _matmul,
     "mv": _matmul, "dot": _matmul, "addmm": _add_product, "addmv": _add_product, "baddbmm": _add_product,
-    "bilinear": _bilinear, "convolution": _convolution, "max_pool2d_with_indices": _max_pool, "avg_pool1d": _mean_pool,
-    "avg_pool2d": _mean_pool, "pad": _pad, "dropout": _dropout, "to": _to, "_to_copy": _to, "type_as": _to,
-    "detach": _unary("stop"), "copy": lambda r, a, b: b.expand(a.shape),
+    "_trilinear": _bilinear, "convolution": _convolution, "max_pool2d_with_indices": _max_pool,
+    "avg_pool1d": _mean_pool, "avg_pool2d": _mean_pool, "constant_pad_nd": _pad,
+    "_unsafe_view": lambda r, a, shape: a.reshape(shape), "_to_copy": _to,
+    **{f"reflection_pad{n}d": _pad_like("reflect") for n in (1, 2, 3)},
+    **{f"replication_pad{n}d": _pad_like("replicate") for n in (1, 2, 3)},
+    "zero": lambda r, a: r.constant(0.0).expand(a.shape),
     "fill": lambda r, a, value: (value if isinstance(value, torch.Tensor) else r.constant(value)).expand(a.shape),
 }  # fmt: skip
 """What each operation of torch becomes, by its name."""

@@ -646,7 +646,7 @@ class Rollout:
                 raise TypeError(f"{name} must be an array of numbers that torch can take: {error}") from None
         raise TypeError(f"{name} must be a torch, numpy or DLPack array, got {type(x0).__name__}")
 
-    def _structs(self, rows: torch.Tensor | None, like: wp.array) -> wp.array | None:
+    def _structs(self, rows: torch.Tensor | None, like: torch.Tensor) -> wp.array | None:
         return structs_of(self._physics, rows, like) if isinstance(self._physics, System) else None
 
     def _forward(
@@ -662,7 +662,7 @@ class Rollout:
         self._check_place()
         with torch.no_grad(), torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
             arrays = as_array(states), as_array(controls)
-            p, fused = self._structs(rows, arrays[0]), self.backend == "fused"
+            p, fused = self._structs(rows, states), self.backend == "fused"
             kept = forward(self._inner, self._adapter, *arrays, p, fused, keep)
         masked = freeze_diverged(states, controls, self.on_divergence)
         return states, controls, masked, None if len(masked) else kept
@@ -717,7 +717,7 @@ class Rollout:
         want_rows, want_inputs = (wanted[i] or sources.histories[i] is not None for i in (1, 2))
         with torch_stream(self.device), torch.autocast(self.device.type, enabled=False):
             arrays = [as_array(tensor) for tensor in (states.detach(), controls.detach(), *seeds_)]
-            trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, arrays[0]), kept)
+            trajectory = Trajectory(arrays[0], arrays[1], self._structs(rows, states), kept)
             adjoints, check, simulator = self._run_backward(
                 flows, trajectory, Seeds(arrays[2], arrays[3]), masked, sources, found,
                 (updates[:, :of_controller], of_system), workspace, want_rows, want_inputs,

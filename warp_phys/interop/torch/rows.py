@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from warp_phys.core.arrays import shape_message
+from warp_phys.interop.torch.contract import is_optimized
 from warp_phys.interop.torch.dense import is_finite
 
 
@@ -129,7 +130,7 @@ def takes_inputs(controller: torch.nn.Module, memory: int) -> bool:
 
 def has_room(controller: torch.nn.Module, memory: int) -> bool:
     """Whether a controller's forward can be given another argument besides state and memory."""
-    while isinstance(controller, torch._dynamo.OptimizedModule) or _is_parallel(controller):
+    while is_optimized(controller) or _is_parallel(controller):
         inner: Any = controller._orig_mod if hasattr(controller, "_orig_mod") else controller.module
         controller = inner
     try:
