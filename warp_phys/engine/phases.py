@@ -105,7 +105,7 @@ class Trajectory(NamedTuple):
     parameters: wp.array | None
     """Physical parameters, a struct array of length 1 or batch; None for a simulator that has none."""
     kept: Any = None
-    """What the controller kept of its forward pass for `Controller.sweep`, or None."""
+    """What the controller kept of its forward pass for `Controller.sweep`, or the simulator's inner states, or None."""
 
 
 class Seeds(NamedTuple):
@@ -140,21 +140,35 @@ def forward(
     """Unroll: write states[1:] and controls from states[0]; in one kernel if `fused`, else step by step.
 
     Returns:
-        What the controller kept for a backward pass if `keep` allows it, for `Trajectory.kept`.
+        What the controller kept for a backward pass if `keep` allows it, or the simulator (its inner states, shape
+        (steps, inner states, batch, D)), for `Trajectory.kept`.
     """
     if fused:
         return controller.unroll(system, states, controls, parameters, keep)
-    control, advance = controller.evaluator(states, controls), _stepper(system, states, controls, parameters)
+    inner = _inner_states(system, states) if keep else None
+    control, advance = controller.evaluator(states, controls), _stepper(system, states, controls, parameters, inner)
     for n in range(controls.shape[0]):
         control(n)
         advance(n)
-    return None
+    return inner
+
+
+def _inner_states(system: Any, states: wp.array) -> wp.array | None:
+    """Return room for the states within each step, where a simulator has such and wants them back."""
+    count = getattr(system, "inner_states", 0)
+    if not count:
+        return None
+    steps, batch, size = states.shape[0] - 1, *states.shape[1:]
+    return wp.empty((steps, count, batch, size), dtype=states.dtype, device=states.device)
 
 
 def _stepper(
-    system: Simulator, states: wp.array, controls: wp.array, parameters: wp.array | None
+    system: Simulator, states: wp.array, controls: wp.array, parameters: wp.array | None, inner: wp.array | None
 ) -> Callable[[int], None]:
     """Return a function that takes time step n; on a CPU it is a recorded launch, with little Python in it."""
+    if inner is not None:
+        stepping: Any = system
+        return lambda n: stepping.step(states[n], controls[n], states[n + 1], inner=inner[n])
     if not isinstance(system, System) or not wp.get_device(states.device).is_cpu:
         own = () if parameters is None else (parameters,)
         return lambda n: system.step(states[n], controls[n], states[n + 1], *own)
@@ -328,25 +342,28 @@ class Retreat:
         self.takes_result = self.compares and "y" in inspect.signature(product).parameters
         self._spare: wp.array | None = None
 
-    def __call__(self, n: int, f: int, x: wp.array, c: wp.array, y: wp.array, arguments: tuple) -> None:
-        """Call `step_vjp` for step n and flow f, with all of its other arguments.
+    def __call__(
+        self, n: int, f: int, x: wp.array, c: wp.array, y: wp.array, arguments: tuple, inner: wp.array | None = None
+    ) -> None:
+        """Call `step_vjp` for step n and flow f, with all of its other arguments; inner states if there are some.
 
         Raises:
             NotRepeatable: The simulator finds other next states than y.
         """
+        options = {} if inner is None else {"inner": inner}
         if not self.compares or f > 0 or (not self.takes_result and self.steps is not None and n not in self.steps):
-            self.product(f, x, c, arguments, {})
+            self.product(f, x, c, arguments, options)
             return
         try:
             if self.but:
                 y = self._with_own(x, c, y)
             if self.takes_result:
-                self.product(f, x, c, arguments, {"y": y})
+                self.product(f, x, c, arguments, {**options, "y": y})
                 return
             self._compare(x, c, y)
         except NotRepeatable as error:
             raise NotRepeatable(f"in time step {n} {error}") from None
-        self.product(f, x, c, arguments, {})
+        self.product(f, x, c, arguments, options)
 
     def product(self, f: int, x: wp.array, c: wp.array, arguments: tuple, options: dict[str, Any]) -> None:
         """Call `step_vjp` for flow f."""
@@ -406,7 +423,8 @@ class _Pass:
             self._sweep(local, local_seeds, linear, own, mu, own_p, own_inputs, gates, steps)
         else:
             following = _part(trajectory.states, slice(steps.start + 1, steps.stop + 1), block)
-            self._walk(local, local_seeds, following, linear, own, mu, own_p, own_inputs, gates, steps)
+            inner = None if trajectory.kept is None or isinstance(self.system, System) else trajectory.kept[span]
+            self._walk(local, local_seeds, following, linear, own, mu, own_p, own_inputs, gates, steps, inner)
         if not self.whole:
             linear.contract(mu.reshape((self.flows, rows, mu.shape[3])), self.gradients)
 
@@ -444,11 +462,12 @@ class _Pass:
 
     def _walk(
         self, local: Trajectory, seeds: Seeds, following: wp.array, linear: Linearisation, lam, mu, adj_p, adj_inputs,
-        gates: wp.array, steps: range,
+        gates: wp.array, steps: range, inner: wp.array | None,
     ) -> None:  # fmt: skip
         """Phase 2 step by step, through the two verbs of a `Simulator` and the controller's own pull.
 
-        `following` are the states behind each step, `linear` the controller at all of them.
+        `following` are the states behind each step, `inner` those within it, `linear` the controller at all of them.
+        A simulator that `takes_flows` is given the adjoints of all flows at once.
         """
         flows, batch, _ = lam.shape
         real, device = lam.dtype, lam.device
@@ -468,11 +487,15 @@ class _Pass:
             structs = None if extra is None else as_structs(extra, self.system.types(real).Parameters)
             arguments = local.parameters, structs
         found = [(lam[f], dx[f], dc[f], *arguments) for f in range(flows)]
+        together = getattr(self.system, "takes_flows", False)
         for n in reversed(range(len(steps))):
             x, c, at = local.states[n], local.controls[n], steps.start + n
-            y = following[n]
+            y, own_inner = following[n], None if inner is None else inner[n]
+            if together:
+                self.simulator(at, 0, x, c, y, (lam, dx, dc), own_inner)
             for f in range(flows):
-                self.simulator(at, f, x, c, y, found[f])
+                if not together:
+                    self.simulator(at, f, x, c, y, found[f], own_inner)
                 if extra is not None:
                     launch(add_rows, dim=extra.shape, inputs=[extra, own_p[f]])
                 launch(sum_rows, dim=(batch, mu.shape[3]), inputs=[found[f][2], seeds.controls[n], mu[f, n]])
