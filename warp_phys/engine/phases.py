@@ -158,8 +158,8 @@ def _inner_states(system: Any, states: wp.array) -> wp.array | None:
     count = getattr(system, "inner_states", 0)
     if not count:
         return None
-    steps, batch, size = states.shape[0] - 1, *states.shape[1:]
-    return wp.empty((steps, count, batch, size), dtype=states.dtype, device=states.device)
+    rows, batch, size = states.shape
+    return wp.empty((rows - 1, count, batch, size), dtype=states.dtype, device=states.device)
 
 
 def _stepper(
@@ -223,16 +223,14 @@ def open_gates(gates: np.ndarray, system: Any, want_inputs: bool) -> np.ndarray:
     return want_inputs | (controller != 0.0).any(axis=(2, 3))
 
 
-def parallel_in_time(system: Simulator, controller: Controller, trajectory: Trajectory, is_open: np.ndarray) -> bool:
+def parallel_in_time(controller: Controller, trajectory: Trajectory, is_open: np.ndarray) -> bool:
     """Whether to form the controller's Jacobians, or to pull adjoints through it step by step.
 
     The Jacobians cost one backward pass per control component over all rows, chunk by chunk; walking costs an
     evaluation of each step, and a pass for each flow whose gate is open there. Both give the same numbers but for
     rounding. So the choice is made by counts, at costs that were measured once, and by no timing: the same rollout has
-    the same bits each time. A simulator that is no `System` has no sweep kernel.
+    the same bits each time.
     """
-    if not isinstance(system, System):
-        return False
     steps, batch, controls = trajectory.controls.shape
     step = batch * (controller.multiply_adds + ROW_COST)
     chunks = steps * batch / min(CHUNK_ROWS, max(1, CHUNK_ROWS // batch) * batch)
@@ -301,7 +299,7 @@ def backward(
         wp.copy(lam[f], seeds.states[steps])
     is_open = open_gates(gates, system, want_inputs)
     if parallel is None:
-        parallel = not whole and parallel_in_time(system, controller, trajectory, is_open)
+        parallel = not whole and parallel_in_time(controller, trajectory, is_open)
     pass_ = _Pass(
         system, controller, is_open, gates_array, gradients, workspace, parallel, check, whole, simulator, fused
     )
@@ -419,12 +417,14 @@ class _Pass:
         own_p = None if adj_p is None else _part(adj_p, everyone, block)
         own_inputs = None if adj_inputs is None else adj_inputs[:, span, block]
         gates = self._gates_of(block, trajectory.states.shape[1])
-        if self.parallel:
-            self._sweep(local, local_seeds, linear, own, mu, own_p, own_inputs, gates, steps)
+        jacobian = self._jacobian(local, linear, steps) if self.parallel else None
+        if jacobian is not None and isinstance(self.system, System):
+            self._sweep(local, local_seeds, jacobian, own, mu, own_p, own_inputs, gates, steps)
         else:
             following = _part(trajectory.states, slice(steps.start + 1, steps.stop + 1), block)
             inner = None if trajectory.kept is None or isinstance(self.system, System) else trajectory.kept[span]
-            self._walk(local, local_seeds, following, linear, own, mu, own_p, own_inputs, gates, steps, inner)
+            behind = following, inner
+            self._walk(local, local_seeds, behind, linear, jacobian, own, mu, own_p, own_inputs, gates, steps)
         if not self.whole:
             linear.contract(mu.reshape((self.flows, rows, mu.shape[3])), self.gradients)
 
@@ -436,16 +436,25 @@ class _Pass:
             return gates
         return gates[:, :, first * width : last * width]
 
+    def _jacobian(self, local: Trajectory, linear: Linearisation, steps: range) -> wp.array:
+        """Return the controller's Jacobians at a chunk's rows, shape (steps, batch, K, D); empty where none is needed.
+
+        It is at hand until the next chunk.
+        """
+        count, batch, size = local.controls.shape
+        columns = local.states.shape[2]
+        if not self.is_open[:, steps.start : steps.stop].any():
+            return self._array("jacobian", (0, 0, 0, 0), local.states)
+        jacobian = self._array("jacobian", (count, batch, size, columns), local.states)
+        linear.jacobian(jacobian.reshape((count * batch, size, columns)))
+        return jacobian
+
     def _sweep(
-        self, local: Trajectory, seeds: Seeds, linear: Linearisation, lam, mu, adj_p, adj_inputs, gates, steps: range
+        self, local: Trajectory, seeds: Seeds, jacobian: wp.array, lam, mu, adj_p, adj_inputs, gates, steps: range
     ) -> None:
         """Phase 2 in one launch for all flows."""
-        count, batch, size = local.controls.shape
+        count, batch, _ = local.controls.shape
         real, device, states = lam.dtype, lam.device, local.states
-        needed = self.is_open[:, steps.start : steps.stop].any()
-        jacobian = self._array("jacobian", (count, batch, size, states.shape[2]) if needed else (0, 0, 0, 0), states)
-        if needed:
-            linear.jacobian(jacobian.reshape((count * batch, size, states.shape[2])))
         struct = self.system.types(real).Parameters
         shape = (self.flows, count, batch) if adj_p is not None else (0, 0, 0)
         per_step = self._array("adj_p per step", (*shape, len(self.system.parameter_names)), states)
@@ -461,14 +470,15 @@ class _Pass:
             wp.launch(kernel, dim=adj_p.shape, inputs=inputs, device=device, record_tape=False)
 
     def _walk(
-        self, local: Trajectory, seeds: Seeds, following: wp.array, linear: Linearisation, lam, mu, adj_p, adj_inputs,
-        gates: wp.array, steps: range, inner: wp.array | None,
+        self, local: Trajectory, seeds: Seeds, behind: tuple[wp.array, wp.array | None], linear: Linearisation,
+        jacobian: wp.array | None, lam, mu, adj_p, adj_inputs, gates: wp.array, steps: range,
     ) -> None:  # fmt: skip
-        """Phase 2 step by step, through the two verbs of a `Simulator` and the controller's own pull.
+        """Phase 2 step by step, through the two verbs of a `Simulator` and the controller's own pull, or its Jacobians.
 
-        `following` are the states behind each step, `inner` those within it, `linear` the controller at all of them.
+        `behind` are the states behind each step and those within it, `linear` is the controller at all of them.
         A simulator that `takes_flows` is given the adjoints of all flows at once.
         """
+        following, inner = behind
         flows, batch, _ = lam.shape
         real, device = lam.dtype, lam.device
         dx, pulled = self._array("dx", lam.shape, lam), self._array("pulled", lam.shape, lam)
@@ -481,6 +491,7 @@ class _Pass:
         if self.single:
             gate_single = row_kernels.gate_single_kernel(*row_sizes(self.system), lam.shape[2], real)
             no_inputs = self._array("no adj_inputs of a step", (0, 0, 0), lam)
+        pull_rows = row_kernels.pull_rows_kernel(real)
         gate_rows, own_p = row_kernels.gate_rows_kernel(real), [] if adj_p is None else [adj_p[f] for f in range(flows)]
         arguments: tuple = ()
         if local.parameters is not None:
@@ -499,7 +510,10 @@ class _Pass:
                 if extra is not None:
                     launch(add_rows, dim=extra.shape, inputs=[extra, own_p[f]])
                 launch(sum_rows, dim=(batch, mu.shape[3]), inputs=[found[f][2], seeds.controls[n], mu[f, n]])
-            self._pull(linear if len(steps) == 1 else None, x, mu[:, n], pulled, self.is_open[:, at])
+            if jacobian is None:
+                self._pull(linear if len(steps) == 1 else None, x, mu[:, n], pulled, self.is_open[:, at])
+            elif len(jacobian):
+                launch(pull_rows, dim=lam.shape, inputs=[jacobian[n], mu[:, n], pulled])
             inputs = [dx, pulled, seeds.states[n], gates, at, lam]
             if self.single:
                 given = no_inputs if adj_inputs is None else adj_inputs[:, n]
