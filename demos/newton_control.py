@@ -132,17 +132,20 @@ def train(task: Task, system: Any, settings: Settings, flow: str) -> Curve:
 
 
 def draw(figure: Any, settings: Settings, curves: Mapping[str, Curve]) -> None:
-    """Draw the losses over the updates, and below them the poses of each flow along one rollout."""
-    grid = figure.add_gridspec(1 + len(curves), 1, height_ratios=[4] + [1] * len(curves))
+    """Draw the losses over the updates, and below them the poses of each flow along one rollout, if it has capsules."""
+    everything = np.concatenate([pose for curve in curves.values() for pose in curve.poses])
+    strips = curves if len(everything) else {}
+    grid = figure.add_gridspec(1 + len(strips), 1, height_ratios=[4] + [1] * len(strips))
     axes = figure.add_subplot(grid[0])
     for letter, curve in curves.items():
         axes.plot(curve.losses, color=colour(letter), label=f"{letter} {resolve(letter).name}")
     title = f"{TASKS[settings.task].title}, seed {settings.seed}"
     axes.set(xlabel="update", ylabel="test loss", title=title)
     axes.legend()
-    everything = np.concatenate([pose for curve in curves.values() for pose in curve.poses])
+    if not strips:
+        return
     left, right = everything[:, [0, 2]].min() - 0.3, everything[:, [0, 2]].max() + 0.3
-    for i, (letter, curve) in enumerate(curves.items(), 1):
+    for i, (letter, curve) in enumerate(strips.items(), 1):
         strip = figure.add_subplot(grid[i])
         for n, pose in enumerate(curve.poses):
             for x, z, to_x, to_z, radius in pose:

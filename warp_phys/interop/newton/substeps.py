@@ -49,6 +49,7 @@ class Substeps:
         self.apart = wp.zeros(worlds, dtype=wp.float32, device=self.device)
         self.c = wp.zeros(controls, dtype=wp.float32, device=self.device)
         self.adjoints: dict[int, tuple[wp.array, wp.array]] = {}
+        self.spares: dict[int, wp.array] = {}
         self.plain = tuple(model.state(requires_grad=False) for _ in range(2))
         self.taped = tuple(model.state(requires_grad=True) for _ in range(2))
         self.control = model.control(requires_grad=True)
@@ -106,9 +107,14 @@ class Substeps:
                 self._collect(target, self.rows[-1])
                 inputs = [self.y, self.rows[-1], REPEATS[self.device.is_cpu]]
                 self._launch(compare_rows, (self.worlds,), inputs, self.apart)
-            self._mend(tape, target)
             self._prune(tape, target)
+            written = self._written(tape) if flows > 1 else []
+            self._mend(tape, target)
+            for array, spare in written:
+                wp.copy(spare, array)
             for f in range(flows):
+                for array, spare in written if f else ():
+                    wp.copy(array, spare)
                 self._spread(adj[f], target, adjoint=True)
                 tape.backward()
                 self._collect(source, adj[f], adjoint=True)
@@ -118,16 +124,38 @@ class Substeps:
         return kept
 
     def _mend(self, tape: wp.Tape, target: Any) -> None:
-        """Restore the bodies' wrenches where a kernel on the tape has overwritten them.
+        """Have a tape restore the bodies' wrenches before a kernel that has overwritten them runs backward.
 
         `eval_rigid_tau` of Newton 1.8 replaces each wrench by one at another point, with the other sign. Warp reads
         arrays as they are when a tape runs backward, so that the derivative by the lever arm would be wrong: for
-        contacts, and for forces on free joints.
+        contacts, and for forces on free joints. Running backward the kernel replaces them again, for the next flow.
         """
-        kernels = [launch[0] for launch in tape.launches if not callable(launch)]
-        if any(kernel.key == "eval_rigid_tau" and OVERWRITES in kernel.adj.source for kernel in kernels):
-            inputs = [target.body_q_com, target.body_solve_origin]
+        inputs = [target.body_q_com, target.body_solve_origin] if self.reduced else []
+
+        def restore() -> None:
             self._launch(restore_wrenches, (self.model.body_count,), inputs, target.body_f_ext)
+
+        for i, launch in enumerate(tape.launches):
+            kernel = None if callable(launch) else launch[0]
+            if kernel is not None and kernel.key == "eval_rigid_tau" and OVERWRITES in kernel.adj.source:
+                tape.launches.insert(i + 1, restore)
+                return
+
+    def _written(self, tape: wp.Tape) -> list[tuple[wp.array, wp.array]]:
+        """Return what a tape's launches write, each with an array of the same kind to keep it in.
+
+        A kernel that adds to an array adds to it again when it runs backward, so that forces would be others for the
+        next flow. The solver's own matrices are only ever assigned.
+        """
+        own = [value for value in vars(self.solver).values() if isinstance(value, wp.array)]
+        written: dict[int, tuple[wp.array, wp.array]] = {}
+        for array in (array for launch in tape.launches if not callable(launch) for array in launch[4]):
+            if not isinstance(array, wp.array) or not array.size or any(_overlap(array, other) for other in own):
+                continue
+            if array.ptr not in self.spares:
+                self.spares[array.ptr] = wp.empty_like(array, requires_grad=False)
+            written[array.ptr] = array, self.spares[array.ptr]
+        return list(written.values())
 
     def _prune(self, tape: wp.Tape, target: Any) -> None:
         """Take the last launches from a tape whose results lead to no number of a row: they have no adjoints.
