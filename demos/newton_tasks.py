@@ -167,7 +167,7 @@ def segments(system: NewtonSystem, states: np.ndarray) -> np.ndarray:
             continue
         pose = wp.transform(*poses[bodies[i]]) * wp.transform(*places[i])
         half = scales[i, 1] if kinds[i] == int(newton.GeoType.CAPSULE) else 0.0
-        ends = [wp.transform_point(pose, wp.vec3(0.0, 0.0, sign * half)) for sign in (-1.0, 1.0)]
+        ends = [np.array(wp.transform_point(pose, wp.vec3(0.0, 0.0, sign * half))) for sign in (-1.0, 1.0)]
         rows.append([ends[0][0], ends[0][2], ends[1][0], ends[1][2], scales[i, 0]])
     return np.array(rows).reshape(-1, 5)
 

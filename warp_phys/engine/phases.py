@@ -422,7 +422,8 @@ class _Pass:
             self._sweep(local, local_seeds, jacobian, own, mu, own_p, own_inputs, gates, steps)
         else:
             following = _part(trajectory.states, slice(steps.start + 1, steps.stop + 1), block)
-            inner = None if trajectory.kept is None or isinstance(self.system, System) else trajectory.kept[span]
+            kept = trajectory.kept if getattr(self.system, "inner_states", 0) else None
+            inner = None if kept is None else kept[span]
             behind = following, inner
             self._walk(local, local_seeds, behind, linear, jacobian, own, mu, own_p, own_inputs, gates, steps)
         if not self.whole:
