@@ -197,13 +197,14 @@ class Rollout:
             parameters = self.system.check_parameters(parameters, x0, len(x0))
         with paused(tape):
             self._fill(states, x0, inputs, memory)
-            forward(self._rows, self.controller, states, controls, parameters, self.backend == "fused")
+            keep = tape is not None and not isinstance(self.system, System)  # the inner states of a simulator
+            kept = forward(self._rows, self.controller, states, controls, parameters, self.backend == "fused", keep)
         if self.on_divergence == "raise":
             finite = np.isfinite(states.numpy()).all(axis=2)
             if not finite.all():
                 raise Diverged(int(np.argmin(finite.all(axis=1))), np.flatnonzero(~finite.all(axis=0)).tolist())
         if tape is not None:
-            self._record(tape, (x0, inputs, memory), Trajectory(states, controls, parameters), given, has_history)
+            self._record(tape, (x0, inputs, memory), Trajectory(states, controls, parameters, kept), given, has_history)
         if self._rows is self._system:
             return states, controls
         size, end = self._rows.own_size, self._rows.remembering_size

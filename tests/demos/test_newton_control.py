@@ -4,11 +4,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
+import warp as wp
 
 pytest.importorskip("newton")
 
 from demos.newton_control import Settings, main
-from demos.newton_tasks import TASKS
+from demos.newton_tasks import TASKS, segments
 
 
 def test_a_short_training(tmp_path, capsys):
@@ -29,10 +31,25 @@ def test_the_ant_stands():
     assert np.abs(states[0] - states[1]).max() > 0.01
 
 
+def test_the_hopper_stands():
+    """On its springs alone it is still upright after a second."""
+    task = TASKS["hopper"]
+    system = task.build(2)
+    x = wp.array(task.start(system, np.random.default_rng(0)), dtype=wp.float32, device="cpu")
+    y, c = wp.empty_like(x), wp.zeros((2, 3), dtype=wp.float32, device="cpu")
+    for _ in range(50):
+        system.step(x, c, y)
+        x, y = y, x
+    assert np.abs(x.numpy()[:, 1] + 0.13).max() < 0.03 and np.abs(x.numpy()[:, 2]).max() < 0.1
+    assert task.observe(torch.zeros(2, system.state_size)).shape == (2, 11)
+    capsules = segments(system, x.numpy())
+    assert capsules.shape == (4, 5) and np.abs(capsules[3, [1, 3]] - 0.05).max() < 0.02  # the foot lies on the ground
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "snake"], "task must be one of 'cartpole', 'ant', got 'snake'"),
+        (["--task", "snake"], "task must be one of 'cartpole', 'ant', 'hopper', got 'snake'"),
         (["--flows", "X"], "flow"),
         (["--updates", "0"], "updates must be at least 1, got 0"),
         (["--rate", "0"], "rate must be positive, got 0.0"),

@@ -104,7 +104,7 @@ def test_parity_with_warps_own_tape(make, device):
             solvers[n].step(states[n], states[n + 1], inputs[n], None, DT)
     work._spread(*arrays(weights, device=device), states[50], adjoint=True)
     tape.backward()
-    expected = wp.zeros_like(work.adj)
+    expected = wp.zeros_like(work.y)
     work._collect(states[0], expected, adjoint=True)
     assert relative(found, expected.numpy()) < 1e-5
     for n in (0, 25, 49):

@@ -441,7 +441,7 @@ def test_the_choice_of_a_way_counts_passes_and_steps(flow, batch, controls, para
     trajectory = phases.Trajectory(None, np.zeros((100, batch, controls)), None)
     adapter = type("GRU", (), {"multiply_adds": 3681})()
     is_open = phases.flow_gates(linear_parts(resolve(flow)), 100)[:, :, 1] != 0.0
-    assert phases.parallel_in_time(SYSTEM, adapter, trajectory, is_open) is parallel
+    assert phases.parallel_in_time(adapter, trajectory, is_open) is parallel
 
 
 class Waits(TorchDispatchMode):

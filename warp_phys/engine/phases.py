@@ -105,7 +105,7 @@ class Trajectory(NamedTuple):
     parameters: wp.array | None
     """Physical parameters, a struct array of length 1 or batch; None for a simulator that has none."""
     kept: Any = None
-    """What the controller kept of its forward pass for `Controller.sweep`, or None."""
+    """What the controller kept of its forward pass for `Controller.sweep`, or the simulator's inner states, or None."""
 
 
 class Seeds(NamedTuple):
@@ -140,21 +140,35 @@ def forward(
     """Unroll: write states[1:] and controls from states[0]; in one kernel if `fused`, else step by step.
 
     Returns:
-        What the controller kept for a backward pass if `keep` allows it, for `Trajectory.kept`.
+        What the controller kept for a backward pass if `keep` allows it, or the simulator (its inner states, shape
+        (steps, inner states, batch, D)), for `Trajectory.kept`.
     """
     if fused:
         return controller.unroll(system, states, controls, parameters, keep)
-    control, advance = controller.evaluator(states, controls), _stepper(system, states, controls, parameters)
+    inner = _inner_states(system, states) if keep else None
+    control, advance = controller.evaluator(states, controls), _stepper(system, states, controls, parameters, inner)
     for n in range(controls.shape[0]):
         control(n)
         advance(n)
-    return None
+    return inner
+
+
+def _inner_states(system: Any, states: wp.array) -> wp.array | None:
+    """Return room for the states within each step, where a simulator has such and wants them back."""
+    count = getattr(system, "inner_states", 0)
+    if not count:
+        return None
+    rows, batch, size = states.shape
+    return wp.empty((rows - 1, count, batch, size), dtype=states.dtype, device=states.device)
 
 
 def _stepper(
-    system: Simulator, states: wp.array, controls: wp.array, parameters: wp.array | None
+    system: Simulator, states: wp.array, controls: wp.array, parameters: wp.array | None, inner: wp.array | None
 ) -> Callable[[int], None]:
     """Return a function that takes time step n; on a CPU it is a recorded launch, with little Python in it."""
+    if inner is not None:
+        stepping: Any = system
+        return lambda n: stepping.step(states[n], controls[n], states[n + 1], inner=inner[n])
     if not isinstance(system, System) or not wp.get_device(states.device).is_cpu:
         own = () if parameters is None else (parameters,)
         return lambda n: system.step(states[n], controls[n], states[n + 1], *own)
@@ -209,16 +223,14 @@ def open_gates(gates: np.ndarray, system: Any, want_inputs: bool) -> np.ndarray:
     return want_inputs | (controller != 0.0).any(axis=(2, 3))
 
 
-def parallel_in_time(system: Simulator, controller: Controller, trajectory: Trajectory, is_open: np.ndarray) -> bool:
+def parallel_in_time(controller: Controller, trajectory: Trajectory, is_open: np.ndarray) -> bool:
     """Whether to form the controller's Jacobians, or to pull adjoints through it step by step.
 
     The Jacobians cost one backward pass per control component over all rows, chunk by chunk; walking costs an
     evaluation of each step, and a pass for each flow whose gate is open there. Both give the same numbers but for
     rounding. So the choice is made by counts, at costs that were measured once, and by no timing: the same rollout has
-    the same bits each time. A simulator that is no `System` has no sweep kernel.
+    the same bits each time.
     """
-    if not isinstance(system, System):
-        return False
     steps, batch, controls = trajectory.controls.shape
     step = batch * (controller.multiply_adds + ROW_COST)
     chunks = steps * batch / min(CHUNK_ROWS, max(1, CHUNK_ROWS // batch) * batch)
@@ -287,7 +299,7 @@ def backward(
         wp.copy(lam[f], seeds.states[steps])
     is_open = open_gates(gates, system, want_inputs)
     if parallel is None:
-        parallel = not whole and parallel_in_time(system, controller, trajectory, is_open)
+        parallel = not whole and parallel_in_time(controller, trajectory, is_open)
     pass_ = _Pass(
         system, controller, is_open, gates_array, gradients, workspace, parallel, check, whole, simulator, fused
     )
@@ -328,25 +340,28 @@ class Retreat:
         self.takes_result = self.compares and "y" in inspect.signature(product).parameters
         self._spare: wp.array | None = None
 
-    def __call__(self, n: int, f: int, x: wp.array, c: wp.array, y: wp.array, arguments: tuple) -> None:
-        """Call `step_vjp` for step n and flow f, with all of its other arguments.
+    def __call__(
+        self, n: int, f: int, x: wp.array, c: wp.array, y: wp.array, arguments: tuple, inner: wp.array | None = None
+    ) -> None:
+        """Call `step_vjp` for step n and flow f, with all of its other arguments; inner states if there are some.
 
         Raises:
             NotRepeatable: The simulator finds other next states than y.
         """
+        options = {} if inner is None else {"inner": inner}
         if not self.compares or f > 0 or (not self.takes_result and self.steps is not None and n not in self.steps):
-            self.product(f, x, c, arguments, {})
+            self.product(f, x, c, arguments, options)
             return
         try:
             if self.but:
                 y = self._with_own(x, c, y)
             if self.takes_result:
-                self.product(f, x, c, arguments, {"y": y})
+                self.product(f, x, c, arguments, {**options, "y": y})
                 return
             self._compare(x, c, y)
         except NotRepeatable as error:
             raise NotRepeatable(f"in time step {n} {error}") from None
-        self.product(f, x, c, arguments, {})
+        self.product(f, x, c, arguments, options)
 
     def product(self, f: int, x: wp.array, c: wp.array, arguments: tuple, options: dict[str, Any]) -> None:
         """Call `step_vjp` for flow f."""
@@ -402,11 +417,15 @@ class _Pass:
         own_p = None if adj_p is None else _part(adj_p, everyone, block)
         own_inputs = None if adj_inputs is None else adj_inputs[:, span, block]
         gates = self._gates_of(block, trajectory.states.shape[1])
-        if self.parallel:
-            self._sweep(local, local_seeds, linear, own, mu, own_p, own_inputs, gates, steps)
+        jacobian = self._jacobian(local, linear, steps) if self.parallel else None
+        if jacobian is not None and isinstance(self.system, System):
+            self._sweep(local, local_seeds, jacobian, own, mu, own_p, own_inputs, gates, steps)
         else:
             following = _part(trajectory.states, slice(steps.start + 1, steps.stop + 1), block)
-            self._walk(local, local_seeds, following, linear, own, mu, own_p, own_inputs, gates, steps)
+            kept = trajectory.kept if getattr(self.system, "inner_states", 0) else None
+            inner = None if kept is None else kept[span]
+            behind = following, inner
+            self._walk(local, local_seeds, behind, linear, jacobian, own, mu, own_p, own_inputs, gates, steps)
         if not self.whole:
             linear.contract(mu.reshape((self.flows, rows, mu.shape[3])), self.gradients)
 
@@ -418,16 +437,25 @@ class _Pass:
             return gates
         return gates[:, :, first * width : last * width]
 
+    def _jacobian(self, local: Trajectory, linear: Linearisation, steps: range) -> wp.array:
+        """Return the controller's Jacobians at a chunk's rows, shape (steps, batch, K, D); empty where none is needed.
+
+        It is at hand until the next chunk.
+        """
+        count, batch, size = local.controls.shape
+        columns = local.states.shape[2]
+        if not self.is_open[:, steps.start : steps.stop].any():
+            return self._array("jacobian", (0, 0, 0, 0), local.states)
+        jacobian = self._array("jacobian", (count, batch, size, columns), local.states)
+        linear.jacobian(jacobian.reshape((count * batch, size, columns)))
+        return jacobian
+
     def _sweep(
-        self, local: Trajectory, seeds: Seeds, linear: Linearisation, lam, mu, adj_p, adj_inputs, gates, steps: range
+        self, local: Trajectory, seeds: Seeds, jacobian: wp.array, lam, mu, adj_p, adj_inputs, gates, steps: range
     ) -> None:
         """Phase 2 in one launch for all flows."""
-        count, batch, size = local.controls.shape
+        count, batch, _ = local.controls.shape
         real, device, states = lam.dtype, lam.device, local.states
-        needed = self.is_open[:, steps.start : steps.stop].any()
-        jacobian = self._array("jacobian", (count, batch, size, states.shape[2]) if needed else (0, 0, 0, 0), states)
-        if needed:
-            linear.jacobian(jacobian.reshape((count * batch, size, states.shape[2])))
         struct = self.system.types(real).Parameters
         shape = (self.flows, count, batch) if adj_p is not None else (0, 0, 0)
         per_step = self._array("adj_p per step", (*shape, len(self.system.parameter_names)), states)
@@ -443,13 +471,15 @@ class _Pass:
             wp.launch(kernel, dim=adj_p.shape, inputs=inputs, device=device, record_tape=False)
 
     def _walk(
-        self, local: Trajectory, seeds: Seeds, following: wp.array, linear: Linearisation, lam, mu, adj_p, adj_inputs,
-        gates: wp.array, steps: range,
+        self, local: Trajectory, seeds: Seeds, behind: tuple[wp.array, wp.array | None], linear: Linearisation,
+        jacobian: wp.array | None, lam, mu, adj_p, adj_inputs, gates: wp.array, steps: range,
     ) -> None:  # fmt: skip
-        """Phase 2 step by step, through the two verbs of a `Simulator` and the controller's own pull.
+        """Phase 2 step by step, through the two verbs of a `Simulator` and the controller's own pull, or its Jacobians.
 
-        `following` are the states behind each step, `linear` the controller at all of them.
+        `behind` are the states behind each step and those within it, `linear` is the controller at all of them.
+        A simulator that `takes_flows` is given the adjoints of all flows at once.
         """
+        following, inner = behind
         flows, batch, _ = lam.shape
         real, device = lam.dtype, lam.device
         dx, pulled = self._array("dx", lam.shape, lam), self._array("pulled", lam.shape, lam)
@@ -462,21 +492,29 @@ class _Pass:
         if self.single:
             gate_single = row_kernels.gate_single_kernel(*row_sizes(self.system), lam.shape[2], real)
             no_inputs = self._array("no adj_inputs of a step", (0, 0, 0), lam)
+        pull_rows = row_kernels.pull_rows_kernel(real)
         gate_rows, own_p = row_kernels.gate_rows_kernel(real), [] if adj_p is None else [adj_p[f] for f in range(flows)]
         arguments: tuple = ()
         if local.parameters is not None:
             structs = None if extra is None else as_structs(extra, self.system.types(real).Parameters)
             arguments = local.parameters, structs
         found = [(lam[f], dx[f], dc[f], *arguments) for f in range(flows)]
+        together = getattr(self.system, "takes_flows", False)
         for n in reversed(range(len(steps))):
             x, c, at = local.states[n], local.controls[n], steps.start + n
-            y = following[n]
+            y, own_inner = following[n], None if inner is None else inner[n]
+            if together:
+                self.simulator(at, 0, x, c, y, (lam, dx, dc), own_inner)
             for f in range(flows):
-                self.simulator(at, f, x, c, y, found[f])
+                if not together:
+                    self.simulator(at, f, x, c, y, found[f], own_inner)
                 if extra is not None:
                     launch(add_rows, dim=extra.shape, inputs=[extra, own_p[f]])
                 launch(sum_rows, dim=(batch, mu.shape[3]), inputs=[found[f][2], seeds.controls[n], mu[f, n]])
-            self._pull(linear if len(steps) == 1 else None, x, mu[:, n], pulled, self.is_open[:, at])
+            if jacobian is None:
+                self._pull(linear if len(steps) == 1 else None, x, mu[:, n], pulled, self.is_open[:, at])
+            elif len(jacobian):
+                launch(pull_rows, dim=lam.shape, inputs=[jacobian[n], mu[:, n], pulled])
             inputs = [dx, pulled, seeds.states[n], gates, at, lam]
             if self.single:
                 given = no_inputs if adj_inputs is None else adj_inputs[:, n]

@@ -50,6 +50,27 @@ def sum_rows_kernel(real: type) -> wp.Kernel:
 
 
 @functools.cache
+def pull_rows_kernel(real: type) -> wp.Kernel:
+    """pulled = Jᵀ μ for the flows' μ of one step, J (batch, K, D)."""
+
+    @wp.kernel(module="unique", enable_backward=False)
+    def pull_rows(
+        # in
+        jacobian: wp.array3d[real],
+        mu: wp.array3d[real],
+        # out
+        pulled: wp.array3d[real],
+    ):
+        f, b, i = wp.tid()
+        total = real(0.0)
+        for k in range(mu.shape[2]):
+            total += jacobian[b, k, i] * mu[f, b, k]
+        pulled[f, b, i] = total
+
+    return pull_rows
+
+
+@functools.cache
 def gate_rows_kernel(real: type) -> wp.Kernel:
     """λ_n = ∂L/∂x_n + α (∂S/∂x)ᵀ λ_{n+1} + β (∂N/∂x)ᵀ μ_n; a gate of zero is a cut."""
 

@@ -30,6 +30,11 @@ class Simulator(Protocol):
     """What a rollout needs of a system: sizes, a step and its vector-Jacobian product, on rows of Warp arrays.
 
     A rollout passes `parameters` only where it has some: a simulator without physical parameters may leave them out.
+
+    A simulator without physical parameters may offer more. If `takes_flows` is true, `step_vjp` is given the adjoints
+    of all flows at once, with an axis of flows before the others. If `inner_states` is a number above zero, a rollout
+    gives `step` an array `inner` (inner states, batch, D) to be filled with states within the step, and hands it to
+    `step_vjp` again.
     """
 
     @property

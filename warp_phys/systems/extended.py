@@ -215,6 +215,8 @@ class ExtendedSimulator:
 
     carried_size = 0
     stands_twice = False
+    takes_flows, inner_states = False, 0
+    """What a simulator may offer, and is not made use of here."""
 
     def __init__(self, wrapped: Simulator, memory: int = 0, inputs_given: int = 0):
         self.wrapped, self.memory, self.inputs_given = wrapped, memory, inputs_given

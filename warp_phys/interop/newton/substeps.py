@@ -43,10 +43,13 @@ class Substeps:
         self.dt, self.worlds, self.device = dt / substeps, worlds, model.device
         self.reduced = any(field.name == "joint_q" for field in layout.fields)
         shape, controls = (worlds, len(layout.names)), (worlds, len(steering.names))
-        self.rows = [wp.zeros(shape, dtype=wp.float32, device=self.device) for _ in range(substeps + 1)]
-        self.adj, self.y = (wp.zeros(shape, dtype=wp.float32, device=self.device) for _ in range(2))
+        self.block = wp.zeros((substeps + 1, *shape), dtype=wp.float32, device=self.device)
+        self.rows = [self.block[n] for n in range(substeps + 1)]
+        self.y = wp.zeros(shape, dtype=wp.float32, device=self.device)
         self.apart = wp.zeros(worlds, dtype=wp.float32, device=self.device)
-        self.c, self.adj_c = (wp.zeros(controls, dtype=wp.float32, device=self.device) for _ in range(2))
+        self.c = wp.zeros(controls, dtype=wp.float32, device=self.device)
+        self.adjoints: dict[int, tuple[wp.array, wp.array]] = {}
+        self.spares: dict[int, wp.array] = {}
         self.plain = tuple(model.state(requires_grad=False) for _ in range(2))
         self.taped = tuple(model.state(requires_grad=True) for _ in range(2))
         self.control = model.control(requires_grad=True)
@@ -66,17 +69,34 @@ class Substeps:
         self._steer()
         return [self._advance(n) for n in range(len(self.rows) - 1)]
 
-    def backward(self) -> list[wp.Tape]:
-        """Replace adj by the adjoint of rows[0], and write adj_c, substep by substep, the last first.
+    @property
+    def inner(self) -> wp.array:
+        """The states between the substeps, shape (substeps − 1, worlds, D)."""
+        return self.block[1:-1]
 
-        Its next states come to rows[-1], and how far they are from y to apart.
+    def flow_adjoints(self, flows: int) -> tuple[wp.array, wp.array]:
+        """Return room for adjoints of states and of controls, shapes (flows, worlds, D) and (flows, worlds, K)."""
+        if flows not in self.adjoints:
+            shapes = (flows, *self.y.shape), (flows, *self.c.shape)
+            adj, adj_c = (wp.zeros(shape, dtype=wp.float32, device=self.device) for shape in shapes)
+            self.adjoints[flows] = adj, adj_c
+        return self.adjoints[flows]
+
+    def backward(self, flows: int, again: bool) -> list[wp.Tape]:
+        """Replace adjoints of the next states by those of rows[0], and write those of c, see `flow_adjoints`.
+
+        Substep by substep, the last first: each is computed once more, on a tape, which then runs backward for every
+        flow. Its next states come to rows[-1], and how far they are from y to apart. The states between the substeps
+        are found `again`, or are there.
         Returns what holds memory that a graph of this points to.
         """
         self._steer()
-        kept = [self._advance(n) for n in range(len(self.rows) - 2)]
-        self.adj_c.zero_()
+        kept = [self._advance(n) for n in range(len(self.rows) - 2)] if again else []
+        adj, adj_c = self.flow_adjoints(flows)
+        adj_c.zero_()
         source, target = self.taped
         adj_control = getattr(self.control, self.steering.target).grad
+        steering = [flat(adj_control), self.steering.places, self.steering.gain, self.steering.width]
         for n in reversed(range(len(self.rows) - 1)):
             self._spread(self.rows[n], source)
             self._prepare(source)
@@ -87,13 +107,19 @@ class Substeps:
                 self._collect(target, self.rows[-1])
                 inputs = [self.y, self.rows[-1], REPEATS[self.device.is_cpu]]
                 self._launch(compare_rows, (self.worlds,), inputs, self.apart)
+            self._prune(tape, target)
+            written = self._written(tape) if flows > 1 else []
             self._mend(tape, target)
-            self._spread(self.adj, target, adjoint=True)
-            tape.backward()
-            self._collect(source, self.adj, adjoint=True)
-            inputs = [flat(adj_control), self.steering.places, self.steering.gain, self.steering.width]
-            self._launch(adj_steer, self.adj_c.shape, inputs, self.adj_c)
-            tape.zero()  # the next backward pass starts from zeros
+            for array, spare in written:
+                wp.copy(spare, array)
+            for f in range(flows):
+                for array, spare in written if f else ():
+                    wp.copy(array, spare)
+                self._spread(adj[f], target, adjoint=True)
+                tape.backward()
+                self._collect(source, adj[f], adjoint=True)
+                self._launch(adj_steer, self.c.shape, steering, adj_c[f])
+                tape.zero()  # the next backward pass starts from zeros
             kept.append(tape)
         return kept
 
@@ -102,7 +128,7 @@ class Substeps:
 
         `eval_rigid_tau` of Newton 1.8 replaces each wrench by one at another point, with the other sign. Warp reads
         arrays as they are when a tape runs backward, so that the derivative by the lever arm would be wrong: for
-        contacts, and for forces on free joints.
+        contacts, and for forces on free joints. Running backward the kernel replaces them again, for the next flow.
         """
         inputs = [target.body_q_com, target.body_solve_origin] if self.reduced else []
 
@@ -114,6 +140,37 @@ class Substeps:
             if kernel is not None and kernel.key == "eval_rigid_tau" and OVERWRITES in kernel.adj.source:
                 tape.launches.insert(i + 1, restore)
                 return
+
+    def _written(self, tape: wp.Tape) -> list[tuple[wp.array, wp.array]]:
+        """Return what a tape's launches write, each with an array of the same kind to keep it in.
+
+        A kernel that adds to an array adds to it again when it runs backward, so that forces would be others for the
+        next flow. The solver's own matrices are only ever assigned.
+        """
+        own = [value for value in vars(self.solver).values() if isinstance(value, wp.array)]
+        written: dict[int, tuple[wp.array, wp.array]] = {}
+        for array in (array for launch in tape.launches if not callable(launch) for array in launch[4]):
+            if not isinstance(array, wp.array) or not array.size or any(_overlap(array, other) for other in own):
+                continue
+            if array.ptr not in self.spares:
+                self.spares[array.ptr] = wp.empty_like(array, requires_grad=False)
+            written[array.ptr] = array, self.spares[array.ptr]
+        return list(written.values())
+
+    def _prune(self, tape: wp.Tape, target: Any) -> None:
+        """Take the last launches from a tape whose results lead to no number of a row: they have no adjoints.
+
+        With SolverFeatherstone these are the poses of bodies that hang on no free joint.
+        """
+        wanted = [getattr(target, field.name) for field in self.layout.fields]
+        kept: list[Any] = []
+        while tape.launches and not callable(tape.launches[-1]):
+            launch = tape.launches.pop()
+            arrays = [value for value in (*launch[3], *launch[4]) if isinstance(value, wp.array)]
+            if any(_overlap(array, other) for array in launch[4] for other in wanted):
+                wanted += arrays
+                kept.append(launch)
+        tape.launches += reversed(kept)
 
     def _advance(self, n: int) -> wp.Tape:
         """Write rows[n + 1] from rows[n]."""
@@ -183,6 +240,13 @@ class Substeps:
 def _rows(holder: Any, layout: Layout, worlds: int) -> np.ndarray:
     """Return the arrays of a state, or of a model, as rows."""
     return np.concatenate([getattr(holder, f.name).numpy().reshape(worlds, -1) for f in layout.fields], axis=1)
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    """Whether two arrays share memory; what is no array has none."""
+    if not isinstance(one, wp.array) or not isinstance(other, wp.array) or not one.size or not other.size:
+        return False
+    return one.ptr < other.ptr + other.capacity and other.ptr < one.ptr + one.capacity
 
 
 def _check_kernels(tape: wp.Tape) -> None:

@@ -12,6 +12,7 @@ from warp_phys.core.checks import check_device, check_flag, check_number, check_
 from warp_phys.core.gate import active_tape, paused
 from warp_phys.engine import row_kernels
 from warp_phys.errors import NotRepeatable, check_choice, check_count, shown
+from warp_phys.interop.newton.inertia import make_featherstone
 from warp_phys.interop.newton.layout import (
     TARGETS,
     check_bodies,
@@ -33,8 +34,9 @@ class NewtonSystem:
     a world's `joint_q` then `joint_qd`; with SolverSemiImplicit its `body_q` then `body_qd`; with either its
     `particle_q` then `particle_qd`. A row of controls holds joint forces or targets; they act during all substeps.
 
-    Only states are kept between steps. `step_vjp` computes a substep again just before its backward pass, since the
-    solvers keep work buffers that the next substep overwrites. Both verbs are recorded once as a graph and replayed.
+    Only states are kept, those between substeps too. `step_vjp` computes a substep again just before its backward
+    pass, once for all flows, since the solvers keep work buffers that the next substep overwrites. Both verbs are
+    recorded once as a graph and replayed.
     Arrays of the model are read at replay, so numbers written into them count from the next step on, masses too;
     arrays that are replaced are noticed, and the graphs recorded again. An array that the solver does not read, written
     on a CPU, is an error. What is not noticed needs `refresh`: see docs/newton.md. Backward passes leave zeros in the
@@ -51,6 +53,8 @@ class NewtonSystem:
         contacts: Whether contacts are found before every substep. Their points and normals count as constants in the
             backward pass; positions and velocities of the bodies do not.
         graph: Whether to replay graphs; without, every launch is a call of Python.
+        keep: Whether a rollout keeps the states between the substeps, steps · (substeps − 1) · worlds · D numbers; else
+            its backward pass computes them again.
 
     Raises:
         TypeError, ValueError: A model, solver or control that has no gradients or does not fit.
@@ -67,6 +71,9 @@ class NewtonSystem:
     dtype = np.float32
     """The precision in which Newton computes."""
 
+    takes_flows = True
+    """Whether `step_vjp` takes the adjoints of several flows at once."""
+
     def __init__(
         self,
         model: newton.Model,
@@ -79,6 +86,7 @@ class NewtonSystem:
         gain: float | Sequence[float] = 1.0,
         contacts: bool = False,
         graph: bool = True,
+        keep: bool = True,
     ):
         _check_model(model)
         self.solver = _make_solver(solver, model)
@@ -93,9 +101,9 @@ class NewtonSystem:
         self.states, self.controls = layout.names, steering.names
         self._work = Substeps(model, self.solver, layout, steering, self.dt, self.substeps, self.worlds, contacts)
         self._watch = Watch(model, self.solver, contacts)
-        self._graphs: dict[str, tuple[Any, list[Any]]] = {}
+        self._graphs: dict[tuple, tuple[Any, list[Any]]] = {}
         self._kept: list[Any] = []
-        self._use_graphs = check_flag("graph", graph)
+        self._use_graphs, self._keep = check_flag("graph", graph), check_flag("keep", keep)
 
     @classmethod
     def from_builder(
@@ -142,13 +150,19 @@ class NewtonSystem:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.worlds} worlds, {type(self.solver).__name__})"
 
-    def step(self, x: wp.array, c: wp.array, y: wp.array) -> None:
+    @property
+    def inner_states(self) -> int:
+        """Number of states between the substeps that a rollout keeps for its backward pass."""
+        return self.substeps - 1 if self._keep else 0
+
+    def step(self, x: wp.array, c: wp.array, y: wp.array, *, inner: wp.array | None = None) -> None:
         """Write y = S(x, c), one control step of every world; recorded by an active `wp.Tape`.
 
         Args:
             x: States, shape (worlds, D), float32, any strides.
             c: Controls, shape (worlds, K).
             y: Next states, shape (worlds, D), written.
+            inner: States between the substeps, shape (substeps − 1, worlds, D), written if given.
 
         Raises:
             TypeError, ValueError: An array of another type, precision, shape or device.
@@ -156,14 +170,17 @@ class NewtonSystem:
                 not fit.
         """
         self._check(x, c, y, "y")
+        self._check_inner(inner, x)
         self._notice()
         tape = active_tape()
         with paused(tape):
             work = self._work
             wp.copy(work.rows[0], x)
             wp.copy(work.c, c)
-            self._replay("step", work.forward)
+            self._replay(("step",), work.forward)
             wp.copy(y, work.rows[-1])
+            if inner is not None:
+                wp.copy(inner, work.inner)
         if tape is not None and y.grad is not None:
             arrays = [array for array in (x, c, y) if array.grad is not None]
             tape.record_func(lambda: self._pull(x, c, y), arrays)
@@ -177,8 +194,12 @@ class NewtonSystem:
         adj_c: wp.array,
         *,
         y: wp.array | None = None,
+        inner: wp.array | None = None,
     ) -> None:
         """Write adj_x = (∂S/∂x)ᵀ adj_y and adj_c = (∂S/∂c)ᵀ adj_y.
+
+        The adjoints of several flows are found at once, from one linearisation, if they are given with an axis before
+        the others: adj_y (flows, worlds, D), adj_x (flows, worlds, D), adj_c (flows, worlds, K).
 
         Args:
             x: States at which the step is linearised, shape (worlds, D), float32, any strides.
@@ -187,6 +208,7 @@ class NewtonSystem:
             adj_x: Written, shape (worlds, D).
             adj_c: Written, shape (worlds, K).
             y: The next states that `step` found, shape (worlds, D), to compare with what is found again.
+            inner: The states between the substeps that `step` found; without, they are computed again.
 
         Raises:
             NotRepeatable: The next states are not y, beyond rounding: the model has been changed since. Not within a
@@ -194,24 +216,30 @@ class NewtonSystem:
             TypeError, ValueError: An array of another type, precision, shape or device; what `step` raises.
             ValueError: A kernel of the solver has been compiled without a backward pass.
         """
-        self._check(x, c, adj_y, "adj_y")
-        check_array("adj_x", adj_x, x.shape, x)
-        check_array("adj_c", adj_c, c.shape, x)
+        flows = adj_y.shape[:-2] if isinstance(adj_y, wp.array) else ()
+        self._check(x, c, adj_y, "adj_y", flows)
+        check_array("adj_x", adj_x, (*flows, *x.shape), x)
+        check_array("adj_c", adj_c, (*flows, *c.shape), x)
         if y is not None:
             check_array("y", y, x.shape, x)
+        self._check_inner(inner, x)
         self._notice()
         with paused(active_tape()):
-            work = self._work
+            work, count = self._work, flows[0] if flows else 1
+            adj, adj_c_found = work.flow_adjoints(count)
             wp.copy(work.rows[0], x)
             wp.copy(work.c, c)
-            wp.copy(work.adj, adj_y)
+            wp.copy(adj if flows else adj[0], adj_y)
             if y is not None:
                 wp.copy(work.y, y)
-            self._replay("step_vjp", work.backward)
+            if inner is not None:
+                wp.copy(work.inner, inner)
+            again = inner is None and self.substeps > 1
+            self._replay(("step_vjp", count, again), lambda: work.backward(count, again))
             if y is not None and not self.device.is_capturing:
                 _check_repeated(work.apart.numpy())
-            wp.copy(adj_x, work.adj)
-            wp.copy(adj_c, work.adj_c)
+            wp.copy(adj_x, adj if flows else adj[0])
+            wp.copy(adj_c, adj_c_found if flows else adj_c_found[0])
 
     def refresh(self) -> None:
         """Derive all that has been derived from the model again, and record graphs anew at the next steps.
@@ -267,8 +295,8 @@ class NewtonSystem:
         if self._watch.changed():
             self.refresh()
 
-    def _check(self, x: Any, c: Any, y: Any, y_name: str) -> None:
-        """Raise if an argument of `step` or `step_vjp` does not fit."""
+    def _check(self, x: Any, c: Any, y: Any, y_name: str, flows: tuple[int, ...] = ()) -> None:
+        """Raise if an argument of `step` or `step_vjp` does not fit; `flows` stand before the axes of y."""
         check_array("x", x, (-1, self.state_size), columns=", ".join(self.states))
         if x.dtype is not wp.float32:
             raise TypeError(f"x must hold float32, in which Newton computes, got {x.dtype.__name__}")
@@ -278,9 +306,14 @@ class NewtonSystem:
             shape = shape_message("x", (self.worlds, self.state_size), x.shape)
             raise ValueError(f"{shape}: one row per world of the model; build a model with {len(x)} worlds")
         check_array("c", c, (self.worlds, self.control_size), x, ", ".join(self.controls))
-        check_array(y_name, y, x.shape, x)
+        check_array(y_name, y, (*flows[-1:], *x.shape), x)
 
-    def _replay(self, name: str, work: Callable[[], list[Any]]) -> None:
+    def _check_inner(self, inner: Any, x: wp.array) -> None:
+        """Raise if an array of states between the substeps does not fit."""
+        if inner is not None:
+            check_array("inner", inner, (self.substeps - 1, *x.shape), x)
+
+    def _replay(self, key: tuple, work: Callable[[], list[Any]]) -> None:
         """Do work on the arrays that `Substeps` owns, as a graph from the second time on.
 
         What `work` returns holds memory that a graph points to.
@@ -289,19 +322,19 @@ class NewtonSystem:
             work()
         elif self.device.is_capturing:  # an outer graph records the launches themselves
             self._kept += work()
-        elif name in self._graphs:
-            wp.capture_launch(self._graphs[name][0])
+        elif key in self._graphs:
+            wp.capture_launch(self._graphs[key][0])
         else:
             work()  # loads modules and allocates what is allocated once
             # torch's current stream may be the default one, on which CUDA records no graphs
             stream = wp.Stream(self.device) if self.device.is_cuda else None
             with wp.ScopedStream(stream), wp.ScopedCapture(self.device) as capture:
                 kept = work()
-            self._graphs[name] = capture.graph, kept
+            self._graphs[key] = capture.graph, kept
 
     def _pull(self, x: wp.array, c: wp.array, y: wp.array) -> None:
         """Add to the adjoints of x and c what y's passes on, and zero y's: one entry of a tape."""
-        adj_x, adj_c = wp.empty_like(self._work.adj), wp.empty_like(self._work.adj_c)
+        adj_x, adj_c = wp.empty_like(self._work.y), wp.empty_like(self._work.c)
         self.step_vjp(x, c, y.grad, adj_x, adj_c, y=y)
         y.grad.zero_()
         for array, update in ((x, adj_x), (c, adj_c)):
@@ -342,7 +375,7 @@ def _make_solver(solver: Any, model: newton.Model) -> Any:
         known = " or ".join(known.__name__ for known in DIFFERENTIABLE)
         raise ValueError(f"solver must be {known}, whose steps have gradients, got {kind.__name__}")
     if isinstance(solver, type):
-        return solver(model)
+        return make_featherstone(model) if solver is newton.solvers.SolverFeatherstone else solver(model)
     if solver.model is not model:
         raise ValueError("solver must have been made for this model, it was made for another one")
     interval = getattr(solver, "update_mass_matrix_interval", 1)
