@@ -8,7 +8,6 @@ repeats itself but couples rows, fits one batch size only, has hooks on gradient
 step of the whole batch at a time, each flow by its own adjoint: as autograd would. `docs/contract.md` has the list.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from warp_phys.flow import Combined, Flow
 from warp_phys.interop.torch.combine import size_of
 from warp_phys.interop.torch.leaves import Cuts, leaves_of, nodes_of
 from warp_phys.interop.torch.linearisation import TorchLinearisation, relative_tolerance
-from warp_phys.interop.torch.rows import blame
+from warp_phys.interop.torch.rows import blame, is_optimized
 from warp_phys.interop.torch.state import state_of
 
 ADVICE = (
@@ -244,12 +243,6 @@ def _hides_function(found: Found) -> bool:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether there is something about a module that torch has compiled."""
     return any(isinstance(m, torch.jit.ScriptModule) or is_optimized(m) for m in module.modules())
-
-
-def is_optimized(module: torch.nn.Module) -> bool:
-    """Whether a module is what `torch.compile` has returned; the compiler is not imported for that."""
-    compiler = sys.modules.get("torch._dynamo")
-    return compiler is not None and isinstance(module, compiler.OptimizedModule)
 
 
 class _HookWatch(TorchFunctionMode):

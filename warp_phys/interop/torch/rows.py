@@ -1,12 +1,12 @@
 """What a controller sees besides the state: inputs that are given for every step, and a memory of its own."""
 
 import inspect
+import sys
 from typing import Any, NamedTuple
 
 import torch
 
 from warp_phys.core.arrays import shape_message
-from warp_phys.interop.torch.contract import is_optimized
 from warp_phys.interop.torch.dense import is_finite
 
 
@@ -140,6 +140,12 @@ def has_room(controller: torch.nn.Module, memory: int) -> bool:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     several = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
     return several or sum(p.kind in kinds for p in parameters) > 1 + (memory > 0)
+
+
+def is_optimized(module: torch.nn.Module) -> bool:
+    """Whether a module is what `torch.compile` has returned; the compiler is not imported for that."""
+    compiler = sys.modules.get("torch._dynamo")
+    return compiler is not None and isinstance(module, compiler.OptimizedModule)
 
 
 def _is_parallel(module: torch.nn.Module) -> bool:
