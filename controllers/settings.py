@@ -238,10 +238,10 @@ def check_setting(
 
     Integers, but for seeds, which others check, are counts: at most 2³¹ − 1.
     """
-    if kind is int and name != "seed":
-        below = min(below, MOST + 1)
+    if kind is int and name != "seed" and isinstance(value, int) and value > MOST:
+        raise ValueError(f"{name} must be at most {MOST}, got {shown(value)}")
     bounds = [("at least", at_least), ("above", above), ("below", below)]
-    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if abs(bound) <= MOST)
+    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if abs(bound) < math.inf)
     wanted = f"{name} must be {'an integer' if kind is int else 'a number'} {wanted}, got {shown(value)}"
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         raise TypeError(wanted)

@@ -174,6 +174,6 @@ def segments(system: NewtonSystem, states: np.ndarray) -> np.ndarray:
 
 TASKS = {
     "cartpole": Task("Newton's cart keeps two poles upright", 50, build_cartpole, start_cartpole, cost_cartpole),
-    "ant": Task("Newton's ant walks", 240, build_ant, start_ant, cost_ant, observe_ant, bounded=True),
+    "ant": Task("Newton's ant", 240, build_ant, start_ant, cost_ant, observe_ant, bounded=True),
     "hopper": Task("A hopper in Newton", 240, build_hopper, start_hopper, cost_hopper, observe_hopper, bounded=True),
 }

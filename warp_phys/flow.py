@@ -283,7 +283,7 @@ def _check_updates(base: Any, other: Any) -> None:
     for name, value in (("base", base), ("other", other)):
         if not hasattr(value, "shape") or not holds_numbers(getattr(value, "dtype", None)):
             raise TypeError(f"{name} must be an array of real numbers, got {shown(value)}")
-    if _library(base) is not _library(other):
+    if (_library(base) is sys.modules.get("torch")) != (_library(other) is sys.modules.get("torch")):
         raise TypeError(f"base and other must be of one library, got {type(base).__name__} and {type(other).__name__}")
     if base.shape != other.shape:
         raise ValueError(f"base and other must have one shape, got {tuple(base.shape)} and {tuple(other.shape)}")

@@ -359,6 +359,16 @@ def counted():
     )
 
 
+def counts_its_calls():
+    """In a buffer of real numbers, which decides from some call on."""
+
+    def function(m, x):
+        m.calls += 1.0
+        return m.last(x) * torch.where(m.calls > 400.0, -1.0, 1.0)
+
+    return Module(function, last=linear(SIZE), calls=torch.zeros(()))
+
+
 def sorted_rows():
     return Module(lambda m, x: m.last(x.sort(1)[0]), last=linear(SIZE))
 
@@ -448,8 +458,9 @@ def test_a_module_without_layers():
 
 
 GENERAL = [
-    a_branch_on_numbers, a_number_of_a_tensor, truncated, counted, sorted_rows, attention_over_the_batch,
-    statistics_of_the_batch, another_way_for_one, a_hook, clipped_adjoints, a_place_that_is_computed, a_large_matrix,
+    a_branch_on_numbers, counts_its_calls, a_number_of_a_tensor, truncated, counted, sorted_rows,
+    attention_over_the_batch, statistics_of_the_batch, another_way_for_one, a_hook, clipped_adjoints,
+    a_place_that_is_computed, a_large_matrix,
 ]  # fmt: skip
 
 
@@ -478,13 +489,45 @@ def written_without_gradients(m, x):
     return h
 
 
+def another_way_where_reading_fails(m, x):
+    try:
+        return -m.last(x) if (x.abs() > 20.0).any() else m.last(x)
+    except Exception:
+        return m.last(x)
+
+
+def numbers_or_none(m, x):
+    try:
+        return m.last(x) * float(x.numpy().max() < 20.0)
+    except Exception:
+        return m.last(x)
+
+
+def numbers_behind_a_tensor(m, x):
+    far = torch.ones(len(x), x.shape[1], dtype=x.dtype)
+    far.data = x.detach()
+    return m.last(x) * torch.where((far.abs() > 20.0).any(1, keepdim=True), -1.0, 1.0)
+
+
+def bits_of_numbers(m, x):
+    return m.last(x) * torch.where(x.detach().view(torch.int64)[:, :1] > 4626322717216342016, -1.0, 1.0)
+
+
 REFUSED = {
+    "its rows depend on each other": [another_way_where_reading_fails],
+    "the memory of a tensor": [numbers_behind_a_tensor, lambda m, x: m.last(x) + x.detach().clone().apply_(abs)],
+    "the bits of its numbers": [bits_of_numbers],
+    "no operation of row programs": [lambda m, x: torch.sinc(m.last(x))],
     "outside of autograd": [written_through_a_detached_view, written_without_gradients],
     "a number out of a tensor": [lambda m, x: m.last(x) if m.last.weight[0, 0] > 0.0 else -m.last(x)],
     "beside its numbers": [lambda m, x: m.last(x) * x.max(1)[1][:, None].to(x.dtype)],
     "as other tensors": [lambda m, x: m.last(x) * m.hidden[0]],
     "random numbers": [lambda m, x: m.last(x) * torch.rand(1, dtype=x.dtype)],
-    "cannot be read": [lambda m, x: m.last(x) * m.last.bias.tolist()[0], lambda m, x: m.last(x + x.numpy().sum())],
+    "cannot be read": [
+        numbers_or_none,
+        lambda m, x: m.last(x) * m.last.bias.tolist()[0],
+        lambda m, x: m.last(x + x.numpy().sum()),
+    ],
     "its rows in another order": [lambda m, x: m.last(x.flip(0))],
     "converts": [lambda m, x: m.last(x).float().double()],
 }
@@ -500,6 +543,23 @@ def test_what_reading_refuses(reason):
         with pytest.raises(Unreadable, match=reason):
             read_program(module, SIZE, module.last.weight)
         assert state_of(module, outside=True) == before
+
+
+def test_what_a_module_keeps_is_its_own():
+    """A table by the size of a batch, made when it is first asked for: reading leaves nothing of its own in it."""
+    kept = {}
+
+    def function(m, x):
+        if len(x) not in kept:
+            kept[len(x)] = torch.full((len(x), 1), 0.5, dtype=x.dtype)
+        return m.last(x) * kept[len(x)]
+
+    module = double(lambda: Module(function, last=linear(SIZE)))
+    rollout = Rollout(SYSTEM, module, STEPS)
+    for seed in range(5):
+        assert not differences(module, rollout, states(5, seed), "C")
+    assert all(type(value) is torch.Tensor for value in kept.values())
+    assert module(states(3)).detach().numpy().shape == (3, 1)
 
 
 def test_random_numbers_are_refused_at_each_pass():

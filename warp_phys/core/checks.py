@@ -222,7 +222,7 @@ def check_given(names: Sequence[str], values: Any) -> None:
 def holds_numbers(dtype: Any) -> bool:
     """Whether this is a type of real numbers, of numpy or of any other library."""
     if isinstance(dtype, np.dtype):
-        return dtype.kind in "fiu"
+        return dtype.kind in "fiu" or "float" in dtype.name  # bfloat16 has a kind of its own
     return any(kind in str(dtype) for kind in ("float", "int"))
 
 

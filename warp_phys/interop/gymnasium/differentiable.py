@@ -243,7 +243,7 @@ class DifferentiableVectorEnv(BatchEnv):
     def _given(self, states: Any) -> torch.Tensor:
         if not isinstance(states, torch.Tensor):
             states = np.array(numbers_of("options['states']", states), np.float64)
-        elif not states.is_floating_point() or states.is_meta:
+        elif states.is_complex() or states.dtype == torch.bool or states.is_meta:
             raise TypeError(f"options['states'] must hold real numbers, got {states.dtype} on {states.device}")
         else:
             check_dense("options['states']", states)

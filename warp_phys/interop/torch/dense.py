@@ -127,6 +127,7 @@ def as_array(tensor: torch.Tensor, dtype: Any = None) -> wp.array:
     `wp.from_torch` does the same in twice the time, and there are a dozen of them in an update. A vector type as
     `dtype` takes up the last dimension.
     """
+    tensor = tensor.resolve_neg()  # a sign that torch keeps beside the numbers
     if not tensor.is_cpu or not tensor.is_contiguous():
         return wp.from_torch(tensor, dtype=dtype, requires_grad=False)  # type: ignore[return-value]
     shape = tensor.shape if dtype is None else tensor.shape[:-1]

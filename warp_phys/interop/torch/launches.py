@@ -27,6 +27,7 @@ def launch(kernel: wp.Kernel, dim: int | tuple[int, ...], arguments: Sequence[An
     if device.type != "cpu":
         wp.launch(kernel, dim, _arrays(arguments), device=str(device), record_tape=False)
         return
+    arguments = [a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in arguments]
     key: list[Any] = [kernel, dim]
     addresses = []
     for argument in arguments:

@@ -7,6 +7,7 @@ everything else takes here.
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,6 +41,17 @@ KNOWN, LOST = -(1 << 62), -(1 << 62) + 1
 """In the memory of places: of a number that nothing of the module leads to; of one that no program has."""
 
 
+_TENSOR: Any = torch.Tensor
+BEHIND = (_TENSOR.data.__set__, _TENSOR.apply_, _TENSOR.map_, _TENSOR.map2_, _TENSOR.data_ptr)
+"""What goes to a tensor's memory, past all that torch reports."""
+
+WITHOUT_ADJOINT = {"sinc", "special_entr"}
+"""What torch decomposes into operations whose adjoints are nan where its own is not."""
+
+_READING = threading.Lock()
+"""A module that is read has other tensors meanwhile: one reader at a time."""
+
+
 def read_program(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> Planned:
     """Return a module (B, D) → (B, K) as a program.
 
@@ -51,7 +63,7 @@ def read_program(module: torch.nn.Module, inputs: int, like: torch.Tensor) -> Pl
     Raises:
         Unreadable: It is none; the message says in one sentence what stands in the way.
     """
-    with explained("it cannot be read"):
+    with explained("it cannot be read"), _READING:
         return _Reader(inputs, like.dtype).read(module)
 
 
@@ -82,7 +94,7 @@ def read_and_check(module: torch.nn.Module, system: Any, blocks: bool) -> Planne
     like = next((p for p in module.parameters()), torch.zeros(()))
     if like.dtype not in PRECISIONS:
         raise Unreadable(f"its numbers are {like.dtype}")
-    before = state_of(module, outside=True)
+    before = _state_between_calls(module)
     x = torch.as_tensor(system.sample(TRIED, seed=0, dtype=str(like.dtype).removeprefix("torch."))).to(like.device)
     try:
         found = Examination(module).begin(
@@ -102,6 +114,9 @@ def read_and_check(module: torch.nn.Module, system: Any, blocks: bool) -> Planne
         raise Unreadable("one row alone goes another way")
     if len(found.leaves) > sum(p.requires_grad for p in module.parameters()):
         raise Unreadable("it depends on tensors that are no parameters of it")
+    found.at(x[:BATCH])  # what it keeps by the size of a batch, it keeps before it is read
+    if _state_between_calls(module) != before:
+        raise Unreadable("calls change it")
     read = read_program(module, system.state_size, like)
     if read.plan.outputs != system.control_size:
         raise Unreadable(f"it returns {read.plan.outputs} numbers")
@@ -109,11 +124,17 @@ def read_and_check(module: torch.nn.Module, system: Any, blocks: bool) -> Planne
     trained = [p for p in module.parameters() if p.requires_grad]
     if trained and not any(id(p) in held for p in trained):
         raise Unreadable("it uses none of its parameters")
-    if state_of(module, outside=True) != before:
+    if _state_between_calls(module) != before:
         raise Unreadable("calls change it")
     with explained("no code can be made of it"), torch_stream(like.device):
         _check_numbers(found, (_run_in_blocks if blocks else _run)(read, found, system))
     return read
+
+
+def _state_between_calls(module: torch.nn.Module) -> Any:
+    """Return what no call may change: the numbers of buffers too, by how often they were written to."""
+    written = [(id(buffer), 0 if buffer.is_inference() else buffer._version) for buffer in module.buffers()]
+    return state_of(module, outside=True), written
 
 
 def _run_in_blocks(read: Planned, found: Any, system: Any) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -194,8 +215,16 @@ class _Followed(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunctionSubclass():  # results are no subclass by themselves
-            return func(*args, **(kwargs or {}))
+        try:
+            if func in BEHIND:
+                raise Unreadable(f"it uses the memory of a tensor, by {func.__name__}")
+            with torch._C.DisableTorchFunctionSubclass():  # results are no subclass by themselves
+                return func(*args, **(kwargs or {}))
+        except Exception as error:  # of what torch does not report, such as numpy()
+            for followed in _pytree.tree_leaves((args, kwargs)):
+                if isinstance(followed, _Followed):
+                    followed.reader.failed = error
+            raise
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
@@ -263,6 +292,8 @@ class _Reader:
         self._places: dict[int, torch.Tensor] = {}
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """What is followed, by the identity of its value; also tensors from outside, with their copies."""
+        self.failed: Exception | None = None
+        """What stood in the way, though the module caught it to go another way."""
         self._apart: set[int] = set()
         """Memory of what is seen outside of autograd, and of copies that stand for it there."""
 
@@ -287,6 +318,8 @@ class _Reader:
         x = self._with_places(torch.zeros(states.shape, dtype=self.dtype), torch.from_numpy(states))
         with _in_place_of(module, followed), torch.enable_grad(), self._follow:
             output: Any = module(x)
+        if self.failed is not None:
+            raise self.failed
         if not isinstance(output, torch.Tensor):
             raise Unreadable("it does not return one tensor alone")
         if output.ndim != 2:
@@ -356,8 +389,15 @@ class _Reader:
 
     # --- what torch does
 
-    def called(self, function: Any, arguments: tuple, options: dict) -> Any:  # noqa: PLR0911, a kind each
+    def called(self, function: Any, arguments: tuple, options: dict) -> Any:
         """Return what an operation gives: numbers of its own, and places."""
+        try:
+            return self._called(function, arguments, options)
+        except Exception as error:
+            self.failed = error
+            raise
+
+    def _called(self, function: Any, arguments: tuple, options: dict) -> Any:  # noqa: PLR0911, a kind each
         base, tags = _base(function), function.tags
         if torch.Tag.nondeterministic_seeded in tags and base not in RULES:
             raise Unreadable(f"it draws random numbers, by {base}")
@@ -375,9 +415,7 @@ class _Reader:
         if function._schema.is_mutable:
             return self._write(function, arguments, options)
         if function.is_view:
-            is_stopped = base == "detach" or not torch.is_grad_enabled()
-            made = function(*taken, **more)
-            return _pytree.tree_map_only(torch.Tensor, self._stopped if is_stopped else self._followed, made)
+            return self._viewed(function(*taken, **more), taken[0].dtype, base)
         rule = RULES.get(_name(function)) or RULES.get(base)
         if rule is None and base not in {*INDEXING, *LAYOUT, *SAME}:
             return self._decomposed(function, arguments, options)
@@ -391,6 +429,13 @@ class _Reader:
             else:
                 places = taken[0] if rule is None else rule(self, *taken, **more)
         return self._made(made, places, base)
+
+    def _viewed(self, made: Any, dtype: torch.dtype, base: str) -> Any:
+        """Follow views of numbers of a type."""
+        if isinstance(made, torch.Tensor) and made.dtype != dtype:
+            raise Unreadable(f"it takes the bits of its numbers for {made.dtype}")
+        is_stopped = base == "detach" or not torch.is_grad_enabled()
+        return _pytree.tree_map_only(torch.Tensor, self._stopped if is_stopped else self._followed, made)
 
     def _made(self, made: Any, places: Any, base: str) -> Any:
         """Follow what an operation has made; of several tensors those that have places."""
@@ -450,7 +495,7 @@ class _Reader:
         if _base(function) == "_local_scalar_dense":
             raise Unreadable("it takes a number out of a tensor that it computes")
         written = decomposition_table.get(function)
-        if written is None:
+        if written is None or _base(function) in WITHOUT_ADJOINT:
             raise Unreadable(f"it uses {_base(function)}, which is no operation of row programs")
         with self._follow:
             return written(*arguments, **options)
