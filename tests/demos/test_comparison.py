@@ -14,7 +14,7 @@ from demos.experiments.comparison.forecasts import Forecast, foretold
 from demos.experiments.comparison.tasks import TASKS, LeaningChain, impact_of
 from demos.experiments.comparison.windy import WindyQuadrotor
 from demos.experiments.study import Outcome, Point, Trial, draw, load, perform, summarise
-from warp_phys import Hopper, Quadrotor
+from warp_phys import Flow, Hopper, Quadrotor
 
 HOPPER = TASKS["hopper-2000"]._replace(steps=12, window=4)
 
@@ -44,7 +44,16 @@ def test_methods_train(name):
     assert change.isfinite().all() and change.abs().max() > 0
     loss, share = comparison.examine(HOPPER, learner)
     assert math.isfinite(loss) and 0.0 <= share <= 1.0
-    learner.step()  # a test leaves no trace
+
+
+def test_to_be_examined_leaves_no_trace():
+    learner, twin = (methods.METHODS["windows-combined"].make(HOPPER, True, 0) for _ in range(2))
+    for step in range(2):
+        learner.step()
+        twin.step()
+        if step == 0:
+            comparison.examine(HOPPER, learner)
+    assert torch.equal(parameters(learner), parameters(twin))
 
 
 def test_the_same_seed_gives_the_same_weights():
@@ -55,10 +64,27 @@ def test_the_same_seed_gives_the_same_weights():
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize(("always", "flow"), [(False, "R"), (True, "S")])
-def test_feedback_is_cut_where_the_impact_is(always, flow):
+def at_a_third(states):
+    """Whether there is an impact: at another step for each sample."""
+    steps, samples = torch.arange(states.shape[0])[:, None], torch.arange(states.shape[1])
+    return (steps + samples) % 3 == 0
+
+
+GATE = (~at_a_third(torch.zeros(HOPPER.steps, 4, 6))).numpy()
+
+
+@pytest.mark.parametrize(
+    ("impact", "flow"),
+    [
+        (lambda states: torch.full(states.shape[:2], False), "R"),
+        (lambda states: torch.full(states.shape[:2], True), "S"),
+        (at_a_third, Flow(GATE, GATE)),
+    ],
+    ids=["nowhere", "everywhere", "at a third"],
+)
+def test_feedback_is_cut_where_the_impact_is(impact, flow):
     """Nowhere: the gradient. At every step: no feedback at all."""
-    task = HOPPER._replace(impact=lambda states: torch.full(states.shape[:2], always))
+    task = HOPPER._replace(impact=impact)
     cut = methods.CutAtImpact(task, "R", False, 0)
     plain = methods.Episodes(task, flow, False, 0)
     for learner in (cut, plain):
@@ -99,7 +125,7 @@ def test_wind_in_the_state_is_wind():
 
     calm = step(Quadrotor(wind_x=wind[0], wind_z=wind[1]), states[:, :6])
     np.testing.assert_allclose(step(windy, states), np.concatenate([calm, states[:, 6:]], axis=1), rtol=1e-12)
-    with pytest.raises(ValueError, match="integrator must be one of 'semi-implicit'|integrator must be"):
+    with pytest.raises(ValueError, match="integrator must be"):
         WindyQuadrotor(integrator="rk4")
 
 
