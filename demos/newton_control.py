@@ -132,28 +132,30 @@ def train(task: Task, system: Any, settings: Settings, flow: str) -> Curve:
 
 
 def draw(figure: Any, settings: Settings, curves: Mapping[str, Curve]) -> None:
-    """Draw the losses over the updates, and below them the poses of each flow along one rollout, if it has capsules."""
+    """Draw the losses over the updates, and below them each flow's poses along one rollout, if it has capsules."""
     everything = np.concatenate([pose for curve in curves.values() for pose in curve.poses])
     strips = curves if len(everything) else {}
-    grid = figure.add_gridspec(1 + len(strips), 1, height_ratios=[4] + [1] * len(strips))
-    axes = figure.add_subplot(grid[0])
-    for letter, curve in curves.items():
-        axes.plot(curve.losses, color=colour(letter), label=f"{letter} {resolve(letter).name}")
+    heights = [3, 2] if strips else [1]
+    grid = figure.add_gridspec(len(heights), max(1, len(strips)), height_ratios=heights)
+    axes = figure.add_subplot(grid[0, :])
+    for i, (letter, curve) in enumerate(curves.items()):
+        dashes = (0, (6, 2 * i))  # curves may lie on each other
+        axes.plot(curve.losses, color=colour(letter), label=f"{letter} {resolve(letter).name}", linestyle=dashes)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     title = f"{TASKS[settings.task].title}, seed {settings.seed}"
     axes.set(xlabel="update", ylabel="test loss", title=title)
     axes.legend()
     if not strips:
         return
-    left, right = everything[:, [0, 2]].min() - 0.3, everything[:, [0, 2]].max() + 0.3
-    for i, (letter, curve) in enumerate(strips.items(), 1):
-        strip = figure.add_subplot(grid[i])
+    left, right = everything[:, [0, 2]].min() - 0.5, everything[:, [0, 2]].max() + 0.5
+    for i, (letter, curve) in enumerate(strips.items()):
+        strip = figure.add_subplot(grid[1, i])
         for n, pose in enumerate(curve.poses):
             for x, z, to_x, to_z, radius in pose:
                 strip.add_patch(_capsule((x, z), (to_x, to_z), radius, colour(letter), (n + 1) / len(curve.poses)))
         strip.axhline(0.0, color="black", linewidth=0.8)
         strip.set(xlim=(left, right), ylim=(-0.1, everything[:, [1, 3]].max() + 0.2), aspect="equal", yticks=[])
-        strip.set_ylabel(letter, rotation=0)
-    strip.set_xlabel("x [m], the later the darker")
+        strip.set(title=letter, xlabel="x [m], the later the darker")
 
 
 def _capsule(one: tuple[float, float], other: tuple[float, float], radius: float, shade: str, alpha: float) -> Polygon:
