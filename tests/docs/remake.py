@@ -26,7 +26,8 @@ def pictures(page: Path) -> list[str]:
     """The lines of a page that make a picture of docs, and print nothing that the page shows."""
     shown = {output.command for output in outputs(page)}
     fences = [fence[2] for fence in FENCE.finditer(page.read_text(encoding="utf-8")) if fence[1] == "sh"]
-    lines = [line.partition("  #")[0] for fence in fences for line in PICTURE.findall(fence)]
+    joined = [re.sub(r"\\\n\s*", "", fence) for fence in fences]  # commands may take two lines
+    lines = [line.partition("  #")[0] for fence in joined for line in PICTURE.findall(fence)]
     return [line for line in dict.fromkeys(lines) if line not in shown]
 
 
