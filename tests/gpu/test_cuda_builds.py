@@ -62,6 +62,7 @@ OF_A_PRECISION = [
     dense_kernels.copy_weight_kernel,
     dense_kernels.copy_bias_kernel,
     row_kernels.sum_over_time_kernel,
+    row_kernels.pull_rows_kernel,
     row_kernels.add_rows_kernel,
     row_kernels.sum_rows_kernel,
     row_kernels.gate_rows_kernel,

@@ -96,8 +96,8 @@ def test_systems_with_lanes_of_their_own(system):
     assert float((ends[0] - ends[1]) / (2 * h)) == pytest.approx(float((grad * direction).sum()), rel=1e-6)
 
 
-def test_launches_that_are_kept():
-    """Packed once, they take the arrays of each call, in any layout and thread, and keep none of them."""
+def test_launches_in_threads():
+    """They take the arrays of each call, in any layout and thread, and keep none of them."""
     system = CartPole(poles=2, dt=0.05)
     x0 = torch.from_numpy(system.sample(BATCH, dtype=np.float64))
 
@@ -115,6 +115,23 @@ def test_launches_that_are_kept():
         _check([found, found], [gradient(seed)[1], gradient(seed, is_transposed=True)[1]])
     gc.collect()
     assert all(states() is None for states, _ in together)
+
+
+def test_one_system_is_known_from_another():
+    """A loss or a trajectory of one leaves the parameters of another alone."""
+    systems = [CartPole(pole_mass=mass) for mass in (0.1, 0.3)]
+    x = torch.as_tensor(systems[0].sample(3, dtype=np.float64))
+
+    def step(system):
+        x_array, c, y = (wp.from_torch(t) for t in (x, torch.ones_like(x[:, :1]), torch.zeros_like(x)))
+        system.step(x_array, c, y)
+        return wp.to_torch(y).clone()
+
+    before = step(systems[0])
+    for system in systems:
+        system.loss(x[None].repeat(3, 1, 1), torch.ones(2, 3, 1, dtype=torch.float64), "every")
+        trajectory(system, x, torch.ones(2, 3, 1, dtype=torch.float64))
+    assert torch.equal(step(systems[0]), before)
 
 
 def test_errors():

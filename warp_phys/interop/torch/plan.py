@@ -1,7 +1,7 @@
 """Controls that are planned: open loops optimised, many problems at once, and a controller that plans at every step."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,7 +178,7 @@ class RecedingHorizon:
         Raises:
             TypeError, ValueError: As `plan` raises them.
         """
-        _check_names(settings)
+        _check_names(settings, (*_SETTINGS, "iterations", "controls"))
         state = finite_numbers("state", state)
         begin: dict[str, Any] = {"iterations": self.first_iterations}
         if self.latest is not None and self.latest.controls.shape[1:2] == state.shape[:1]:
@@ -192,10 +192,10 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def _check_names(settings: Mapping[str, Any]) -> None:
-    unknown = [name for name in settings if name not in _SETTINGS]
+def _check_names(settings: Mapping[str, Any], names: Sequence[str] = _SETTINGS) -> None:
+    unknown = [name for name in settings if name not in names]
     if unknown:
-        raise TypeError(f"plan takes no {', '.join(unknown)} here; it takes {', '.join(_SETTINGS)}")
+        raise TypeError(f"plan takes no {', '.join(unknown)} here; it takes {', '.join(names)}")
 
 
 class _Problem:
