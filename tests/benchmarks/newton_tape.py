@@ -100,14 +100,33 @@ def finish(update, tape):
     return tape
 
 
-class PlainTape:
+class Captured:
+    """An update that is recorded once and replayed; `_update` runs it and returns what the graph needs."""
+
+    def __init__(self, network):
+        self.parameters, self.loss = parameters_of(network), wp.zeros(1, dtype=wp.float32, requires_grad=True)
+        self.gradients = [wp.zeros_like(p, requires_grad=False) for p in self.parameters]
+
+    def capture(self):
+        self._update()  # loads kernels, allocates
+        with wp.ScopedCapture("cpu") as capture:
+            self.kept = self._update()
+        self.graph = capture.graph
+
+    def __call__(self):
+        wp.capture_launch(self.graph)
+
+    def gradient(self):
+        return np.concatenate([array.numpy().ravel() for array in self.gradients])
+
+
+class PlainTape(Captured):
     """The whole update on one tape, with Newton's own solver or one that forms mass matrices body by body."""
 
     def __init__(self, system, network, steps, x0, make_solver):
         model, self.worlds = system.model, system.worlds
+        super().__init__(network)
         self.system, self.steps, count = system, steps, steps * system.substeps
-        self.parameters, self.loss = parameters_of(network), wp.zeros(1, dtype=wp.float32, requires_grad=True)
-        self.gradients = [wp.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.solvers = [make_solver(model) for _ in range(count)]
         self.states = [model.state(requires_grad=True) for _ in range(count + 1)]
         self.inputs = [model.control(requires_grad=True) for _ in range(steps)]
@@ -121,16 +140,7 @@ class PlainTape:
         numbers = np.split(x0, [model.joint_coord_count // self.worlds], axis=1)
         start.joint_q.assign(np.ascontiguousarray(numbers[0]).ravel())
         start.joint_qd.assign(np.ascontiguousarray(numbers[1]).ravel())
-        self._update()  # loads kernels, allocates
-        with wp.ScopedCapture("cpu") as capture:
-            self.tape = self._update()
-        self.graph = capture.graph
-
-    def __call__(self):
-        wp.capture_launch(self.graph)
-
-    def gradient(self):
-        return np.concatenate([array.numpy().ravel() for array in self.gradients])
+        self.capture()
 
     def _update(self):
         self.loss.zero_()
@@ -190,25 +200,15 @@ class OnTorch:
         return np.concatenate([p.grad.numpy().ravel() for p in self.network.parameters()])
 
 
-class InWarp:
+class InWarp(Captured):
     """The same by a `warp_phys.Rollout`, captured."""
 
     def __init__(self, system, network, steps, x0, flow):
-        self.parameters, self.loss = parameters_of(network), wp.zeros(1, dtype=wp.float32, requires_grad=True)
-        self.gradients = [wp.zeros_like(p, requires_grad=False) for p in self.parameters]
+        super().__init__(network)
         dense = Dense((system.state_size, *HIDDEN, system.control_size), parameters=self.parameters)
         self.rollout = warp_phys.Rollout(system, dense, steps, flow=flow, on_divergence="ignore")
         self.x0 = wp.array(x0, dtype=wp.float32)
-        self._update()
-        with wp.ScopedCapture("cpu") as capture:
-            self.kept = self._update()
-        self.graph = capture.graph
-
-    def __call__(self):
-        wp.capture_launch(self.graph)
-
-    def gradient(self):
-        return np.concatenate([array.numpy().ravel() for array in self.gradients])
+        self.capture()
 
     def _update(self):
         self.loss.zero_()

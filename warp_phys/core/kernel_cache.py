@@ -60,7 +60,7 @@ def _keep_headers(folder: str) -> None:
         return os.path.isdir(folder) and len(os.listdir(folder)) > 0
 
     def keep() -> None:
-        for own in made:
+        for own in tuple(made):  # another thread may add to it
             if not is_kept() and any(Path(own).glob("builtin*.pch")):
                 with contextlib.suppress(OSError):  # another process was first, or the disk is full
                     copy = f"{folder}-{os.getpid()}"

@@ -110,6 +110,14 @@ def _functions(system: Quadrotor, real: type) -> SystemFunctions:
             p.arm * (c[1] - c[0]) / p.inertia,
         )
 
+    step = integrate(quadrotor_rate, types, system.integrator, block=3)
+    return SystemFunctions(step, cost_function(State, Parameters, real))
+
+
+@functools.cache
+def cost_function(State: type, Parameters: type, real: type) -> Any:
+    """Return the cost of a state that begins as a quadrotor's."""
+
     @wp.func
     def quadrotor_cost(x: State, p: Parameters):
         dx = x[0] - p.target_x
@@ -117,7 +125,7 @@ def _functions(system: Quadrotor, real: type) -> SystemFunctions:
         position = dx * dx + dz * dz + real(0.5) * x[2] * x[2]
         return position + real(0.1) * (x[3] * x[3] + x[4] * x[4]) + real(0.02) * x[5] * x[5]
 
-    return SystemFunctions(integrate(quadrotor_rate, types, system.integrator, block=3), quadrotor_cost)
+    return quadrotor_cost
 
 
 def _picture(system: Quadrotor, state: np.ndarray, control: np.ndarray | None) -> Picture:

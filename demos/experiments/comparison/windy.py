@@ -12,6 +12,7 @@ from warp_phys.core.checks import check_seed
 from warp_phys.errors import check_choice
 from warp_phys.systems import Quadrotor
 from warp_phys.systems.base import SystemFunctions
+from warp_phys.systems.quadrotor import cost_function
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,4 @@ def _functions(system: WindyQuadrotor, real: type) -> SystemFunctions:
         turn = x[5] + p.dt * p.arm * (c[1] - c[0]) / p.inertia
         return State(x[0] + p.dt * vx, x[1] + p.dt * vz, x[2] + p.dt * turn, vx, vz, turn, x[6], x[7])
 
-    @wp.func
-    def windy_cost(x: State, p: Parameters):
-        dx = x[0] - p.target_x
-        dz = x[1] - p.target_z
-        position = dx * dx + dz * dz + real(0.5) * x[2] * x[2]
-        return position + real(0.1) * (x[3] * x[3] + x[4] * x[4]) + real(0.02) * x[5] * x[5]
-
-    return SystemFunctions(windy_step, windy_cost)
+    return SystemFunctions(windy_step, cost_function(State, Parameters, real))

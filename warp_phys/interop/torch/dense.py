@@ -137,6 +137,12 @@ def as_array(tensor: torch.Tensor, dtype: Any = None) -> wp.array:
     return array
 
 
+def launch(kernel: wp.Kernel, dim: int | tuple[int, ...], arguments: Sequence[Any], device: torch.device) -> None:
+    """Launch a kernel, outside of any tape; arguments are tensors, Warp arrays and numbers."""
+    given = [as_array(argument) if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    wp.launch(kernel, dim, given, device=str(device), record_tape=False)
+
+
 def is_finite(states: torch.Tensor) -> bool:
     """Whether all numbers of a tensor are finite."""
     return math.isfinite(float(states.detach().sum())) or bool(torch.isfinite(states).all())

@@ -13,8 +13,7 @@ from warp_phys.core.arrays import as_structs, shape_message
 from warp_phys.core.checks import check_given, check_instance, check_lengths, numbers_of, range_of, within
 from warp_phys.core.kernel_cache import start_warp
 from warp_phys.errors import shown
-from warp_phys.interop.torch.dense import as_array, check_dense
-from warp_phys.interop.torch.launches import launch
+from warp_phys.interop.torch.dense import as_array, check_dense, launch
 from warp_phys.systems.base import System
 from warp_phys.systems.losses import COSTS, When, chosen_array, chosen_times
 

@@ -17,9 +17,8 @@ from warp_phys.core.kernel_cache import start_warp
 from warp_phys.engine.phases import all_gates, check_gates
 from warp_phys.errors import shown
 from warp_phys.flow import Flow, resolve_open_loop
-from warp_phys.interop.torch.dense import as_array, check_dense, is_finite
+from warp_phys.interop.torch.dense import as_array, check_dense, is_finite, launch
 from warp_phys.interop.torch.hybrid import Hybrid
-from warp_phys.interop.torch.launches import launch
 from warp_phys.interop.torch.loss import (
     refuse_second_derivative,
     refuse_transforms,
@@ -248,17 +247,17 @@ def _pull(
     with torch_stream(states.device):
         gates = _gates_of(flow, steps, batch, inner.structure, real, str(states.device))
         single = are_single(gates)
-        given = [states, controls, structs_of(system, rows, states)]
+        read = [states, controls, structs_of(system, rows, states)]
         if on_cpu:
             kernel = native_kernels.trajectory_vjp_kernel(inner.structure, real, want_rows, single)
             own = adj_inputs[0] if want_inputs else make((0, 0, 0))
             made = [make((1, SAMPLES, size)), adj_x, adj_controls[0], adj_p, own]
-            launch(kernel, 1, [*given, adj_states, gates, *made], states.device)
+            launch(kernel, 1, [*read, adj_states, gates, *made], states.device)
         else:
             kernel = kernels.sweep_kernel(inner.structure, real, single)
             structs = as_structs(as_array(adj_p), system.types(real).Parameters)
-            given += [make((0, 0, 0, 0)), adj_states, make(controls.shape), gates, 0, steps, adj_x]
-            launch(kernel, (1, batch), [*given, adj_controls, structs, adj_inputs], states.device)
+            read += [make((0, 0, 0, 0)), adj_states, make(controls.shape), gates, 0, steps, adj_x]
+            launch(kernel, (1, batch), [*read, adj_controls, structs, adj_inputs], states.device)
             adj_p = adj_p.sum(dim=1)
     return adj_x[0], adj_controls[0], adj_p[0] if want_rows else adj_p, adj_inputs[0] if want_inputs else adj_inputs
 
