@@ -750,10 +750,8 @@ class ActorCritic:
         """
         check_count("episodes", episodes)
         seed = check_seed(seed)
-        steps, kept = (
-            check_count("steps", steps, 0) or self.settings.episode,
-            (self.generator, self.randomised, self.rollout.flow),
-        )
+        steps = check_count("steps", steps, 0) or self.settings.episode
+        kept = self.generator, self.randomised, self.rollout.flow
         self.generator = torch.Generator().manual_seed(seed)
         try:
             x0, _ = self.environments(episodes, self.played)

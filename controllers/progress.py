@@ -17,7 +17,7 @@ class _Nowhere(io.StringIO):
         return len(text)
 
 
-LINE = "{n_fmt}/{total_fmt}{postfix}, {rate_fmt}, {remaining} left"
+LINE = " {n_fmt}/{total_fmt}{postfix}, {rate_fmt}, {remaining} left"
 
 
 def _losses(record: Record) -> str:
@@ -59,9 +59,7 @@ class Progress:
             unit=unit,
             # Elsewhere than in a terminal it counts, and its line is written below.
             file=self.stream if self.terminal else _Nowhere(),
-            bar_format=None
-            if self.terminal
-            else "{desc}" + unit + " {n_fmt}/{total_fmt}{postfix}, {rate_fmt}, {remaining} left",
+            bar_format=None if self.terminal else "{desc}" + unit + LINE,
             position=position,
             dynamic_ncols=self.terminal,
         )

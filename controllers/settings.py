@@ -241,7 +241,7 @@ def check_setting(
     if kind is int and name != "seed" and isinstance(value, int) and value > MOST:
         raise ValueError(f"{name} must be at most {MOST}, got {shown(value)}")
     bounds = [("at least", at_least), ("above", above), ("below", below)]
-    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if abs(bound) < math.inf)
+    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound))
     wanted = f"{name} must be {'an integer' if kind is int else 'a number'} {wanted}, got {shown(value)}"
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         raise TypeError(wanted)

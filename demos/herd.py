@@ -26,7 +26,7 @@ from warp_phys.systems import Repulsion
 from warp_phys.systems.drawing import Ball, Line, Picture, moved
 
 FLOW = "R"
-"""With which the dogs were trained: what they learn lives on feedback through the controller, which circles."""
+"""With which the dogs were trained."""
 SYSTEM = Repulsion(drivers=2, evaders=4, dt=4.0 / 60.0)
 REACH, SEEN = 5.0, 6.5
 """Metres to either side of the middle to which the target can be dragged, and that are seen."""

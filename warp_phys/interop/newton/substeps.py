@@ -49,7 +49,6 @@ class Substeps:
         self.apart = wp.zeros(worlds, dtype=wp.float32, device=self.device)
         self.c = wp.zeros(controls, dtype=wp.float32, device=self.device)
         self.adjoints: dict[int, tuple[wp.array, wp.array]] = {}
-        self.spares: dict[int, wp.array] = {}
         self.plain = tuple(model.state(requires_grad=False) for _ in range(2))
         self.taped = tuple(model.state(requires_grad=True) for _ in range(2))
         self.control = model.control(requires_grad=True)
@@ -63,6 +62,7 @@ class Substeps:
         self.given = [(own, given) for own, given in pairs if isinstance(own, wp.array) and isinstance(given, wp.array)]
         self.pipeline = newton.CollisionPipeline(self.model, requires_grad=False) if self.with_contacts else None
         self.contacts: Any = None if self.pipeline is None else self.pipeline.contacts()
+        self.spares: dict[int, wp.array] = {}
 
     def forward(self) -> list[wp.Tape]:
         """Write rows[1:] from rows[0] and c; return what holds memory that a graph of this points to."""

@@ -256,7 +256,8 @@ class NewtonSystem:
             wp.synchronize_device(self.device)  # a graph may still run
         if self._kept:
             work = self._work
-            self._kept.append((dict(vars(self.solver)), self._watch.held, work.given, work.pipeline, work.contacts))
+            held = work.given, work.pipeline, work.contacts, work.spares
+            self._kept.append((dict(vars(self.solver)), self._watch.held, *held))
         self.solver.notify_model_changed(newton.ModelFlags.ALL)
         self._work.read()
         self._graphs.clear()
