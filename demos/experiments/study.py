@@ -354,7 +354,7 @@ def draw(study: Study, outcomes: Sequence[Outcome]) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, handlelength=3, fontsize=9)
     counts = [len(runs) for _, lines in found for runs in lines.values()] or [0]
-    figure.suptitle(f"{study.title}: median and quartiles of {_span(counts)}", fontsize=10)
+    figure.suptitle(f"{study.title}: {_span(counts)}", fontsize=10)
     return figure
 
 
@@ -374,4 +374,6 @@ def _over_steps(runs: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
 
 def _span(counts: Sequence[int]) -> str:
     least, most = min(counts), max(counts)
-    return "one seed" if most == 1 else f"{most} seeds" if least == most else f"{least} to {most} seeds"
+    if most == 1:
+        return "one seed"
+    return "median and quartiles of " + (f"{most} seeds" if least == most else f"{least} to {most} seeds")
